@@ -1,0 +1,1 @@
+"""Full-precision diffusion models: denoisers, schedules, samplers, checkpoint loading."""

@@ -1,0 +1,93 @@
+"""Image sets in, PNG files out."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scripts.common.files import atomic
+
+EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class ImageError(ValueError):
+    """An image or image set that cannot be read; the message names it."""
+
+
+def load_images(source: str | Path, size: int) -> torch.Tensor:
+    """All images of a folder (recursive) or of array `x` in a .npz, (N, 3, size, size) uint8.
+
+    Other sizes are centre-cropped to a square and resampled (Lanczos). Raises ImageError.
+    """
+    source = Path(source)
+    if source.suffix == ".npz":
+        try:
+            with np.load(source, allow_pickle=False) as archive:
+                x = archive["x"] if "x" in archive else archive["arr_0"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ImageError(f"{source}: cannot read images from it ({error})") from error
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
+            raise ImageError(f"{source}: array x must be (N, H, W, 3) uint8, is {x.shape} {x.dtype}")
+        if x.shape[1:3] != (size, size):
+            x = np.stack([_square(Image.fromarray(image), size) for image in x])
+        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    if not source.is_dir():
+        raise ImageError(f"{source}: not a folder of images and not a .npz file")
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise ImageError(f"{source}: no image in this folder")
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(_square(image.convert("RGB"), size))
+        except OSError as error:
+            raise ImageError(f"{path}: not a readable image ({error})") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(image)
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """x in [-1, 1], (B, C, H, W) -> uint8 (B, H, W, C), rounded to nearest as DDIM's writer does."""
+    x = ((x.float() + 1) / 2).clamp(0, 1) * 255
+    return (x + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def write_png(path: str | Path, image: np.ndarray) -> None:
+    """image (H, W, 3) or (H, W, 1) uint8."""
+    with atomic(path) as temporary:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
+
+
+def is_whole_png(path: str | Path) -> bool:
+    """True if the file ends with a PNG's last chunk, so that no earlier write was cut short."""
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(8)
+            handle.seek(-12, os.SEEK_END)
+            return head == b"\x89PNG\r\n\x1a\n" and handle.read(12)[4:8] == b"IEND"
+    except OSError:
+        return False
+
+
+def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:
+    """images (N, H, W, C) uint8 -> one picture, row by row on white."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    shape = (rows * (height + pad) + pad, columns * (width + pad) + pad, channels)
+    picture = np.full(shape, 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
+        picture[y : y + height, x : x + width] = image
+    return picture

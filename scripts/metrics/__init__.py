@@ -1,0 +1,1 @@
+"""Image metrics: weights and features (`inception`), numbers (`scores`), readers (`inputs`)."""
