@@ -26,6 +26,7 @@ class LayerRoles:
     concat_split: layers whose input is a concatenation -> channels of its first part.
     matmuls: matrix products of attention -> "scores" (query @ key) or "values" (softmax @ value).
     units: residual units (names of submodules) in the order of execution.
+    context_only: layers that see the conditioning alone (the same value at every timestep).
     """
 
     inputs: tuple[str, ...]
@@ -34,6 +35,7 @@ class LayerRoles:
     concat_split: dict[str, int]
     matmuls: dict[str, str]
     units: tuple[str, ...]
+    context_only: tuple[str, ...] = ()
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:

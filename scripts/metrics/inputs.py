@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+
+from scripts.common.files import atomic
 
 # What pytorch-fid counts as an image: these endings in lower case, not in sub-folders.
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -106,14 +109,14 @@ class ArrayImages:
                         raise EOFError(f"array ends inside image {start + len(data) // each}")
                 batch = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 yield batch.view(count, *self.shape[1:]).permute(0, 3, 1, 2)
+            with _reading(self.path):
+                stream.read(1)  # at the end of the member its checksum is compared
 
     def _header(self, stream) -> tuple[int, ...]:
         """Read and check the npy header; the stream then stands at the first pixel."""
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        old = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
             raise MetricError(
                 f"{self.path}: array {self.member[:-4]} is {dtype} {shape}; "
@@ -126,7 +129,8 @@ def list_images(folder: str | Path) -> list[Path]:
     """Image files of a folder sorted by name; sub-folders are not searched."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise MetricError(f"{folder}: no such folder or .npz file")
+        problem = "not a folder of images" if folder.exists() else "no such folder"
+        raise MetricError(f"{folder}: {problem}")
     try:
         files = sorted(f for f in folder.iterdir() if f.suffix in IMAGE_SUFFIXES)
     except OSError as error:
@@ -143,7 +147,7 @@ def read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise many kinds; each means the same to the user
         raise MetricError(f"{file}: cannot be decoded as an image ({_line(error)})") from error
 
 
@@ -191,41 +195,25 @@ def _read_statistics(path: Path, data: np.lib.npyio.NpzFile) -> Statistics:
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
     """Write statistics as an npz file that pytorch-fid reads too, all at once or not at all."""
-    arrays = {k: v for k, v in vars(statistics).items() if v is not None}
-    replace_atomically(path, lambda stream: np.savez_compressed(stream, **arrays))
-
-
-def replace_atomically(path: str | Path, write: Callable) -> None:
-    """Call write(stream) on a temporary file beside `path`, then rename it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    arrays = {name: value for name, value in vars(statistics).items() if value is not None}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with atomic(path) as temporary:
+            np.savez_compressed(temporary, **arrays)
     except OSError as error:
-        raise MetricError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise MetricError(f"{path}: cannot be written ({_line(error)})") from error
 
 
-class _reading:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     """Turn what a damaged or hostile npz file raises into one line that names the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        known = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-        known += (NotImplementedError, TypeError, SyntaxError, RuntimeError)
-        if isinstance(error, known) and not isinstance(error, MetricError):
-            raise MetricError(f"{self.path}: not a readable npz file ({_line(error)})") from error
+    try:
+        yield
+    except MetricError:
+        raise
+    except (OSError, ValueError, LookupError, EOFError, TypeError, SyntaxError) as error:
+        raise MetricError(f"{path}: not a readable npz file ({_line(error)})") from error
+    except (RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise MetricError(f"{path}: damaged npz file ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,183 @@
+"""Quantized layers: under calibration (float weights) and deployed (integer buffers).
+
+Both compute   y = conv(Q(x), W_hat) + b   with the per-tensor activation quantizer of the current
+timestep. A layer behind a skip concatenation has two of them, one for each part of its input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quant.context import TimestepContext
+from quant.quantizer import ActivationQuantizer
+from quant.weights import WeightQuantizer, dequantize
+
+
+class Operation:
+    """The geometry of an nn.Conv2d, nn.Conv1d or nn.Linear, without its parameters."""
+
+    def __init__(self, layer: nn.Module):
+        self.kind = type(layer).__name__
+        self.is_conv = not isinstance(layer, nn.Linear)
+        if self.is_conv:
+            if layer.padding_mode != "zeros":
+                raise ValueError(f"padding_mode '{layer.padding_mode}' is not supported")
+            self.stride, self.padding = layer.stride, layer.padding
+            self.dilation, self.groups = layer.dilation, layer.groups
+            self._call = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
+
+    @property
+    def channel_dim(self) -> int:
+        return 1 if self.is_conv else -1
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        if self.is_conv:
+            return self._call(
+                x, weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        return F.linear(x, weight, bias)
+
+
+def quantize_input(
+    x: torch.Tensor, quantizers: nn.ModuleList, split: int, channel_dim: int
+) -> torch.Tensor:
+    """Applies one quantizer, or one to the first `split` channels and another to the rest."""
+    if len(quantizers) == 1:
+        return quantizers[0](x)
+    first, second = x.split([split, x.shape[channel_dim] - split], dim=channel_dim)
+    return torch.cat([quantizers[0](first), quantizers[1](second)], dim=channel_dim)
+
+
+class CalibLayer(nn.Module):
+    """A convolution or linear layer under calibration.
+
+    weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
+    learned. Either can be None / empty: then that operand stays in floating point.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight_quantizer: WeightQuantizer | None,
+        inputs: list[nn.Module],
+        split: int,
+    ):
+        super().__init__()
+        self.op = Operation(layer)
+        self.weight = nn.Parameter(layer.weight.detach().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.weight_quantizer = weight_quantizer
+        self.inputs = nn.ModuleList(inputs)
+        self.split = split
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.inputs):
+            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
+        weight = self.weight
+        if self.weight_quantizer is not None:
+            weight = self.weight_quantizer(weight)
+        return self.op(x, weight, self.bias)
+
+    def deploy(self) -> "QuantLayer":
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            raise ValueError("a layer without a weight quantizer cannot be deployed")
+        with torch.no_grad():
+            codes = quantizer.codes(self.weight).to(torch.uint8)
+        return QuantLayer(
+            self.op,
+            codes,
+            quantizer.scale,
+            quantizer.zero_point.to(torch.uint8),
+            None if self.bias is None else self.bias.detach(),
+            quantizer.bits,
+            [q.deploy() for q in self.inputs],
+            self.split,
+        )
+
+
+class QuantLayer(nn.Module):
+    """A deployed layer: nothing but plain buffers.
+
+    qweight uint8 (O, I, ...) codes 0..2^bits-1, w_scale float32 (O,), w_zero_point uint8 (O,),
+    bias float32 (O,) or None; `inputs` are ActivationQuantizers.
+    """
+
+    def __init__(
+        self,
+        op: Operation,
+        qweight: torch.Tensor,
+        w_scale: torch.Tensor,
+        w_zero_point: torch.Tensor,
+        bias: torch.Tensor | None,
+        bits: int,
+        inputs: list[ActivationQuantizer],
+        split: int,
+    ):
+        super().__init__()
+        self.op, self.bits, self.split = op, bits, split
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("w_scale", w_scale.float())
+        self.register_buffer("w_zero_point", w_zero_point)
+        self.register_buffer("bias", bias)
+        self.inputs = nn.ModuleList(inputs)
+        self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
+
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight, float32 (O, I, ...)."""
+        if self._weight is None or self._weight.device != self.qweight.device:
+            weight = dequantize(self.qweight, self.w_scale, self.w_zero_point)
+            if weight.dim() == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            self._weight = weight
+        return self._weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.inputs):
+            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
+        return self.op(x, self.weight(), self.bias)
+
+
+class TimestepLayer(nn.Module):
+    """A layer whose value depends on the timestep alone: computed once per timestep and kept.
+
+    Wraps a CalibLayer or QuantLayer. Its input is never quantized, so that the kept value is exact
+    for the stored weights, whatever the schedule. A mixed batch is computed afresh.
+    """
+
+    def __init__(self, context: TimestepContext, layer: nn.Module):
+        super().__init__()
+        self.context, self.layer = context, layer
+        self.keep = False  # only once the weights are final
+        self._values: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, E) -> (B, O)
+        t = self.context.t
+        if t is None:
+            return self.layer(x)
+        if not self.keep:
+            return self.layer(x[:1]).expand(x.shape[0], -1)
+        value = self._values.get(t)
+        if value is None or value.device != x.device:
+            # One row: linear layers are not bitwise independent of the batch size.
+            value = self._values[t] = self.layer(x[:1])
+        return value.expand(x.shape[0], -1)
+
+    def deploy(self) -> "TimestepLayer":
+        deployed = TimestepLayer(self.context, self.layer.deploy())
+        deployed.keep = True
+        return deployed
+
+
+class QuantMatMul(nn.Module):
+    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M)."""
+
+    def __init__(self, left: nn.Module, right: nn.Module):
+        super().__init__()
+        self.left, self.right = left, right
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(self.left(left), self.right(right))
+
+    def deploy(self) -> "QuantMatMul":
+        return QuantMatMul(self.left.deploy(), self.right.deploy())

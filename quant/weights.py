@@ -1,0 +1,99 @@
+"""Weight quantization: per-output-channel scales by search, and learned rounding (AdaRound).
+
+Weights are (O, ...); scale and zero point are (O,). 8 bits: symmetric signed, stored z = 128 so
+that one formula serves both; below: asymmetric. Every channel has at most 2^b distinct values.
+"""
+
+import torch
+from torch import nn
+
+from quant.quantizer import SMALLEST_SCALE, range_to_scale
+
+ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid (Nagel et al. 2020, eq. 23)
+
+
+def per_channel(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(O,) -> (O, 1, ...) to broadcast against the weight."""
+    return value.view(-1, *(1,) * (weight.dim() - 1))
+
+
+def minmax_scale(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (O,) of the full range of each output channel."""
+    flat = weight.detach().flatten(1)
+    return range_to_scale(flat.amin(1), flat.amax(1), bits, symmetric=bits >= 8)
+
+
+def mse_scale(
+    weight: torch.Tensor, bits: int, power: float = 2.4, ratios: int = 60, smallest: float = 0.35
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (O,) that minimise sum |w - w_hat|^power over shrunk ranges."""
+    flat = weight.detach().flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    best_error = torch.full_like(low, float("inf"))
+    best_scale, best_zero = minmax_scale(weight, bits)
+    for ratio in torch.linspace(1.0, smallest, ratios).tolist():
+        scale, zero = range_to_scale(low * ratio, high * ratio, bits, symmetric=bits >= 8)
+        w_hat = dequantize(round_to_nearest(flat, scale, zero, bits), scale, zero)
+        error = (flat - w_hat).abs_().pow_(power).sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale.clamp(min=SMALLEST_SCALE), best_zero
+
+
+def round_to_nearest(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Integer codes 0..2^b-1 as floats, shaped like the weight."""
+    q = (weight / per_channel(scale, weight)).round_().add_(per_channel(zero_point, weight))
+    return q.clamp_(0, 2**bits - 1)
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """s (q - z), float32, from codes of any dtype."""
+    return (q.float() - per_channel(zero_point, q)) * per_channel(scale, q)
+
+
+class WeightQuantizer(nn.Module):
+    """A weight under calibration: fixed scale, rounding to nearest or learned (AdaRound).
+
+    Learned: q = clamp(floor(w/s) + h(alpha) + z, 0, 2^b-1), h(alpha) = clamp(1.2 sigmoid(alpha)
+    - 0.1, 0, 1). `alpha` starts so that h is the fraction that floor cuts off, i.e. w_hat = w.
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int, scale_search: str):
+        super().__init__()
+        self.bits = bits
+        search = {"mse": mse_scale, "minmax": minmax_scale}[scale_search]
+        scale, zero_point = search(weight, bits)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.alpha: nn.Parameter | None = None
+        self.soft = False  # while learning; afterwards h is rounded to 0 or 1
+
+    def start_rounding(self, weight: torch.Tensor) -> None:
+        fraction = weight / per_channel(self.scale, weight)
+        fraction = (fraction - fraction.floor()).clamp(1e-3, 1 - 1e-3)
+        stretched = (fraction - GAMMA) / (ZETA - GAMMA)
+        self.alpha = nn.Parameter(torch.logit(stretched))
+        self.soft = True
+
+    def h(self) -> torch.Tensor:
+        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def regulariser(self, beta: float) -> torch.Tensor:
+        """Sum of 1 - |2h - 1|^beta: drives every h to 0 or 1 (Nagel et al. 2020, eq. 24)."""
+        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+
+    def codes(self, weight: torch.Tensor) -> torch.Tensor:
+        """Codes as floats; integers unless the rounding is still soft."""
+        if self.alpha is None:
+            return round_to_nearest(weight, self.scale, self.zero_point, self.bits)
+        up = self.h() if self.soft else (self.alpha >= 0).to(weight.dtype)
+        floor = (weight / per_channel(self.scale, weight)).floor()
+        q = floor + up + per_channel(self.zero_point, weight)
+        return q.clamp(0, 2**self.bits - 1)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return dequantize(self.codes(weight), self.scale, self.zero_point)

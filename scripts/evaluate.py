@@ -1,0 +1,108 @@
+"""Score generated images against reference images.
+
+    python scripts/evaluate.py REF GEN --metrics fid,sfid,precision,recall --json metrics.json
+
+REF and GEN are each a folder of images, a .npz of statistics (mu, sigma: pytorch-fid's) or a .npz
+with images `x` or `arr_0` (N, H, W, 3) uint8. FID equals `python -m pytorch_fid REF GEN`.
+
+    python scripts/evaluate.py REF --save-stats ref.npz    # keep the statistics of REF
+    python scripts/evaluate.py REF GEN --paired FULL       # and PSNR of GEN against FULL, by name
+    python scripts/evaluate.py --prepare-inception         # only store the Inception weights
+
+Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.common.files import write_json  # noqa: E402
+from scripts.metrics import METRICS, evaluate, paired_psnr  # noqa: E402
+from scripts.metrics.inception import FILE_NAME, prepare_inception  # noqa: E402
+from scripts.metrics.inputs import MetricError  # noqa: E402
+
+
+def report(result: dict) -> None:
+    """Print the scores to stdout and the notes to stderr."""
+    print("  ".join(f"{side} {n or 'unknown'}" for side, n in result["images"].items()), "images")
+    for name in METRICS:
+        if name in result:
+            value = result[name]
+            print(f"{name:10} {'null' if value is None else f'{value:.6f}'}")
+    if paired := result.get("paired"):
+        for name in ("psnr", "psnr_min", "psnr_median"):
+            value = paired[name]
+            print(f"{name:11} {'inf' if value is None else f'{value:.4f}'} dB")
+        print(f"{paired['images']} pairs, {paired['unpaired']} files without partner")
+    for note in result["notes"]:
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks."""
+    if args.prepare_inception:
+        file = prepare_inception()
+        print(f"{file}\nTORCH_HOME={file.parents[2]} python -m pytorch_fid REF GEN")
+        return
+    if args.ref is None or (args.gen is None and args.save_stats is None):
+        raise MetricError("REF and GEN are needed (or REF and --save-stats); see --help")
+    if args.gen is None and args.paired is not None:
+        raise MetricError("--paired needs GEN")
+    names = [] if args.metrics == "none" else [m.strip() for m in args.metrics.split(",")]
+    paired = None if args.paired is None else paired_psnr(args.gen, args.paired)
+    result = evaluate(
+        args.ref,
+        args.gen,
+        names,
+        inception=args.inception,
+        batch_size=args.batch_size,
+        device=args.device,
+        preprocess=args.preprocess,
+        save_stats=args.save_stats,
+    )
+    result |= {"paired": paired} if paired else {}
+    report(result)
+    if args.json is not None:
+        try:
+            write_json(args.json, result)
+        except OSError as error:
+            raise MetricError(f"{args.json}: cannot be written ({error.strerror})") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ref", nargs="?", metavar="REF", help="reference: folder or .npz")
+    parser.add_argument("gen", nargs="?", metavar="GEN", help="generated: folder or .npz")
+    parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)}, or none")
+    parser.add_argument("--paired", metavar="DIR", help="PSNR of GEN against DIR, by file name")
+    parser.add_argument("--inception", metavar="FILE", help=f"weights ({FILE_NAME})")
+    parser.add_argument("--json", metavar="FILE", help="write the result here")
+    parser.add_argument("--save-stats", metavar="FILE.npz", help="keep the statistics of REF")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=50)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--preprocess",
+        choices=("pytorch-fid", "tf"),
+        default="pytorch-fid",
+        help="resize of pytorch-fid, or of TensorFlow as in the ADM evaluator",
+    )
+    parser.add_argument(
+        "--prepare-inception", action="store_true", help="store the Inception weights and stop"
+    )
+    try:
+        run(parser.parse_args(argv))
+    except MetricError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
