@@ -109,7 +109,7 @@ class GuidedDenoiser:
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.scale == 1.0:
-            return self.model(x, t, self.context)
-        both = self.model(torch.cat([x, x]), torch.cat([t, t]), self.context)
+            return self.model(x, t, context=self.context)
+        both = self.model(torch.cat([x, x]), torch.cat([t, t]), context=self.context)
         uncond, cond = both.chunk(2)
         return uncond + self.scale * (cond - uncond)

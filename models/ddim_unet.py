@@ -7,8 +7,8 @@ Shapes: B batch, C channels, H x W feature map, E embedding width (4 * ch).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F

@@ -1,13 +1,14 @@
 """Samplers: plain functions of a callable eps(x, t), in the names of the equations.
 
 A sampler receives its start x (B, C, H, W), the timesteps in order of use (descending), the table
-alphas_cumprod (T,) float32 or float64 and a function `noise(k)` that returns the Gaussian draw of step k, shaped like
-x. Nothing here draws random numbers, so that an image depends on its own noise alone.
+alphas_cumprod (T,) float32 or float64 and a function `noise(k)` that returns the Gaussian draw of
+step k, shaped like x. Nothing here draws random numbers, so that an image depends on its own noise alone.
 
 `on_step(k, t, x_t, eps, x_prev, pred_x0)` is called after each step (k counts from 0).
 """
 
-from typing import Callable, Protocol, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -67,7 +68,10 @@ def ddim(
         raise ValueError("eta > 0 needs a noise function")
     following = [*timesteps[1:], -1]
     for k, (t, t_prev) in enumerate(zip(timesteps, following, strict=True)):
-        a_t, a_prev = float(_alpha_bar(alphas_cumprod, t)), float(_alpha_bar(alphas_cumprod, t_prev))
+        a_t, a_prev = (
+            float(_alpha_bar(alphas_cumprod, t)),
+            float(_alpha_bar(alphas_cumprod, t_prev)),
+        )
         eps = model(x, _batch_t(x, t))
         x0 = (x - eps * (1 - a_t) ** 0.5) / a_t**0.5
         direction = eps

@@ -1,4 +1,4 @@
-"""Post-training quantization of denoisers: knows nn.Module and timesteps, nothing of files of images.
+"""Post-training quantization of denoisers. Knows nn.Module and timesteps, no files of images.
 
 The way of a layer: `layers.CalibLayer` (float weight, learnable rounding and activation scales)
 wraps an nn.Conv or nn.Linear while `calibrate.py` runs; `deploy()` turns it into

@@ -1,6 +1,6 @@
 """The current timestep, set once per denoiser call and read by every activation quantizer."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 

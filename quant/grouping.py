@@ -46,14 +46,16 @@ def error_table(
     symmetric: bool,
     power: float = 2.0,
 ) -> torch.Tensor:
-    """Mean |x - x_hat|^power of each bin under each candidate range, (S, C), by real quantization."""
+    """Mean |x - x_hat|^power of each bin under each candidate range (S, C), really quantized."""
     scale, zero_point = range_to_scale(low, high, bits, symmetric)
     top = 2**bits - 1
     x = stats.values  # (S, N)
     columns = []
     for s, z in zip(scale.tolist(), zero_point.tolist(), strict=True):
         difference = (x / s).round_().clamp_(-z, top - z).mul_(s).sub_(x)
-        columns.append((difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1))
+        columns.append(
+            (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1)
+        )
     return torch.stack(columns, dim=1)
 
 

@@ -83,7 +83,7 @@ class CalibLayer(nn.Module):
         if quantizer is None:
             raise ValueError("a layer without a weight quantizer cannot be deployed")
         with torch.no_grad():
-            codes = quantizer.codes(self.weight).to(torch.uint8)
+            codes = quantizer.codes(self.weight).round().to(torch.uint8)
         return QuantLayer(
             self.op,
             codes,

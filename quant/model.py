@@ -5,8 +5,9 @@ with the same attributes); without it every layer is treated alike.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,10 +61,12 @@ class QuantDenoiser(nn.Module):
     def __init__(self, denoiser: nn.Module, context: TimestepContext):
         super().__init__()
         self.denoiser, self.context = denoiser, context
+        self.correction: nn.Module | None = None
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.context.set(t)
-        return self.denoiser(x, t, *args, **kwargs)
+        eps = self.denoiser(x, t, *args, **kwargs)
+        return eps if self.correction is None else self.correction(eps)
 
     def deploy(self) -> "QuantDenoiser":
         """A copy whose layers are integers. The layers under calibration are left as they are."""
@@ -71,7 +74,7 @@ class QuantDenoiser(nn.Module):
         for name, module in list(clone.denoiser.named_modules()):
             if isinstance(module, (CalibLayer, QuantMatMul, TimestepLayer)):
                 if not _inside(name, clone.denoiser, TimestepLayer):
-                    _replace(clone.denoiser, name, module.deploy())
+                    replace_module(clone.denoiser, name, module.deploy())
         return clone.eval().requires_grad_(False)
 
 
@@ -107,7 +110,7 @@ def quantize(
                 raise ValueError(f"layer {name}: {error}") from error
             if cached:
                 replacement = TimestepLayer(context, replacement)
-            _replace(clone, name, replacement)
+            replace_module(clone, name, replacement)
         elif name in roles.matmuls and policy.quantize_matmuls and policy.activation is not None:
             bits = policy.activation
             probabilities = roles.matmuls[name] == "values"
@@ -118,7 +121,7 @@ def quantize(
                 unsigned=probabilities,
             )
             right = LearnedQuantizer(context, bits, symmetric=True, unsigned=False)
-            _replace(clone, name, QuantMatMul(left, right))
+            replace_module(clone, name, QuantMatMul(left, right))
     return QuantDenoiser(clone, context)
 
 
@@ -144,6 +147,6 @@ def _inside(name: str, root: nn.Module, kind: type) -> bool:
     )
 
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, child, module)

@@ -1,6 +1,6 @@
 """Uniform quantizers.
 
-    q = clamp(round(x / s) + z, 0, 2^b - 1),    x_hat = s (q - z)          (METHOD eq. of Q(x; s, z, b))
+    q = clamp(round(x / s) + z, 0, 2^b - 1),    x_hat = s (q - z)
 
 Legend: B batch, G groups of timesteps, S calibrated timesteps (bins), O output channels.
 """

@@ -3,8 +3,9 @@
 For each activation quantizer and bin a random subset of values is kept, with the exact extremes.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,9 +99,7 @@ def collect(
     return {name: _merge(lists, values_per_bin, generator) for name, lists in kept.items()}
 
 
-def _merge(
-    lists: list[list[torch.Tensor]], count: int, generator: torch.Generator
-) -> Statistics:
+def _merge(lists: list[list[torch.Tensor]], count: int, generator: torch.Generator) -> Statistics:
     """Draws of all batches of a bin -> `count` values with the extremes among them."""
     reached = [i for i, draws in enumerate(lists) if draws]
     if not reached:
@@ -112,5 +111,9 @@ def _merge(
         index = torch.randperm(len(everything), generator=generator)[: count - 2]
         low.append(everything.amin())
         high.append(everything.amax())
-        rows.append(torch.cat([everything[index.to(everything.device)], low[-1:][0][None], high[-1:][0][None]]))
+        rows.append(
+            torch.cat(
+                [everything[index.to(everything.device)], low[-1:][0][None], high[-1:][0][None]]
+            )
+        )
     return Statistics(torch.stack(rows).cpu(), torch.stack(low).cpu(), torch.stack(high).cpu())

@@ -7,7 +7,7 @@ that one formula serves both; below: asymmetric. Every channel has at most 2^b d
 import torch
 from torch import nn
 
-from quant.quantizer import SMALLEST_SCALE, range_to_scale
+from quant.quantizer import SMALLEST_SCALE, range_to_scale, round_ste
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid (Nagel et al. 2020, eq. 23)
 
@@ -56,10 +56,14 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 
 
 class WeightQuantizer(nn.Module):
-    """A weight under calibration: fixed scale, rounding to nearest or learned (AdaRound).
+    """A weight under calibration: fixed scale, and one of three roundings.
 
-    Learned: q = clamp(floor(w/s) + h(alpha) + z, 0, 2^b-1), h(alpha) = clamp(1.2 sigmoid(alpha)
-    - 0.1, 0, 1). `alpha` starts so that h is the fraction that floor cuts off, i.e. w_hat = w.
+    nearest: q = round(w/s) + z.
+    alpha:   q = floor(w/s) + h(alpha) + z, h(alpha) = clamp(1.2 sigmoid(alpha) - 0.1, 0, 1), which
+             starts at w_hat = w and is driven to 0 or 1 (AdaRound, for single blocks).
+    latent:  q = round(latent), straight-through, latent in units of the scale (for end-to-end
+             steps, where any code may be reached and a soft rounding would not settle in time).
+    All are clamped to 0..2^b-1.
     """
 
     def __init__(self, weight: torch.Tensor, bits: int, scale_search: str):
@@ -71,6 +75,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point)
         self.alpha: nn.Parameter | None = None
         self.soft = False  # while learning; afterwards h is rounded to 0 or 1
+        self.latent: nn.Parameter | None = None
 
     def start_rounding(self, weight: torch.Tensor) -> None:
         fraction = weight / per_channel(self.scale, weight)
@@ -78,6 +83,17 @@ class WeightQuantizer(nn.Module):
         stretched = (fraction - GAMMA) / (ZETA - GAMMA)
         self.alpha = nn.Parameter(torch.logit(stretched))
         self.soft = True
+
+    def start_latent(self, weight: torch.Tensor) -> None:
+        """Starts at the weight itself, moved into the cell of the code chosen so far."""
+        with torch.no_grad():
+            self.soft = False
+            codes = self.codes(weight)
+            exact = weight / per_channel(self.scale, weight)
+            exact = exact + per_channel(self.zero_point, weight)
+            latent = torch.minimum(torch.maximum(exact, codes - 0.45), codes + 0.45)
+        self.latent = nn.Parameter(latent)
+        self.alpha = None
 
     def h(self) -> torch.Tensor:
         return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
@@ -88,6 +104,8 @@ class WeightQuantizer(nn.Module):
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Codes as floats; integers unless the rounding is still soft."""
+        if self.latent is not None:
+            return round_ste(self.latent.clamp(0, 2**self.bits - 1))
         if self.alpha is None:
             return round_to_nearest(weight, self.scale, self.zero_point, self.bits)
         up = self.h() if self.soft else (self.alpha >= 0).to(weight.dtype)

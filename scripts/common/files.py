@@ -3,19 +3,32 @@
 import io
 import json
 import os
+import re
+import socket
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
+
+STALE_SECONDS = 3600  # after that a temporary of another machine has no writer any more
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname()) or "host"
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; renames it to `path` when the block succeeds."""
+    """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
+
+    The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as handle:
@@ -23,6 +36,36 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: str | Path) -> int:
+    """Remove the temporaries that killed processes left in a folder; returns how many.
+
+    Those of a living process of this machine stay, as do those of other machines for an hour.
+    """
+    removed = 0
+    for path in Path(folder).glob(".*.tmp"):
+        *_, host, pid, _ = path.name.rsplit(".", 3)
+        if host == _host() and pid.isdecimal():
+            stale = not _is_other_process(int(pid))
+        else:
+            stale = time.time() - path.stat().st_mtime > STALE_SECONDS
+        if stale:
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _is_other_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

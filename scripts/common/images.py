@@ -30,7 +30,8 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ImageError(f"{source}: cannot read images from it ({error})") from error
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
-            raise ImageError(f"{source}: array x must be (N, H, W, 3) uint8, is {x.shape} {x.dtype}")
+            found = f"{x.shape} {x.dtype}"
+            raise ImageError(f"{source}: array x must be (N, H, W, 3) uint8, is {found}")
         if x.shape[1:3] != (size, size):
             x = np.stack([_square(Image.fromarray(image), size) for image in x])
         return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
@@ -58,10 +59,13 @@ def _square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """x in [-1, 1], (B, C, H, W) -> uint8 (B, H, W, C), rounded to nearest as DDIM's writer does."""
+def to_uint8(x: torch.Tensor, truncate: bool = False) -> torch.Tensor:
+    """x in [-1, 1], (B, C, H, W) -> uint8 (B, H, W, C).
+
+    Rounded to nearest as DDIM's writer does, or cut as latent and guided diffusion's do.
+    """
     x = ((x.float() + 1) / 2).clamp(0, 1) * 255
-    return (x + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return (x if truncate else x + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:

@@ -197,8 +197,8 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
     """Write statistics as an npz file that pytorch-fid reads too, all at once or not at all."""
     arrays = {name: value for name, value in vars(statistics).items() if value is not None}
     try:
-        with atomic(path) as temporary:
-            np.savez_compressed(temporary, **arrays)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)  # to a bare path numpy would append .npz
     except OSError as error:
         raise MetricError(f"{path}: cannot be written ({_line(error)})") from error
 

@@ -1,0 +1,221 @@
+"""Quantize a full-precision checkpoint.
+
+    python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w4a8
+    python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w8a8 --weight_bit 8
+    python calibrate.py --config configs/cifar10.yaml --out runs/cifar10-w4a8 --resume
+
+OUT receives quantized.safetensors (everything sampling needs), config.yaml, report.json (times,
+errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
+--resume goes on after the last one, and gives the same file as an uninterrupted run.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from quant.bank import Bank
+from quant.calibration import CalibrationState, calibrate
+from quant.coverage import count_macs, format_table, layer_rows, shares
+from quant.model import roles_of
+from quant.packed import to_bytes
+from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
+from scripts.common.config import Config, load_config, resolved_yaml
+from scripts.common.files import remove_stale, save_tensors, write_bytes, write_json, write_text
+from scripts.common.runs import RunError
+from scripts.common.trajectories import answer, record_bank
+from scripts.common.wiring import Assembly, assemble
+
+STATE, RESULT = "calibration.pt", "quantized.safetensors"
+
+
+class Bars:
+    """Progress bars, one a phase."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def begin(self, phase: str, total: int) -> None:
+        self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
+
+    def step(self, text: str) -> None:
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def end(self) -> None:
+        self.bar.close()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_config(parser)
+    add_out(parser, "run folder")
+    parser.add_argument("--resume", action="store_true", help="go on after the last phase")
+    parser.add_argument("--overwrite", action="store_true", help="calibrate anew into OUT")
+    return parser.parse_args(argv)
+
+
+def identity_of(config: Config, sources: dict[str, str]) -> str:
+    """Digest of everything the result depends on."""
+    parts = {
+        "model": dataclasses.asdict(config.model) | {"checkpoint": None, "url": None},
+        "schedule": vars(config.schedule),
+        "sampler": vars(config.sampler),
+        "quant": dataclasses.asdict(config.quant),
+        "calibration": vars(config.calibration),
+        "micro_batch": config.sampling.micro_batch,
+        "sources": sources,
+    }
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+
+
+def load_state(folder: Path, identity: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The interrupted run of this folder, if it is to be continued. Raises RunError."""
+    if args.overwrite:
+        return None
+    if (folder / RESULT).exists():
+        raise RunError(f"{folder / RESULT}: exists already; --overwrite calibrates anew")
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        value = torch.load(path, weights_only=True)
+    except Exception as error:  # torch has many exceptions for a damaged file
+        raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
+    if value.get("identity") != identity:
+        raise RunError(
+            f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
+        )
+    if not args.resume:
+        raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
+    return value
+
+
+def make_bank(config: Config, assembly: Assembly, device: torch.device) -> Bank:
+    total = config.calibration.trajectories
+    size = config.sampling.micro_batch
+    with tqdm(total=-(-total // size) * size, desc=f"{'trajectories':20}", unit="image") as bar:
+        return record_bank(
+            assembly.pipeline,
+            assembly.denoiser,
+            total,
+            config.calibration.seed,
+            classes=config.sampling.classes,
+            device=device,
+            on_images=bar.update,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    config, device = load_config(args.config, args.overrides), resolve_device(args.device)
+    folder = Path(args.out)
+    began = time.perf_counter()
+    assembly = assemble(config, device=device)
+    identity = identity_of(config, assembly.sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    saved = load_state(folder, identity, args)
+    write_text(folder / "config.yaml", resolved_yaml(config))
+    state = None
+    if saved is not None:
+        state, bank = CalibrationState.from_plain(saved["state"]), Bank(**saved["bank"])
+        print(f"resumed after: {', '.join(state.done)}")
+    else:
+        bank = make_bank(config, assembly, device)
+
+    def save(state: CalibrationState) -> None:
+        value = {"identity": identity, "state": state.to_plain(), "bank": vars(bank)}
+        save_tensors(folder / STATE, value)
+
+    def visit(model: torch.nn.Module, number: int) -> Bank:
+        size = config.sampling.micro_batch
+        first = config.calibration.trajectories + number * size
+        seen = record_bank(
+            assembly.pipeline, model, size, config.calibration.seed, first, device=device
+        )
+        return answer(seen, assembly.denoiser, size, device)
+
+    deployed, phases = calibrate(
+        assembly.denoiser,
+        bank,
+        visit,
+        config.quant,
+        config.calibration,
+        config.schedule.train_timesteps,
+        Bars(),
+        state,
+        save,
+    )
+    roles = roles_of(assembly.denoiser)
+    x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
+    macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
+    rows = layer_rows(assembly.denoiser, deployed, roles, macs)
+    data = to_bytes(
+        deployed,
+        {
+            "config": resolved_yaml(config),
+            "method": config.quant.method,
+            "source_sha256": ",".join(assembly.sources.values()),
+            "torch": torch.__version__,
+        },
+    )
+    write_bytes(folder / RESULT, data)
+    seconds = time.perf_counter() - began
+    write_report(folder, config, assembly, phases, rows, len(data), seconds)
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def write_report(
+    folder: Path,
+    config: Config,
+    assembly: Assembly,
+    phases: dict[str, Any],
+    rows: list,
+    size: int,
+    seconds: float,
+) -> None:
+    """report.json, layers.txt and the closing lines."""
+    table, share = format_table(rows), shares(rows)
+    parameters = sum(p.numel() for p in assembly.denoiser.parameters())
+    summary = {
+        "name": config.name,
+        "method": config.quant.method,
+        "weight_bits": config.quant.weight.bits,
+        "activation_bits": config.quant.activation.bits,
+        "bytes": size,
+        "size_mb": size / 2**20,
+        "float32_mb": parameters * 4 / 2**20,
+        "ratio_to_float32": size / (parameters * 4),
+        **share,
+        "seconds": round(seconds, 2),
+        "seed": config.calibration.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "sources": assembly.sources,
+        "phases": phases,
+        "layers": [dataclasses.asdict(r) for r in rows],
+    }
+    write_json(folder / "report.json", summary)
+    write_text(folder / "layers.txt", table + "\n")
+    lines = [
+        table,
+        f"weights quantized: {share['weights_quantized']:.2%}; MACs in integers: "
+        f"{share['macs_quantized']:.2%}, once per timestep: {share['macs_once_per_timestep']:.2%}",
+        f"{folder / RESULT}: {size / 2**20:.3f} MB, {size / (parameters * 4):.4f} of float32 "
+        f"({parameters * 4 / 2**20:.2f} MB), in {seconds:.0f} s",
+    ]
+    write_text(folder / "log.txt", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,273 @@
+"""From plain values to images: denoiser, schedule, sampler and each image's own noise.
+
+    denoiser = build_denoiser("ddim_unet", params)
+    pipeline = build_pipeline("ddim_unet", params, schedule, sampler)
+    x = pipeline.sample(denoiser, range(16), seed=1234)  # (16, 3, R, R)
+
+An image depends on (seed, index) alone, not on the images made with it.
+
+Shapes: B images, C x H x W what the denoiser sees (latents in latent diffusion), T train timesteps.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.autoencoder import KLAutoencoder, VQAutoencoder, decode_first_stage
+from models.conditioning import ClassEmbedder, GuidedDenoiser
+from models.ddim_unet import DDIMUNet
+from models.dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
+from models.guided_samplers import guided_ddim, guided_ddpm, space_timesteps
+from models.ldm_samplers import ldm_ddim, ldm_timesteps, plms
+from models.ldm_unet import TRAINING_ONLY, LDMUNet
+from models.samplers import Denoiser, StepHook, ddim, ddpm
+from models.schedule import SKIPS as DDIM_SKIPS
+from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+
+ARCHITECTURES = {"ddim_unet": DDIMUNet, "ldm_unet": LDMUNet, "adm_unet": LDMUNet}
+UPSTREAM_ONLY = TRAINING_ONLY  # keys of public configurations besides LDMUNet's arguments
+SKIPS = (*DDIM_SKIPS, *(name for name in SPACINGS if name not in DDIM_SKIPS))
+
+# sampler -> the architectures whose output it understands (guided: eps and v)
+SAMPLERS = {
+    "ddim": ("ddim_unet", "ldm_unet"),
+    "ddpm": ("ddim_unet",),
+    "plms": ("ddim_unet", "ldm_unet"),
+    "dpmpp": ("ddim_unet", "ldm_unet"),
+    "ldm_ddim": ("ldm_unet",),
+    "guided_ddpm": ("adm_unet",),
+    "guided_ddim": ("adm_unet",),
+}
+
+
+def build_denoiser(arch: str, params: Mapping[str, Any]) -> nn.Module:
+    """The denoiser with upstream's parameter names, in eval mode, channels_last, not loaded."""
+    if arch == "ddim_unet":
+        model: nn.Module = DDIMUNet(**params)
+    else:
+        model = LDMUNet.from_upstream(params)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def sampling_plan(
+    name: str,
+    steps: int,
+    skip: str,
+    betas: str = "linear",
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    train_timesteps: int = 1000,
+) -> tuple[list[int], np.ndarray]:
+    """Timesteps in the order of use and alphas_cumprod (T,), as the sampler's publication has them.
+
+    The table is float32 for DDIM, float32 rounded from float64 for latent diffusion and float64 for
+    guided diffusion. Raises ValueError when the values do not fit together.
+    """
+    values = make_betas(betas, beta_start, beta_end, train_timesteps)
+    exact = alphas_cumprod(values, np.float64)
+    if name in ("guided_ddpm", "guided_ddim"):
+        if skip != "uniform":
+            raise ValueError(f"{name} has no skip {skip} (uniform)")
+        spacing = f"ddim{steps}" if name == "guided_ddim" else str(steps)
+        return space_timesteps(spacing, train_timesteps), exact
+    if name == "dpmpp":
+        return dpm_timesteps(steps, exact, skip), exact
+    if name in ("ldm_ddim", "plms"):
+        return ldm_timesteps(steps, skip, train_timesteps), exact.astype(np.float32)
+    return sampling_timesteps(steps, skip, train_timesteps), alphas_cumprod(values)
+
+
+def build_pipeline(
+    arch: str,
+    params: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    sampler: Mapping[str, Any],
+    *,
+    micro_batch: int = 16,
+    first_stage: VQAutoencoder | KLAutoencoder | None = None,
+    embedder: ClassEmbedder | None = None,
+    scale_factor: float = 1.0,
+) -> "Pipeline":
+    """schedule: betas, beta_start, beta_end, train_timesteps; sampler: name, steps, skip, eta,
+    clip_denoised, guidance_scale. Raises ValueError when the values do not fit together."""
+    plan = {key: sampler[key] for key in ("name", "steps", "skip")}
+    timesteps, table = sampling_plan(**plan, **schedule)
+    default = (3, 32) if arch == "ddim_unet" else (None, None)
+    channels, side = params.get("in_channels", default[0]), params.get("image_size", default[1])
+    return Pipeline(
+        shape=(channels, side, side),
+        sampler=sampler["name"],
+        timesteps=timesteps,
+        alphas_cumprod=table,
+        eta=sampler["eta"],
+        clip_denoised=sampler["clip_denoised"],
+        guidance_scale=sampler["guidance_scale"],
+        micro_batch=micro_batch,
+        num_classes=embedder.null_class if embedder is not None else params.get("num_classes"),
+        first_stage=first_stage,
+        embedder=embedder,
+        scale_factor=scale_factor,
+    )
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of one image: its start noise, then the noise of each stochastic step.
+
+    torch's CPU generator uses 32 bits of its seed, where hashes of 50,000 indices would collide
+    (by one chance in four). A line modulo 2**32 with an odd slope, both from the hash of the seed,
+    gives no two indices of a run the same.
+    """
+    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest()
+    slope = int.from_bytes(digest[:4], "little") | 1
+    offset = int.from_bytes(digest[4:], "little")
+    return torch.Generator().manual_seed((slope * index + offset) % 2**32)
+
+
+class FixedBatch:
+    """Calls a model with exactly `size` rows whatever the batch; the last call is padded.
+
+    Kernels choose other algorithms for other batch sizes, which changes the last bits. With a
+    constant size a row's result does not depend on its place or on its neighbours.
+    """
+
+    def __init__(self, model: Callable[..., torch.Tensor], size: int):
+        self.model, self.size = model, size
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = len(x)
+        outputs = []
+        for start in range(0, rows, self.size):
+
+            def part(value: Any, start: int = start) -> Any:
+                whole = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+                return _rows(value, start, self.size) if whole else value
+
+            named = {name: part(value) for name, value in kwargs.items()}
+            outputs.append(self.model(part(x), part(t), *map(part, args), **named))
+        return outputs[0] if rows == self.size else torch.cat(outputs)[:rows]
+
+
+def _rows(value: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """Rows start .. start + size; the last row is repeated where there are fewer."""
+    rows = value[start : start + size]
+    if len(rows) < size:
+        rows = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+    return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Everything around a denoiser; see build_pipeline. timesteps are in the order of use."""
+
+    shape: tuple[int, int, int]  # C, H, W of what the denoiser sees
+    sampler: str
+    timesteps: list[int]
+    alphas_cumprod: np.ndarray  # (T,)
+    eta: float
+    clip_denoised: bool
+    guidance_scale: float
+    micro_batch: int
+    num_classes: int | None
+    first_stage: VQAutoencoder | KLAutoencoder | None
+    embedder: ClassEmbedder | None
+    scale_factor: float
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: Callable[..., torch.Tensor],
+        indices: Sequence[int],
+        seed: int,
+        classes: Sequence[int] | None = None,
+        on_step: StepHook | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """Images around [-1, 1], (B, C, H, W). Raises SamplingError for values not finite.
+
+        classes are given to the indices in turn; without them each index has its own.
+        """
+        x = self.latents(denoiser, indices, seed, classes, on_step, device)
+        if self.first_stage is None:
+            return x
+        # One at a time: a constant size, as in FixedBatch, and little memory.
+        parts = [decode_first_stage(self.first_stage, z, self.scale_factor) for z in x.split(1)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        denoiser: Callable[..., torch.Tensor],
+        indices: Sequence[int],
+        seed: int,
+        classes: Sequence[int] | None = None,
+        on_step: StepHook | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """What the sampler ends with, before the first stage's decoder, (B, C, H, W)."""
+        generators = [image_generator(seed, index) for index in indices]
+
+        def noise(_: int = 0) -> torch.Tensor:
+            draws = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+            return draws.to(device, memory_format=torch.channels_last)
+
+        labels = self.labels(indices, seed, classes)
+        model = FixedBatch(denoiser, self.micro_batch)
+        model = self.conditioned(model, None if labels is None else labels.to(device))
+        return self._run(model, noise(), noise, on_step)
+
+    def labels(
+        self, indices: Sequence[int], seed: int, classes: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """Class of each index (B,) int64; None for a model without classes.
+
+        Without `classes`, each run of num_classes indices has every class once, in the seed's
+        order.
+        """
+        if self.num_classes is None:
+            return None
+        if classes is None:
+            digest = hashlib.blake2b(f"classes {seed}".encode(), digest_size=4).digest()
+            order = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            classes = torch.randperm(self.num_classes, generator=order).tolist()
+        return torch.tensor([classes[index % len(classes)] for index in indices])
+
+    def conditioned(
+        self, model: Callable[..., torch.Tensor], labels: torch.Tensor | None
+    ) -> Denoiser:
+        """eps(x, t) of a batch with these classes, guided where guidance_scale is not 1."""
+        if labels is None:
+            return model
+        if self.embedder is None:
+            return lambda x, t: model(x, t, y=labels)
+        null = torch.full_like(labels, self.embedder.null_class)
+        context, without = self.embedder(labels), self.embedder(null)  # (B, 1, D)
+        return GuidedDenoiser(model, context, without, self.guidance_scale)
+
+    def _run(
+        self,
+        model: Denoiser,
+        x: torch.Tensor,
+        noise: Callable[[int], torch.Tensor],
+        on_step: StepHook | None,
+    ) -> torch.Tensor:
+        start = (model, x, self.timesteps, self.alphas_cumprod)
+        drawn = {"noise": noise, "on_step": on_step}
+        clip = {"clip_denoised": self.clip_denoised}
+        if self.sampler == "ddim":
+            return ddim(*start, eta=self.eta, **clip, **drawn)
+        if self.sampler == "ddpm":
+            return ddpm(*start, **drawn)
+        if self.sampler == "ldm_ddim":
+            return ldm_ddim(*start, eta=self.eta, **drawn)
+        if self.sampler == "plms":
+            return plms(*start, on_step=on_step)
+        if self.sampler == "dpmpp":
+            return dpmpp_2m(*start, **clip, on_step=on_step)
+        if self.sampler == "guided_ddpm":
+            return guided_ddpm(*start, **clip, **drawn)
+        return guided_ddim(*start, eta=self.eta, **clip, **drawn)

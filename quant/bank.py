@@ -1,0 +1,64 @@
+"""Calibration data: states of the full-precision sampler with the noise it predicted there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Bank:
+    """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
+    full-precision output there; timesteps (S,): t of each step, descending, may repeat.
+
+    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory.
+    """
+
+    x: torch.Tensor
+    eps: torch.Tensor
+    timesteps: list[int]
+    conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def trajectories(self) -> int:
+        return self.x.shape[1]
+
+    def gather(
+        self, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """index (n, 2): pairs (step k, trajectory j). Returns x_t, t (n,), eps, conditioning."""
+        k, j = index[:, 0], index[:, 1]
+        t = torch.tensor([self.timesteps[i] for i in k.tolist()], device=self.x.device)
+        x = self.x[k, j]
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, t, self.eps[k, j], {n: v[j] for n, v in self.conditioning.items()}
+
+    def by_timestep(
+        self, limit: int, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+        """Batches of one timestep each: the first `limit` trajectories at every step."""
+        for k, t in enumerate(self.timesteps):
+            for start in range(0, min(limit, self.trajectories), batch_size):
+                part = slice(start, min(start + batch_size, limit, self.trajectories))
+                yield self.x[k, part], t, {n: v[part] for n, v in self.conditioning.items()}
+
+    def at_step(
+        self, k: int, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+        """Batches of all trajectories at sampling step k."""
+        for start in range(0, self.trajectories, batch_size):
+            part = slice(start, start + batch_size)
+            conditioning = {n: v[part] for n, v in self.conditioning.items()}
+            yield self.x[k, part], self.timesteps[k], conditioning
+
+    def extend(self, other: "Bank") -> "Bank":
+        """A bank with the trajectories of both. They must share their timesteps."""
+        if self.timesteps != other.timesteps:
+            raise ValueError("banks with different timesteps cannot be joined")
+        return Bank(
+            torch.cat([self.x, other.x], 1),
+            torch.cat([self.eps, other.eps], 1),
+            self.timesteps,
+            {n: torch.cat([v, other.conditioning[n]]) for n, v in self.conditioning.items()},
+        )

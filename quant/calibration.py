@@ -1,0 +1,303 @@
+"""The phases of calibration in their order, each resumable.
+
+    ranges       activation statistics, grouping by error table (grouping.py)
+    search       differentiable groups with active timestep selection (search.py)
+    reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
+    finetune     end-to-end steps on the eps error (finetune.py)
+    correction   PTQD's tables (correction.py)
+
+After each phase `save(state)` gets everything that a later run needs to go on with the next one.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from quant import correction, grouping, statistics, timesteps
+from quant.bank import Bank
+from quant.context import TimestepContext
+from quant.finetune import finetune
+from quant.methods import CalibrationSettings, QuantSettings
+from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
+from quant.quantizer import LearnedQuantizer
+from quant.reconstruct import reconstruct, unit_names
+from quant.search import search
+from quant.weights import WeightQuantizer
+
+PHASES = ("ranges", "search", "reconstruct", "finetune", "correction")
+STATISTICS_TRAJECTORIES = 16
+
+
+class Progress(Protocol):
+    """Where progress goes; a phase of `total` parts reports each with a short text."""
+
+    def begin(self, phase: str, total: int) -> None: ...
+    def step(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class CalibrationState:
+    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values."""
+
+    done: list[str] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tuples: torch.Tensor | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists, dicts and tensors only, for torch.save and weights_only loading."""
+        return vars(self) | {"tensors": dict(self.tensors)}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> "CalibrationState":
+        return cls(value["done"], value["tensors"], value["tuples"], value["report"])
+
+
+def bit_policy(settings: QuantSettings) -> BitPolicy:
+    return BitPolicy(
+        weight=settings.weight.bits,
+        activation=settings.activation.bits,
+        edge=max(settings.edge_bits, settings.weight.bits),
+        time=max(settings.time_bits, settings.weight.bits),
+        softmax=max(settings.activation.softmax_bits, settings.activation.bits),
+        split_skip=settings.split_skip,
+        quantize_matmuls=settings.quantize_matmuls,
+        cache_timestep=settings.time_embedding == "cached",
+        weight_scale=settings.weight.scale,
+    )
+
+
+def calibrated_timesteps(sampling: list[int], limit: int) -> list[int]:
+    """At most `limit` distinct timesteps of a sampling schedule, evenly by rank, ascending."""
+    distinct = sorted(set(sampling))
+    if len(distinct) <= limit:
+        return distinct
+    ranks = torch.linspace(0, len(distinct) - 1, limit).round().long().unique().tolist()
+    return [distinct[r] for r in ranks]
+
+
+def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
+    """Loads a state whose learnable tensors may differ in shape from the fresh model's."""
+    for name, module in model.named_modules():
+        if isinstance(module, LearnedQuantizer):
+            for key in ("log_scale", "zero_point"):
+                old = getattr(module, key)
+                value = tensors[f"{name}.{key}"].to(old.device)
+                setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+            module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
+        elif isinstance(module, WeightQuantizer):
+            for key in ("alpha", "latent"):
+                value = tensors.get(f"{name}.{key}")
+                setattr(module, key, None if value is None else nn.Parameter(value))
+    tables = {
+        k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
+    }
+    if tables:
+        model.correction = correction.OutputCorrection.from_state(model.context, tables)
+    model.load_state_dict(tensors)
+
+
+def calibrate(
+    denoiser: nn.Module,
+    bank: Bank,
+    visit: Callable[[nn.Module, int], Bank],
+    settings: QuantSettings,
+    calibration: CalibrationSettings,
+    train_timesteps: int,
+    progress: Progress,
+    state: CalibrationState | None = None,
+    save: Callable[[CalibrationState], None] = lambda state: None,
+) -> tuple[QuantDenoiser, dict[str, Any]]:
+    """Quantizes the denoiser. Returns the deployed model and a report of plain values.
+
+    denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
+    a quantized model, with full-precision answers. `state` continues an earlier run.
+    """
+    context = TimestepContext(
+        calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
+    )
+    model = quantize(denoiser, context, bit_policy(settings))
+    state = CalibrationState() if state is None else state
+    if state.done:
+        restore(model, state.tensors)
+    phases = {
+        "ranges": _ranges,
+        "search": _search,
+        "reconstruct": _reconstruct,
+        "finetune": _finetune,
+        "correction": _correction,
+    }
+    job = _Job(denoiser, model, bank, visit, settings, calibration, progress, state)
+    for phase in PHASES:
+        if phase in state.done:
+            continue
+        began = time.perf_counter()
+        report = phases[phase](job)
+        if report is not None:
+            state.report[phase] = report | {"seconds": round(time.perf_counter() - began, 2)}
+        state.done.append(phase)
+        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        save(state)
+    return model.deploy(), state.report
+
+
+@dataclass
+class _Job:
+    denoiser: nn.Module
+    model: QuantDenoiser
+    bank: Bank
+    visit: Callable[[nn.Module, int], Bank]
+    settings: QuantSettings
+    calibration: CalibrationSettings
+    progress: Progress
+    state: CalibrationState
+
+    def generator(self, phase: str) -> torch.Generator:
+        """Random numbers of a phase, independent of the phases before it."""
+        return torch.Generator().manual_seed(self.calibration.seed * 1009 + PHASES.index(phase))
+
+
+def _ranges(job: _Job) -> dict[str, Any]:
+    activation = job.settings.activation
+    quantizers = list(activation_quantizers(job.model))
+    limit = min(STATISTICS_TRAJECTORIES, job.bank.trajectories)
+    job.progress.begin("activation ranges", len(quantizers))
+    batches = job.bank.by_timestep(limit, job.calibration.batch_size)
+    stats = statistics.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    groups = 1 if activation.search == "none" else activation.groups
+    for name, quantizer in quantizers:
+        grouping.assign(quantizer, stats[name], groups, activation.search, activation.scale)
+        job.progress.step("")
+    job.progress.end()
+    return {"quantizers": len(quantizers), "trajectories": limit}
+
+
+def _search(job: _Job) -> dict[str, Any] | None:
+    """Also chooses the calibration tuples, since active selection is part of the search."""
+    calibration, settings = job.calibration, job.settings.search
+    generator, samples = job.generator("search"), calibration.samples
+    count, trajectories = len(job.bank.timesteps), job.bank.trajectories
+    report, tuples, result = None, torch.zeros(0, 2, dtype=torch.long), None
+    if job.settings.activation.search == "differentiable":
+        job.progress.begin("group search", settings.rounds)
+        result = search(
+            job.model,
+            job.bank,
+            settings,
+            generator,
+            lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
+        )
+        job.progress.end()
+        report = {
+            "decided": result.decided,
+            "moved": result.moved,
+            "error_start": result.error_start,
+            "error_end": result.error_end,
+        }
+    if calibration.timesteps == "active" and result is not None:
+        tuples = result.tuples[:samples]
+        steps = result.selector.pick(samples - len(tuples))
+    elif calibration.timesteps == "uniform":
+        steps = timesteps.uniform_steps(samples, count)
+    elif calibration.timesteps == "normal":
+        steps = timesteps.normal_steps(samples, count, generator)
+    else:
+        steps = timesteps.all_steps(samples, count)
+    if len(steps):
+        more = timesteps.tuples_of_steps(steps, trajectories, generator)
+        tuples = torch.cat([tuples, more])
+    job.state.tuples = tuples
+    job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
+    return report
+
+
+def _reconstruct(job: _Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
+        return None
+    units = unit_names(job.model, roles_of(job.denoiser).units)
+    errors: dict[str, tuple[float, float]] = {}
+
+    def on_unit(name: str, before: float, after: float) -> None:
+        errors[name] = (before, after)
+        job.progress.step(name)
+
+    job.progress.begin("block reconstruction", len(units))
+    reconstruct(
+        job.denoiser,
+        job.model,
+        job.bank,
+        job.state.tuples,
+        job.settings.reconstruct,
+        job.settings.activation.learned,
+        units,
+        job.calibration.memory_gb,
+        job.calibration.seed,
+        on_unit,
+    )
+    job.progress.end()
+    kept = sum(after < before for before, after in errors.values())
+    return {"units": len(units), "improved": kept, "errors": errors}
+
+
+def _finetune(job: _Job) -> dict[str, Any] | None:
+    settings = job.settings.reconstruct
+    if settings.finetune_iterations == 0:
+        return None
+    losses: list[float] = []
+
+    def on_iteration(i: int, loss: float) -> None:
+        losses.append(loss)
+        recent = losses[-20:]
+        job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
+
+    visits = [0]
+
+    def visit(model: nn.Module) -> Bank:
+        visits[0] += 1
+        return job.visit(model, visits[0])
+
+    job.progress.begin("end-to-end steps", settings.finetune_iterations)
+    finetune(
+        job.model,
+        job.bank,
+        job.state.tuples,
+        settings.finetune_iterations,
+        settings.finetune_batch_size,
+        settings.lr_scale,
+        job.generator("finetune"),
+        visit if settings.progressive else None,
+        on_iteration,
+    )
+    job.progress.end()
+    tenth = max(1, len(losses) // 10)
+    return {
+        "error_start": sum(losses[:tenth]) / tenth,
+        "error_end": sum(losses[-tenth:]) / tenth,
+        "visited": visits[0],
+    }
+
+
+@torch.no_grad()
+def _correction(job: _Job) -> dict[str, Any] | None:
+    if job.settings.correction == "none":
+        return None
+    bank, model = job.bank, job.model.deploy()
+    outputs, bins = [], []
+    job.progress.begin("noise correction", len(bank.timesteps))
+    for k, t in enumerate(bank.timesteps):
+        for x, _, conditioning in bank.at_step(k, job.calibration.batch_size):
+            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            outputs.append(model(x, steps, **conditioning))
+        bins += [int(model.context.bin_of_t[t])] * bank.trajectories
+        job.progress.step(f"t = {t}")
+    job.progress.end()
+    eps = bank.eps.flatten(0, 1)
+    job.model.correction = correction.fit(
+        job.model.context, eps, torch.cat(outputs), torch.tensor(bins)
+    )
+    return {"largest_k": float(job.model.correction.k.abs().max())}

@@ -1,0 +1,93 @@
+"""Correction of the predicted noise at sampling time (PTQD, Section 3; METHOD 5.5).
+
+The quantization error of a step splits into a part correlated with the full-precision output and
+the rest:  eps_Q - eps = k eps + mu + residual.  The correction is  eps = (eps_Q - mu) / (1 + k).
+The residual's variance is taken out of the sampler's own noise where there is any (eta > 0).
+"""
+
+import torch
+from torch import nn
+
+from quant.context import TimestepContext
+
+LARGEST_K = 0.3
+
+
+class OutputCorrection(nn.Module):
+    """Per timestep bin and output channel. Buffers k, mu (S, C) and sigma (S,), float32."""
+
+    def __init__(
+        self, context: TimestepContext, k: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor
+    ):
+        super().__init__()
+        self.context = context
+        self.register_buffer("k", k)
+        self.register_buffer("mu", mu)
+        self.register_buffer("sigma", sigma)
+
+    @classmethod
+    def from_state(
+        cls, context: TimestepContext, state: dict[str, torch.Tensor]
+    ) -> "OutputCorrection":
+        """Raises ValueError if the tensors do not fit together."""
+        k, mu, sigma = state.get("k"), state.get("mu"), state.get("sigma")
+        if k is None or mu is None or sigma is None or k.dim() != 2 or k.shape != mu.shape:
+            raise ValueError("damaged correction tables")
+        if len(k) != len(context.timesteps) or sigma.shape != (len(k),):
+            raise ValueError("the correction tables do not fit the calibrated timesteps")
+        if float(k.abs().max()) > LARGEST_K + 1e-6 or float(sigma.min()) < 0:
+            raise ValueError("the correction tables are out of range")
+        return cls(context, k, mu, sigma)
+
+    def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
+        bins = torch.as_tensor(self.context.bins, device=eps.device)
+        shape = (-1, eps.shape[1], 1, 1)
+        return (eps - self.mu[bins].view(shape)) / (1 + self.k[bins].view(shape))
+
+
+def fit(
+    context: TimestepContext,
+    eps: torch.Tensor,
+    eps_q: torch.Tensor,
+    bins: torch.Tensor,
+    relu_k: bool = False,
+) -> OutputCorrection:
+    """Least squares per bin and channel, kept only where it lowers the error of held-out samples.
+
+    eps, eps_q (N, C, H, W): full-precision and quantized outputs; bins (N,). Odd samples fit, even
+    samples judge. relu_k drops negative k, as the release of PTQD does. Bins without at least four
+    samples stay uncorrected.
+    """
+    count, channels = len(context.timesteps), eps.shape[1]
+    k, mu = torch.zeros(count, channels), torch.zeros(count, channels)
+    sigma = torch.zeros(count)
+    for b in range(count):
+        mine = (bins == b).nonzero().flatten()
+        if len(mine) < 4:
+            continue
+        x = eps[mine].transpose(0, 1).flatten(2).float()  # (C, n, HW)
+        error = eps_q[mine].transpose(0, 1).flatten(2).float() - x
+        fit_x, fit_error = x[:, 1::2].flatten(1), error[:, 1::2].flatten(1)
+        mean_x, mean_error = fit_x.mean(1), fit_error.mean(1)
+        centred = fit_x - mean_x[:, None]
+        variance = centred.square().mean(1).clamp(min=1e-12)
+        slope = (centred * (fit_error - mean_error[:, None])).mean(1) / variance
+        slope = slope.clamp(0.0 if relu_k else -LARGEST_K, LARGEST_K)
+        offset = mean_error - slope * mean_x
+        test_x, test_error = x[:, 0::2].flatten(1), error[:, 0::2].flatten(1)
+        corrected = (test_x + test_error - offset[:, None]) / (1 + slope[:, None]) - test_x
+        better = corrected.square().mean(1) < test_error.square().mean(1)  # (C,)
+        k[b] = torch.where(better, slope, 0.0)
+        mu[b] = torch.where(better, offset, 0.0)
+        residual = torch.where(better[:, None], corrected, test_error)
+        sigma[b] = residual.std()
+    return OutputCorrection(context, k, mu, sigma)
+
+
+def corrected_variance(sigma_t: float, direction: float, sigma_q: float) -> float:
+    """Standard deviation left for the sampler's own noise (PTQD, variance schedule calibration).
+
+    sigma_t^2 - c_t^2 sigma_q^2, not below zero; c_t is the coefficient of eps in the step, which
+    stays the one of the original schedule. Zero for eta = 0.
+    """
+    return max(0.0, sigma_t**2 - direction**2 * sigma_q**2) ** 0.5

@@ -1,0 +1,88 @@
+"""End-to-end steps: the quantized denoiser learns to predict the full-precision noise.
+
+The last phase of tinyDM. Weights move as latent codes with straight-through rounding, activation
+scales by LSQ, biases and norms as they are; the loss is the eps error at calibration samples,
+data-free. With `progressive`, half-way through the samples are joined by states that the quantized
+sampler itself visits, with the full-precision noise there as the target (TCAQ-DM's idea).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from quant.bank import Bank
+from quant.model import QuantDenoiser, activation_quantizers, weight_layers
+from quant.timesteps import all_steps, tuples_of_steps
+
+LR_LATENT = 0.01  # in units of a weight's scale: a hundred steps move a weight by one code
+LR_FLOAT = 1e-3  # biases, norms
+LR_ZERO_POINT = 0.02  # in codes
+
+
+def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
+    """Makes the latent weights and marks what learns; returns the optimizer's groups."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    latents, taken = [], set()
+    for _, layer in weight_layers(model):
+        layer.weight_quantizer.start_latent(layer.weight.detach())
+        latents.append(layer.weight_quantizer.latent)
+        taken |= {id(layer.weight), id(layer.weight_quantizer.latent)}
+    quantizers = [q for _, q in activation_quantizers(model)]
+    scales = [q.log_scale for q in quantizers]
+    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
+    taken |= {id(p) for q in quantizers for p in q.parameters()}
+    floats = [p for p in model.parameters() if id(p) not in taken]
+    for p in [*latents, *scales, *zero_points, *floats]:
+        p.requires_grad_(True)
+    return [
+        {"params": latents, "lr": LR_LATENT},
+        {"params": scales, "lr": lr_scale},
+        {"params": zero_points, "lr": LR_ZERO_POINT},
+        {"params": floats, "lr": LR_FLOAT},
+    ]
+
+
+def finetune(
+    model: QuantDenoiser,
+    bank: Bank,
+    tuples: torch.Tensor,
+    iterations: int,
+    batch_size: int,
+    lr_scale: float,
+    generator: torch.Generator,
+    visit: Callable[[nn.Module], Bank] | None = None,
+    on_iteration: Callable[[int, float], None] = lambda i, loss: None,
+) -> None:
+    """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
+    the quantized sampler visits. on_iteration(i, loss) is for progress.
+    """
+    if iterations == 0:
+        return
+    groups = parameter_groups(model, lr_scale)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rounds_of_visits = {iterations // 3, 2 * iterations // 3} if visit is not None else set()
+    for i in range(iterations):
+        if i in rounds_of_visits and i > 0:
+            seen = visit(model.deploy())
+            extra = tuples_of_steps(
+                all_steps(len(seen.timesteps) * seen.trajectories, len(seen.timesteps)),
+                seen.trajectories,
+                generator,
+            )
+            extra[:, 1] += bank.trajectories
+            bank, tuples = bank.extend(seen), torch.cat([tuples, extra])
+        index = tuples[torch.randint(len(tuples), (batch_size,), generator=generator)]
+        x, t, eps, conditioning = bank.gather(index)
+        loss = (model(x, t, **conditioning) - eps).square().mean()
+        progress = i / iterations
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.zero_grad(set_to_none=True)
+        (loss * 100).backward()  # Adam is scale free; this keeps tiny gradients above its epsilon
+        optimizer.step()
+        on_iteration(i, float(loss.detach()))

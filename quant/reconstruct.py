@@ -1,0 +1,234 @@
+"""Block-wise reconstruction: AdaRound and learned activation scales (METHOD 5.4, BRECQ).
+
+The residual units are taken in the order of execution, in chunks whose inputs and outputs fit the
+memory limit. One full-precision and one quantized pass per chunk record them, so the cost is linear
+in samples and layers. A unit learns to give the full-precision output from a mixture of
+full-precision and quantized-prefix inputs (QDrop). It keeps what it learned only if the error of
+held-out samples fell.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.bank import Bank
+from quant.layers import CalibLayer, TimestepLayer
+from quant.methods import ReconstructSettings
+from quant.model import QuantDenoiser
+from quant.quantizer import LearnedQuantizer
+
+HELD_OUT = 1 / 8  # share of the samples that judge instead of teach
+
+
+@dataclass
+class Record:
+    """Calls of one unit, sample by sample along axis 0: inputs in full precision and behind the
+    quantized prefix (lists of tensors), and the full-precision output."""
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    quantized_inputs: list[torch.Tensor] = field(default_factory=list)
+    output: torch.Tensor | None = None
+
+
+def unit_names(model: QuantDenoiser, declared: tuple[str, ...]) -> list[str]:
+    """Units to reconstruct: the declared ones that hold layers, then every layer outside them.
+
+    Layers of the timestep alone are left out; they are not quantized on the input side and their
+    weights keep more bits.
+    """
+    modules = dict(model.denoiser.named_modules())
+    units = [n for n in declared if _trainable(modules[n])]
+    for name, module in modules.items():
+        if isinstance(module, CalibLayer) and not any(
+            name == u or name.startswith(f"{u}.") for u in units
+        ):
+            parent = modules[name.rpartition(".")[0]]
+            if not isinstance(parent, TimestepLayer):
+                units.append(name)
+    return units
+
+
+def _trainable(unit: nn.Module) -> list[CalibLayer]:
+    """The layers of a unit whose rounding is learned: all but those of the timestep alone."""
+    inside = {id(m.layer) for m in unit.modules() if isinstance(m, TimestepLayer)}
+    return [m for m in unit.modules() if isinstance(m, CalibLayer) and id(m) not in inside]
+
+
+@torch.no_grad()
+def _record(
+    run: Callable, roots: dict[str, nn.Module], batches: Iterator, outputs: bool
+) -> dict[str, tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """Runs the batches and keeps the units' tensor arguments (and outputs), on the CPU."""
+    kept: dict[str, list[tuple[tuple, torch.Tensor]]] = {name: [] for name in roots}
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            arguments = tuple(a.detach().cpu() for a in args if a is not None)
+            kept[name].append((arguments, output.detach().cpu() if outputs else None))
+
+        return hook
+
+    handles = [unit.register_forward_hook(hook_of(name)) for name, unit in roots.items()]
+    try:
+        for x, t, _, conditioning in batches:
+            run(x, t, **conditioning)
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name, calls in kept.items():
+        arguments = [torch.cat(parts) for parts in zip(*(c[0] for c in calls), strict=True)]
+        result[name] = (arguments, torch.cat([c[1] for c in calls]) if outputs else None)
+    return result
+
+
+def _chunks(names: list[str], sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    chunk, total = [], 0
+    for name in names:
+        if chunk and total + sizes[name] > limit:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(name)
+        total += sizes[name]
+    if chunk:
+        yield chunk
+
+
+def reconstruct(
+    denoiser: nn.Module,
+    model: QuantDenoiser,
+    bank: Bank,
+    tuples: torch.Tensor,
+    settings: ReconstructSettings,
+    learn_scales: bool,
+    units: list[str],
+    memory_gb: float,
+    seed: int,
+    on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
+) -> None:
+    """Reconstructs the units in place; on_unit(name, error before, error after) after each.
+
+    tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
+    """
+    order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
+
+    def batches() -> Iterator:
+        for start in range(0, len(order), settings.batch_size):
+            yield bank.gather(order[start : start + settings.batch_size])
+
+    one = [bank.gather(order[:1])]
+    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one), True)
+    sizes = {
+        n: 4 * len(order) * (2 * sum(a.numel() for a in probe[n][0]) + probe[n][1].numel())
+        for n in units
+    }
+    t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
+    for chunk in _chunks(units, sizes, int(memory_gb * 2**30)):
+        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches(), True)
+        inside = {n: model.denoiser.get_submodule(n) for n in chunk}
+        prefix = _record(model, inside, batches(), False)
+        for name in chunk:
+            record = Record(full[name][0], prefix[name][0], full[name][1])
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            before, after = _learn_unit(
+                model, inside[name], record, t_all, settings, learn_scales, generator
+            )
+            on_unit(name, before, after)
+            del full[name], prefix[name]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    value = seed
+    for character in name:
+        value = (value * 1000003 + ord(character)) % (2**63)
+    return value
+
+
+def _learn_unit(
+    model: QuantDenoiser,
+    unit: nn.Module,
+    record: Record,
+    t_all: torch.Tensor,
+    settings: ReconstructSettings,
+    learn_scales: bool,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    """Returns the held-out error before and after; restores the start if it did not fall."""
+    layers = _trainable(unit)
+    device = next(unit.parameters()).device
+    held_out = max(1, int(len(t_all) * HELD_OUT))
+    teach = len(t_all) - held_out
+    if teach < 1 or settings.iterations == 0:
+        return 0.0, 0.0
+
+    def call(index: torch.Tensor, mix: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model.context.set(t_all[index])
+        model.context.bins = _to(model.context.bins, device)
+        arguments = [a[index].to(device) for a in record.quantized_inputs]
+        if mix:  # each sample takes one of the two inputs
+            keep = torch.rand(len(index), generator=generator) < 0.5
+            for i, a in enumerate(record.inputs):
+                shape = (-1,) + (1,) * (a.dim() - 1)
+                arguments[i] = torch.where(
+                    keep.view(shape).to(device), a[index].to(device), arguments[i]
+                )
+        return unit(*arguments), record.output[index].to(device)
+
+    @torch.no_grad()
+    def judge() -> float:
+        total = 0.0
+        for start in range(teach, len(t_all), settings.batch_size):
+            index = torch.arange(start, min(start + settings.batch_size, len(t_all)))
+            out, target = call(index, mix=False)
+            total += float((out - target).square().sum())
+        return total / record.output[teach:].numel()
+
+    before = judge()
+    scale_of_loss = 1.0 / max(before, 1e-12)
+    saved = {k: v.clone() for k, v in unit.state_dict().items()}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for layer in layers:
+        layer.weight_quantizer.start_rounding(layer.weight.detach())
+    alphas = [layer.weight_quantizer.alpha for layer in layers]
+    groups = [{"params": alphas, "lr": settings.lr_rounding}]
+    if learn_scales:
+        quantizers = [q for q in unit.modules() if isinstance(q, LearnedQuantizer)]
+        scales = [q.log_scale.requires_grad_(True) for q in quantizers]
+        groups.append({"params": scales, "lr": settings.lr_scale})
+    optimizer = torch.optim.Adam(groups)
+    weights = sum(a.numel() for a in alphas)
+    for i in range(settings.iterations):
+        progress = i / settings.iterations
+        index = torch.randint(teach, (min(settings.batch_size, teach),), generator=generator)
+        out, target = call(index, mix=True)
+        loss = (out - target).square().mean() * scale_of_loss
+        if progress >= 0.2:
+            beta = 20 - 18 * (progress - 0.2) / 0.8
+            loss = loss + settings.regulariser * 100 / weights * sum(
+                layer.weight_quantizer.regulariser(beta) for layer in layers
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        for group, rate in zip(
+            optimizer.param_groups, (settings.lr_rounding, settings.lr_scale), strict=False
+        ):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+    for layer in layers:
+        layer.weight_quantizer.soft = False
+    after = judge()
+    if not after < before:
+        for layer in layers:
+            layer.weight_quantizer.alpha = None
+        unit.load_state_dict(saved)
+        return before, before
+    return before, after
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

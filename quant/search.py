@@ -1,0 +1,125 @@
+"""Differentiable search of the timestep groups, with active timestep selection (METHOD 5.2, 5.3).
+
+Every activation quantizer holds a softmax sigma over its G groups for every bin; its output is the
+mixture of the two likeliest groups. Minimised are the eps error against full precision, relative to
+its start, and lambda times the mean entropy of sigma, while the temperature falls, so that the
+assignment ends hard and taking the arg max changes little (the gap is reported).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quant.bank import Bank
+from quant.methods import SearchSettings
+from quant.model import QuantDenoiser, activation_quantizers
+from quant.quantizer import LearnedQuantizer
+from quant.timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
+
+
+@dataclass
+class SearchResult:
+    """tuples (n, 2): the samples that were used; selector: its final scores; decided: share of
+    (quantizer, bin) with max sigma > 0.95 before the arg max; moved: share whose group changed;
+    error_start, error_end: eps error at the first and last tenth of the rounds."""
+
+    tuples: torch.Tensor
+    selector: ActiveSelector
+    decided: float
+    moved: float
+    error_start: float
+    error_end: float
+
+
+def start(quantizers: list[LearnedQuantizer], confidence: float = 0.9) -> list[nn.Parameter]:
+    """Gives each quantizer its logits (S, G): `confidence` on the assigned group."""
+    logits = []
+    for q in quantizers:
+        rest = (1 - confidence) / max(q.groups - 1, 1)
+        sigma = torch.full((len(q.group_of_bin), q.groups), rest, device=q.log_scale.device)
+        sigma.scatter_(1, q.group_of_bin[:, None], confidence if q.groups > 1 else 1.0)
+        q.logits = nn.Parameter(sigma.log())
+        logits.append(q.logits)
+    return logits
+
+
+def harden(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
+    """Takes the arg max of every sigma; returns (share decided, share moved), see SearchResult."""
+    decided = moved = total = 0
+    for q in quantizers:
+        sigma = torch.softmax(q.logits.detach() / q.temperature, dim=-1)
+        best, group = sigma.max(dim=-1)
+        decided += int((best > 0.95).sum())
+        moved += int((group != q.group_of_bin).sum())
+        total += len(group)
+        q.group_of_bin, q.logits, q.temperature = group, None, 1.0
+    return decided / max(total, 1), moved / max(total, 1)
+
+
+def search(
+    model: QuantDenoiser,
+    bank: Bank,
+    settings: SearchSettings,
+    generator: torch.Generator,
+    on_round: Callable[[int, float], None] = lambda i, loss: None,
+) -> SearchResult:
+    """Learns groups and scales of all activation quantizers together; weights stay as they are.
+
+    Only quantizers with more than one group are searched. on_round(i, loss) is for progress.
+    """
+    quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
+    count = len(bank.timesteps)
+    selector = ActiveSelector(count, settings.exploration, settings.error_weight)
+    if not quantizers:
+        return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
+    logits = start(quantizers)
+    scales = [q.log_scale for q in quantizers]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in [*logits, *scales]:
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": logits, "lr": settings.lr_logits},
+            {"params": scales, "lr": settings.lr_scale},
+        ]
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    bin_of_step = model.context.bin_of_t[torch.tensor(bank.timesteps)]
+    tuples, errors, normaliser = [], [], None
+    for i in range(settings.rounds):
+        progress = i / settings.rounds
+        temperature = settings.temperature**progress
+        for q in quantizers:
+            q.temperature = temperature
+        index = tuples_of_steps(selector.pick(settings.batch_size), bank.trajectories, generator)
+        x, t, eps, conditioning = bank.gather(index)
+        error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
+        sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
+        entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
+        if normaliser is None:
+            normaliser = error.mean().detach().clamp(min=1e-12)
+        loss = error.mean() / normaliser + settings.entropy * entropy.mean()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        selector.observe_error(index[:, 0], error.detach().cpu())
+        selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
+        tuples.append(index)
+        errors.append(float(error.detach().mean()))
+        on_round(i, float(loss.detach()))
+    decided, moved = harden(quantizers)
+    tenth = max(1, len(errors) // 10)
+    return SearchResult(
+        torch.cat(tuples),
+        selector,
+        decided,
+        moved,
+        sum(errors[:tenth]) / tenth,
+        sum(errors[-tenth:]) / tenth,
+    )

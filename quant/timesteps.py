@@ -1,0 +1,97 @@
+"""Which (step, trajectory) tuples become calibration samples (METHOD 5.3 and 1.1 to 1.4).
+
+uniform: evenly spaced steps (Q-Diffusion: 20 of them). normal: steps drawn from a normal
+distribution over the step index (PTQ4DM, NDTC). all: every step alike. active: the steps where the
+groups are undecided or the error is large, see ActiveSelector.
+
+Each sample keeps the state that belongs to its own timestep; states are never noised again.
+"""
+
+import math
+
+import torch
+
+
+def tuples_of_steps(
+    steps: torch.Tensor, trajectories: int, generator: torch.Generator
+) -> torch.Tensor:
+    """steps (n,) sampling-step indices -> (n, 2) pairs (k, j), spread over the trajectories.
+
+    Each step walks through its own random order of the trajectories, so that none repeats before
+    all were used.
+    """
+    order = {int(k): torch.randperm(trajectories, generator=generator) for k in steps.unique()}
+    used = dict.fromkeys(order, 0)
+    pairs = []
+    for k in steps.tolist():
+        pairs.append((k, int(order[k][used[k] % trajectories])))
+        used[k] += 1
+    return torch.tensor(pairs)
+
+
+def uniform_steps(samples: int, count: int, spaced: int = 20) -> torch.Tensor:
+    """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (METHOD 1.2)."""
+    chosen = torch.linspace(0, count - 1, min(spaced, count)).round().long()
+    return chosen[torch.arange(samples) % len(chosen)]
+
+
+def normal_steps(
+    samples: int, count: int, generator: torch.Generator, mean: float = 0.4, std: float = 0.4
+) -> torch.Tensor:
+    """Normally distributed time-step calibration (PTQ4DM, eq. 15), with the mean and standard
+    deviation as shares of the trajectory; 0 is the end of sampling (the clean image)."""
+    position = torch.randn(samples, generator=generator) * std + mean
+    ascending = (position * count).floor().clamp(0, count - 1).long()
+    return count - 1 - ascending  # step index 0 is the noisiest
+
+
+def all_steps(samples: int, count: int) -> torch.Tensor:
+    """Every step alike, (samples,)."""
+    return torch.arange(samples) % count
+
+
+class ActiveSelector:
+    """Scores the sampling steps and picks the most informative ones (METHOD 5.3).
+
+    s(k) = mean_l H(sigma_l^k) / ln G  +  rho L_k / max L  +  eta / (N_k + 1)
+
+    H is the entropy of the group assignment, L_k the running eps error at step k, N_k how often k
+    was chosen. rho = 0 is the rule of the paper. Every step is eligible.
+    """
+
+    def __init__(self, count: int, exploration: float, error_weight: float):
+        self.exploration, self.error_weight = exploration, error_weight
+        self.entropy = torch.zeros(count)  # normalised to 0..1
+        self.error = torch.zeros(count)
+        self.chosen = torch.zeros(count, dtype=torch.long)
+
+    def score(self) -> torch.Tensor:
+        """(count,) float32."""
+        error = self.error / self.error.max().clamp(min=1e-12)
+        bonus = self.exploration / (self.chosen + 1)
+        return self.entropy + self.error_weight * error + bonus
+
+    def pick(self, n: int) -> torch.Tensor:
+        """The n best steps, one after the other, each counted at once; (n,) indices."""
+        picks = []
+        for _ in range(n):
+            k = int(self.score().argmax())
+            self.chosen[k] += 1
+            picks.append(k)
+        return torch.tensor(picks)
+
+    def observe_error(self, steps: torch.Tensor, error: torch.Tensor, momentum: float = 0.5):
+        """steps (n,), error (n,): eps errors just measured there."""
+        for k in steps.unique().tolist():
+            value = error[steps == k].mean()
+            seen = self.error[k] > 0
+            self.error[k] = momentum * self.error[k] + (1 - momentum) * value if seen else value
+
+
+def normalised_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Entropy over the last axis divided by ln G; zero when there is one group."""
+    groups = probabilities.shape[-1]
+    if groups == 1:
+        return torch.zeros(probabilities.shape[:-1], device=probabilities.device)
+    p = probabilities.clamp(min=1e-12)
+    return -(p * p.log()).sum(-1) / math.log(groups)

@@ -1,0 +1,274 @@
+"""The configuration of an experiment: frozen dataclasses, read by one strict loader.
+
+    config = load_config("configs/cifar10.yaml", ["sampler.steps=50"])
+
+Nothing else reads YAML. `quant` and `calibration` take their defaults from the method's preset.
+Relative paths to checkpoints are looked up in the repository, then beside the configuration file,
+then in the working directory; those given on the command line in the working directory first.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.pipeline import ARCHITECTURES, SAMPLERS, SKIPS, UPSTREAM_ONLY, sampling_plan
+from models.schedule import SCHEDULES
+from quant.methods import CalibrationSettings, QuantSettings, bounded, choice, preset
+from scripts.common.strict import (
+    ConfigError,
+    Key,
+    Tree,
+    Where,
+    build,
+    check_arguments,
+    read_value,
+    read_yaml,
+    suggestion,
+)
+
+__all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = dataclasses.fields(QuantSettings)[0].metadata["choices"]
+
+
+@dataclass(frozen=True)
+class FirstStageConfig:
+    """The autoencoder of latent diffusion, in the public configurations' words."""
+
+    target: str  # VQModelInterface or AutoencoderKL, a class path before it is ignored
+    params: dict
+    checkpoint: str | None = None  # null: within the model's checkpoint
+    prefix: str | None = "first_stage_model"  # its tensors' names begin with it
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """One context token per class. The last of n_classes is the null class."""
+
+    n_classes: int = field(metadata={"range": (2, 10**6)})
+    embed_dim: int = field(metadata={"range": (1, 10**6)})
+    prefix: str | None = "cond_stage_model"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """scale_factor null: the checkpoint's own where it holds one, else 1."""
+
+    arch: str = field(metadata={"choices": tuple(ARCHITECTURES)})
+    params: dict = field(default_factory=dict)  # upstream's names
+    checkpoint: str | None = None
+    url: str | None = None
+    weights: str = choice("ema", "ema", "raw")
+    prefix: str | None = None  # the denoiser's tensors' names begin with it
+    first_stage: FirstStageConfig | None = None
+    conditioning: ConditioningConfig | None = None
+    scale_factor: float | None = field(default=None, metadata={"range": (1e-6, 1e6)})
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """scaled_linear is what latent diffusion calls "linear"."""
+
+    betas: str = choice("linear", *SCHEDULES)
+    beta_start: float = bounded(1e-4, 1e-9, 1.0)
+    beta_end: float = bounded(0.02, 1e-9, 1.0)
+    train_timesteps: int = bounded(1000, 2, 100_000)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    name: str = choice("ddim", *SAMPLERS)
+    steps: int = bounded(100, 1, 100_000)
+    skip: str = choice("uniform", *SKIPS)
+    eta: float = bounded(0.0, 0.0, 1.0)
+    clip_denoised: bool = False
+    guidance_scale: float = bounded(1.0, 0.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """batch_size: images made together, changes nothing; micro_batch: rows of each network call.
+
+    classes are given to the images in turn; null spreads all classes evenly.
+    """
+
+    count: int = bounded(64, 1, 1_000_000)
+    batch_size: int = bounded(64, 1, 65_536)
+    micro_batch: int = bounded(16, 1, 65_536)
+    seed: int = bounded(1234, 0, 2**63 - 1)
+    classes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    quant: QuantSettings = QuantSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class Override:
+    """One key of the command line: `--set key=value`, or an option that stands for a key."""
+
+    key: str
+    text: str
+    label: str
+
+    @classmethod
+    def parse(cls, pair: str) -> "Override":
+        """key.sub=value. Raises ConfigError."""
+        key, equals, text = pair.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {pair}: must be key.sub=value")
+        return cls(key, text, f"--set {key}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> Config:
+    """Read a YAML file; overrides ("key.sub=value") replace keys, the last one wins.
+
+    Raises ConfigError: one line with file and line, or with the option.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
+    return parse_config(text, str(path), overrides, Path(path).parent)
+
+
+def parse_config(
+    text: str,
+    source: str,
+    overrides: Sequence[str | Override] = (),
+    folder: str | Path = ".",
+) -> Config:
+    """As load_config, from YAML text; `source` names it, paths may be relative to `folder`."""
+    tree = read_yaml(text, source)
+    for override in overrides:
+        override = Override.parse(override) if isinstance(override, str) else override
+        value = read_value(override.text, override.label)
+        tree.set(tuple(override.key.split(".")), value, override.label)
+    quant, calibration = preset(_method(tree))
+    defaults = {"quant": quant, "calibration": calibration}
+    config = build(Config, tree.values, tree.where, (), defaults)
+    _check(config, tree.where)
+    return _with_paths(config, tree, Path(folder))
+
+
+def resolved_yaml(config: Config) -> str:
+    """All keys of a configuration; load_config reads it back to the same one."""
+    values = _lists(dataclasses.asdict(config))
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
+
+
+def repository_path(text: str) -> Path:
+    """A path of a loaded configuration as one that can be opened."""
+    path = ROOT / text
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _method(tree: Tree) -> str:
+    """quant.method, known before the rest since it chooses the defaults."""
+    section = tree.values.get("quant")
+    method = section.get("method", "tinydm") if isinstance(section, dict) else "tinydm"
+    if method not in METHODS:
+        where, known = tree.where(("quant", "method")), suggestion(str(method), METHODS)
+        raise ConfigError(f"{where}: quant.method is {method!r}, which is unknown{known}")
+    return method
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _check(config: Config, where: Where) -> None:
+    """What one key alone does not tell."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")
+
+    model, schedule, sampler = config.model, config.schedule, config.sampler
+    denoiser = ARCHITECTURES[model.arch]
+    extra = () if model.arch == "ddim_unet" else UPSTREAM_ONLY
+    check_arguments(denoiser, model.params, where, ("model", "params"), extra)
+    if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
+        refuse("model.params", "needs image_size, the side of what the denoiser sees")
+    for name in ("first_stage", "conditioning"):
+        if getattr(model, name) is not None and model.arch != "ldm_unet":
+            refuse(f"model.{name}", "belongs to arch ldm_unet only")
+    if schedule.beta_start > schedule.beta_end:
+        refuse("schedule.beta_end", f"must be at least beta_start, is {schedule.beta_end}")
+    if schedule.beta_end >= 1:
+        refuse("schedule.beta_end", "must be below 1")
+    if sampler.steps > schedule.train_timesteps:
+        limits = f"1..{schedule.train_timesteps}"
+        refuse("sampler.steps", f"must be within {limits}, is {sampler.steps}")
+    if model.arch not in SAMPLERS[sampler.name]:
+        fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
+        refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
+    try:
+        sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
+    except ValueError as error:
+        refuse("sampler", f"does not fit: {error}")
+    if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
+        refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
+    if sampler.guidance_scale != 1 and model.conditioning is None:
+        refuse("sampler.guidance_scale", "needs model.conditioning")
+    _check_classes(config, refuse)
+
+
+def _check_classes(config: Config, refuse: Any) -> None:
+    model, classes = config.model, config.sampling.classes
+    if classes is None:
+        return
+    count = number_of_classes(model)
+    if count is None:
+        refuse("sampling.classes", "is for class-conditional models only")
+    elif not classes or min(classes) < 0 or max(classes) >= count:
+        refuse("sampling.classes", f"must be a list of numbers within 0..{count - 1}")
+
+
+def number_of_classes(model: ModelConfig) -> int | None:
+    """Classes that can be asked for (the null class is none of them), None if there are none."""
+    if model.conditioning is not None:
+        return model.conditioning.n_classes - 1
+    return model.params.get("num_classes")
+
+
+def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:
+    """Checkpoints as they are found: relative to the repository if they lie in it."""
+    model = config.model
+    found = _located(model.checkpoint, ("model", "checkpoint"), tree, folder)
+    model = replace(model, checkpoint=found)
+    if model.first_stage is not None:
+        key = ("model", "first_stage", "checkpoint")
+        path = _located(model.first_stage.checkpoint, key, tree, folder)
+        model = replace(model, first_stage=replace(model.first_stage, checkpoint=path))
+    return replace(config, model=model)
+
+
+def _located(text: str | None, key: Key, tree: Tree, folder: Path) -> str | None:
+    if text is None:
+        return None
+    bases = [ROOT, folder, Path.cwd()]
+    if tree.where(key).startswith("--"):  # written on the command line
+        bases.insert(0, Path.cwd())
+    for base in bases:
+        try:
+            path = (base / text).absolute()
+            if path.exists():
+                return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        except (OSError, ValueError):  # too long a name, a zero byte: opening it will say so
+            break
+    return text

@@ -1,0 +1,86 @@
+"""Calibration trajectories: what the denoiser sees and answers while the pipeline samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.pipeline import Pipeline
+from quant.bank import Bank
+
+SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
+
+
+class _Recorder:
+    """A denoiser that keeps its calls. Conditioning must be passed by keyword."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.rows: list[tuple[torch.Tensor, int, dict[str, torch.Tensor], torch.Tensor]] = []
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, **conditioning: Any) -> torch.Tensor:
+        out = self.model(x, t, **conditioning)
+        kept = {k: v.detach().cpu() for k, v in conditioning.items() if v is not None}
+        self.rows.append((x.detach().cpu(), int(t[0]), kept, out.detach().cpu()))
+        return out
+
+
+def record_bank(
+    pipeline: Pipeline,
+    denoiser: nn.Module,
+    count: int,
+    seed: int,
+    first: int = 0,
+    classes: list[int] | None = None,
+    device: str | torch.device = "cpu",
+    on_images: Callable[[int], None] = lambda n: None,
+) -> Bank:
+    """The states of `count` trajectories first..first+count-1 and the denoiser's answers.
+
+    count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
+    unconditional and the conditional half of a call count as trajectories of their own.
+    on_images(n) reports progress.
+    """
+    size = pipeline.micro_batch
+    banks = []
+    for start in range(first, first + count, size):
+        recorder = _Recorder(denoiser)
+        indices = range(start, start + size)
+        pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
+        banks.append(_stack(recorder, len(pipeline.timesteps)))
+        on_images(size)
+    bank = banks[0]
+    for other in banks[1:]:
+        bank = bank.extend(other)
+    return bank
+
+
+def _stack(recorder: _Recorder, steps: int) -> Bank:
+    """Calls in their order -> (S, N, ...). A step takes two calls with guidance; PLMS calls once
+    more in its first step, which then counts as a step of its own."""
+    calls = recorder.rows
+    together = len(calls) // steps
+    x, eps = (torch.cat([c[i] for c in calls]) for i in (0, 3))
+    count = len(calls) // together
+    conditioning = {k: torch.cat([c[2][k] for c in calls[:together]]) for k in calls[0][2]}
+    return Bank(
+        x.unflatten(0, (count, -1)),
+        eps.unflatten(0, (count, -1)),
+        [calls[i * together][1] for i in range(count)],
+        conditioning,
+    )
+
+
+@torch.no_grad()
+def answer(bank: Bank, denoiser: nn.Module, batch_size: int, device: str | torch.device) -> Bank:
+    """The same states with this denoiser's answers."""
+    eps = torch.empty_like(bank.eps)
+    for k, t in enumerate(bank.timesteps):
+        for start in range(0, bank.trajectories, batch_size):
+            part = slice(start, start + batch_size)
+            x = bank.x[k, part].to(device).contiguous(memory_format=torch.channels_last)
+            conditioning = {n: v[part].to(device) for n, v in bank.conditioning.items()}
+            steps = torch.full((len(x),), t, device=device, dtype=torch.long)
+            eps[k, part] = denoiser(x, steps, **conditioning).cpu()
+    return Bank(bank.x, eps, bank.timesteps, bank.conditioning)

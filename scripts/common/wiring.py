@@ -1,0 +1,165 @@
+"""From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import checkpoint as checkpoints
+from models.autoencoder import first_stage_from_upstream
+from models.checkpoint import CheckpointError, State
+from models.conditioning import ClassEmbedder
+from models.pipeline import Pipeline, build_denoiser, build_pipeline
+from quant.packed import load_quantized
+from scripts.common.config import Config, repository_path
+from scripts.common.strict import ConfigError, printable
+
+BACKENDS = ("fake", "int8")
+LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What samples. sources: file -> sha256 of everything that was read; bytes likewise."""
+
+    denoiser: nn.Module
+    pipeline: Pipeline
+    sources: dict[str, str]
+    bytes: dict[str, int]
+
+
+def assemble(
+    config: Config,
+    quantized: str | Path | None = None,
+    backend: str = "fake",
+    device: str | torch.device = "cpu",
+) -> Assembly:
+    """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
+
+    Raises ConfigError, CheckpointError or PackedFileError.
+    """
+    files = _Files(config)
+    parts = _surroundings(config, files, torch.device(device))
+    model = empty_denoiser(config)
+    if quantized is None:
+        load_denoiser(config, model, files)
+    else:
+        model = select_backend(load_quantized(quantized, model), backend)
+        files.note("quantized", Path(quantized))
+    model = model.eval().requires_grad_(False)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return Assembly(model, parts, files.digests, files.sizes)
+
+
+def full_precision(
+    config: Config, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Pipeline]:
+    """As `assemble`, in brief."""
+    assembly = assemble(config, device=device)
+    return assembly.denoiser, assembly.pipeline
+
+
+def empty_denoiser(config: Config) -> nn.Module:
+    """The architecture on the meta device. Raises ConfigError for parameters that do not fit."""
+    try:
+        with torch.device("meta"):
+            return build_denoiser(config.model.arch, config.model.params)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        reason = printable(error, 200)
+        raise ConfigError(f"{config.name}: model.params build no denoiser: {reason}") from error
+
+
+def select_backend(model: nn.Module, backend: str) -> nn.Module:
+    """The quantized model as it is (fake: integers in floating point) or on integer kernels."""
+    if backend == "int8":
+        raise ConfigError("--backend int8: not available yet; use --backend fake")
+    return model
+
+
+def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:
+    """Fill a denoiser (on the meta device or not) with the checkpoint's weights."""
+    files = _Files(config) if files is None else files
+    state, source = files.state("checkpoint", config.model.checkpoint)
+    prefix = config.model.prefix
+    if prefix is None and any(name.startswith(f"{LATENT_PREFIX}.") for name in state):
+        prefix = LATENT_PREFIX
+    state = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(denoiser, state, source)
+
+
+def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipeline:
+    """The pipeline with its first stage and class embedder."""
+    model = config.model
+    first_stage = embedder = None
+    scale_factor = 1.0 if model.scale_factor is None else model.scale_factor
+    if model.first_stage is not None:
+        stage = model.first_stage
+        first_stage = _built("first_stage", first_stage_from_upstream, vars(stage))
+        name = "checkpoint" if stage.checkpoint is None else "first_stage"
+        state, source = files.state(name, stage.checkpoint or model.checkpoint)
+        _fill(first_stage, state, stage.prefix, source)
+        if model.scale_factor is None and "scale_factor" in state:
+            scale_factor = float(state["scale_factor"])
+    if model.conditioning is not None:
+        sizes = (model.conditioning.n_classes, model.conditioning.embed_dim)
+        embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
+        state, source = files.state("checkpoint", model.checkpoint)
+        _fill(embedder, state, model.conditioning.prefix, source)
+    return build_pipeline(
+        model.arch,
+        model.params,
+        vars(config.schedule),
+        vars(config.sampler),
+        micro_batch=config.sampling.micro_batch,
+        first_stage=None if first_stage is None else first_stage.to(device),
+        embedder=None if embedder is None else embedder.to(device),
+        scale_factor=scale_factor,
+    )
+
+
+def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return maker(values).eval().requires_grad_(False)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ConfigError(f"model.{name} cannot be built: {printable(error, 200)}") from error
+
+
+def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> None:
+    chosen = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(module, chosen, source)
+
+
+class _Files:
+    """Checkpoints that are read once, with their digests and sizes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.digests: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self._states: dict[str, State] = {}
+
+    def note(self, name: str, path: Path) -> None:
+        self.digests[name] = checkpoints.sha256_of(path)
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        self.sizes[name] = sum(p.stat().st_size for p in files)
+
+    def state(self, name: str, text: str | None) -> tuple[State, Path]:
+        """The tensors of a checkpoint of the configuration, and its path."""
+        if text is None:
+            raise ConfigError(f"{self.config.name}: model.checkpoint is not set (--ckpt FILE)")
+        path = repository_path(text)
+        if name not in self._states:
+            if self.config.model.url and name == "checkpoint" and not path.exists():
+                url = self.config.model.url
+                raise CheckpointError(f"{text}: no such file; download it from {url}")
+            if not path.exists():
+                raise CheckpointError(f"{text}: no such file; check the path")
+            self._states[name] = checkpoints.load_state_dict(
+                path, weights=self.config.model.weights
+            )
+            self.note(name, path)
+        return self._states[name], path
