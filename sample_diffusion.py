@@ -14,6 +14,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import time
@@ -62,11 +63,12 @@ def read_config(args: argparse.Namespace) -> Config:
 
 def identity_of(config: Config, assembly: Assembly, backend: str | None) -> dict[str, Any]:
     """Everything that an image depends on besides its number."""
-    model, sampling = config.model, config.sampling
-    own_params = model.first_stage is None
+    model, sampling = dataclasses.asdict(config.model), config.sampling
+    for place in (model, model["first_stage"] or {}):  # names of files say nothing
+        place.pop("checkpoint", None)
+        place.pop("url", None)
     return {
-        "model": {"arch": model.arch, "params": model.params, "weights": model.weights},
-        "scale_factor": None if own_params else assembly.pipeline.scale_factor,
+        "model": model | {"scale_factor": assembly.pipeline.scale_factor},
         "files_sha256": assembly.sources,
         "schedule": vars(config.schedule),
         "sampler": vars(config.sampler),

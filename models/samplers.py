@@ -2,7 +2,7 @@
 
 A sampler receives its start x (B, C, H, W), the timesteps in order of use (descending), the table
 alphas_cumprod (T,) float32 or float64 and a function `noise(k)` that returns the Gaussian draw of
-step k, shaped like x. Nothing here draws random numbers, so that an image depends on its own noise alone.
+step k, shaped like x. Nothing here draws random numbers: an image depends on its own noise alone.
 
 `on_step(k, t, x_t, eps, x_prev, pred_x0)` is called after each step (k counts from 0).
 """

@@ -55,9 +55,11 @@ def finetune(
     generator: torch.Generator,
     visit: Callable[[nn.Module], Bank] | None = None,
     on_iteration: Callable[[int, float], None] = lambda i, loss: None,
+    step_weight: torch.Tensor | None = None,
 ) -> None:
     """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
-    the quantized sampler visits. on_iteration(i, loss) is for progress.
+    the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
+    the eps error of each sampling step.
     """
     if iterations == 0:
         return
@@ -77,7 +79,8 @@ def finetune(
             bank, tuples = bank.extend(seen), torch.cat([tuples, extra])
         index = tuples[torch.randint(len(tuples), (batch_size,), generator=generator)]
         x, t, eps, conditioning = bank.gather(index)
-        loss = (model(x, t, **conditioning) - eps).square().mean()
+        error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
+        loss = (error if step_weight is None else error * step_weight[index[:, 0]]).mean()
         progress = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -78,8 +78,15 @@ class _Alias(argparse.Action):
         namespace.overrides = [*namespace.overrides, override]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message, 500)}; see --help\n")
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -142,7 +149,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
     Anything else is a defect of the program and keeps its traceback.

@@ -1,0 +1,18 @@
+#!/bin/sh
+# The main job on the embedded checkpoint: calibrate tinyDM at W4A8, sample the same 64 images in
+# full precision and quantized, put them side by side, score them.
+#   sh sample_emoji.sh [options of sample_diffusion.py, for example --count 256]
+# A second run continues from what exists. Needs no network but the package index, once.
+set -eu
+cd "$(dirname "$0")"
+. scripts/environment.sh
+
+CONFIG=configs/emoji32.yaml
+RUN=runs/emoji32-w4a8
+
+"$PYTHON" calibrate.py --config $CONFIG --out $RUN --resume
+"$PYTHON" sample_diffusion.py --config $CONFIG --out $RUN/images-fp "$@"
+"$PYTHON" sample_diffusion.py --config $CONFIG --quantized $RUN/quantized.safetensors \
+    --out $RUN/images-w4a8 "$@"
+"$PYTHON" scripts/compare.py --run $RUN --full images-fp --quantized images-w4a8 \
+    --reference models/pretrained/emoji32_statistics.npz

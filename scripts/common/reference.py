@@ -1,0 +1,58 @@
+"""Statistics of reference images, small enough to lie in the repository.
+
+The covariance of 2048 features is symmetric: its upper triangle in float32 takes 8 MB instead of
+32. `full_statistics` unfolds it once into a file that pytorch-fid reads.
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from scripts.common.files import atomic
+from scripts.common.images import ImageError
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache"
+
+
+def write_compact(source: str | Path, target: str | Path) -> None:
+    """source: .npz with mu (D,) and sigma (D, D); target: the same as mu, triangle, n."""
+    with np.load(source, allow_pickle=False) as archive, atomic(target) as temporary:
+        sigma = archive["sigma"]
+        parts = {
+            "mu": archive["mu"].astype(np.float32),
+            "triangle": sigma[np.triu_indices(len(sigma))].astype(np.float32),
+            "n": archive["n"],
+        }
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **parts)
+
+
+def full_statistics(path: str | Path) -> Path:
+    """A .npz with mu and sigma (float64) for a compact file; any other path is returned as it is.
+
+    Raises ImageError for a damaged file.
+    """
+    path = Path(path)
+    if path.suffix != ".npz" or not path.exists():
+        return path
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "triangle" not in archive:
+                return path
+            mu, triangle = archive["mu"].astype(np.float64), archive["triangle"]
+            count = archive["n"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{path}: damaged statistics ({error})") from error
+    if triangle.shape != (len(mu) * (len(mu) + 1) // 2,):
+        raise ImageError(f"{path}: damaged statistics (mu and triangle do not fit)")
+    target = CACHE / path.name
+    if target.exists() and target.stat().st_mtime >= path.stat().st_mtime:
+        return target
+    sigma = np.zeros((len(mu), len(mu)))
+    sigma[np.triu_indices(len(mu))] = triangle
+    sigma += np.triu(sigma, 1).T
+    with atomic(target) as temporary, open(temporary, "wb") as file:
+        np.savez(file, mu=mu, sigma=sigma, n=count)
+    return target

@@ -1,0 +1,111 @@
+"""Full precision beside quantized: one picture and one table.
+
+    python scripts/compare.py --run runs/emoji32-w4a8 --full images-fp --quantized images-w4a8 \
+        --reference models/pretrained/emoji32_statistics.npz
+
+Reads the two image folders of a run and what calibrate.py and sample_diffusion.py reported, writes
+RUN/compare.png (full precision left, quantized right, the same noise), RUN/table.md and
+RUN/comparison.json, and prints the table. FID is to the reference's statistics; below 10,000 images
+it is biased upward and says little by itself.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.common.cli import make_parser, run  # noqa: E402
+from scripts.common.files import write_json, write_text  # noqa: E402
+from scripts.common.images import ImageError, grid, write_png  # noqa: E402
+from scripts.common.reference import full_statistics  # noqa: E402
+from scripts.common.runs import beside  # noqa: E402
+from scripts.metrics import evaluate, paired_psnr  # noqa: E402
+from scripts.metrics.inception import InceptionFeatures, prepare_inception  # noqa: E402
+
+SHOWN, COLUMNS, ZOOM = 64, 8, 2
+
+
+def picture(full: Path, quantized: Path) -> np.ndarray:
+    """The first images of both folders, (H, W, 3) uint8."""
+    names = sorted(p.name for p in full.glob("*.png") if (quantized / p.name).exists())[:SHOWN]
+    if not names:
+        raise ImageError(f"{full} and {quantized}: no image of the same name in both")
+    sides = []
+    for folder, title in ((full, "full precision"), (quantized, "quantized")):
+        images = np.stack([np.asarray(Image.open(folder / n).convert("RGB")) for n in names])
+        side = Image.fromarray(grid(images, COLUMNS))
+        side = side.resize((side.width * ZOOM, side.height * ZOOM), Image.Resampling.NEAREST)
+        board = Image.new("RGB", (side.width, side.height + 20), "white")
+        board.paste(side, (0, 20))
+        ImageDraw.Draw(board).text((6, 4), title, fill="black")
+        sides.append(np.asarray(board))
+    gap = np.full((sides[0].shape[0], 16, 3), 255, np.uint8)
+    return np.concatenate([sides[0], gap, sides[1]], axis=1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be read ({error}); run sample_diffusion.py") from error
+
+
+def format_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Markdown, columns padded to equal width."""
+    cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder of calibrate.py")
+    parser.add_argument("--full", required=True, metavar="NAME", help="folder in RUN")
+    parser.add_argument("--quantized", required=True, metavar="NAME", help="folder in RUN")
+    parser.add_argument("--reference", metavar="FILE", help="statistics of the training images")
+    args = parser.parse_args(argv)
+    folder = Path(args.run)
+    full, quantized = folder / args.full, folder / args.quantized
+    write_png(folder / "compare.png", picture(full, quantized))
+    calibration = read_json(folder / "report.json")
+    reports = [read_json(beside(f, "report.json")) for f in (full, quantized)]
+    psnr = paired_psnr(quantized, full)
+    fid: list[Any] = ["", ""]
+    if args.reference is not None:
+        weights = prepare_inception()
+        network = InceptionFeatures(weights)
+        reference = full_statistics(args.reference)
+        fid = [
+            round(evaluate(reference, f, inception=network)["fid"], 2) for f in (full, quantized)
+        ]
+    size = f"{calibration['size_mb']:.2f}"
+    value = "inf" if psnr["psnr"] is None else f"{psnr['psnr']:.2f}"
+    bits = f"{calibration['weight_bits']}/{calibration['activation_bits']}"
+    name, seconds = "Size (MB)", "calibrate (s)"
+    n = psnr["images"]
+    columns = ["method", "W/A", name, "PSNR to FP (dB)", f"FID ({n} images)", seconds, "images/s"]
+    values = [
+        ("full precision", "32/32", f"{calibration['float32_mb']:.2f}", "", fid[0], ""),
+        (calibration["method"], bits, size, value, fid[1], f"{calibration['seconds']:.0f}"),
+    ]
+    rows = [
+        dict(zip(columns, (*v, f"{r['images_per_second']:.2f}"), strict=True))
+        for v, r in zip(values, reports, strict=True)
+    ]
+    table = format_table(rows, columns)
+    write_text(folder / "table.md", table + "\n")
+    write_json(folder / "comparison.json", {"rows": rows, "paired": psnr})
+    print(f"\n{table}\n\n{folder / 'compare.png'}: full precision left, quantized right")
+
+
+if __name__ == "__main__":
+    run(main)

