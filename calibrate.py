@@ -14,6 +14,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 import argparse
 import dataclasses
 import hashlib
+import json
 import platform
 import time
 from pathlib import Path
@@ -77,12 +78,26 @@ def identity_of(config: Config, sources: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 
+def is_done(folder: Path, identity: str, args: argparse.Namespace) -> bool:
+    """True if the folder holds this run's result. Raises RunError for another run's."""
+    if args.overwrite or not (folder / RESULT).exists():
+        return False
+    try:
+        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):
+        found = None
+    if found != identity:
+        raise RunError(
+            f"{folder / RESULT}: was made from another configuration or checkpoint; "
+            "--overwrite calibrates anew, --out names another folder"
+        )
+    return True
+
+
 def load_state(folder: Path, identity: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError."""
     if args.overwrite:
         return None
-    if (folder / RESULT).exists():
-        raise RunError(f"{folder / RESULT}: exists already; --overwrite calibrates anew")
     path = folder / STATE
     if not path.exists():
         return None
@@ -114,6 +129,13 @@ def make_bank(config: Config, assembly: Assembly, device: torch.device) -> Bank:
         )
 
 
+def step_importance(assembly: Assembly, bank: Bank) -> torch.Tensor:
+    """Per step of the bank, (S,) float32. PLMS calls twice in its first step."""
+    values = assembly.pipeline.step_importance().tolist()
+    values = values[:1] * (len(bank.timesteps) - len(values)) + values
+    return torch.tensor(values)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     config, device = load_config(args.config, args.overrides), resolve_device(args.device)
@@ -123,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     identity = identity_of(config, assembly.sources)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
+    if is_done(folder, identity, args):
+        print(f"{folder / RESULT}: is there already, from the same configuration and checkpoint")
+        return
     saved = load_state(folder, identity, args)
     write_text(folder / "config.yaml", resolved_yaml(config))
     state = None
@@ -151,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         config.quant,
         config.calibration,
         config.schedule.train_timesteps,
+        step_importance(assembly, bank),
         Bars(),
         state,
         save,
@@ -168,9 +194,9 @@ def main(argv: list[str] | None = None) -> None:
             "torch": torch.__version__,
         },
     )
-    write_bytes(folder / RESULT, data)
     seconds = time.perf_counter() - began
-    write_report(folder, config, assembly, phases, rows, len(data), seconds)
+    write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
+    write_bytes(folder / RESULT, data)
     (folder / STATE).unlink(missing_ok=True)
 
 
@@ -182,6 +208,7 @@ def write_report(
     rows: list,
     size: int,
     seconds: float,
+    identity: str,
 ) -> None:
     """report.json, layers.txt and the closing lines."""
     table, share = format_table(rows), shares(rows)
@@ -201,6 +228,7 @@ def write_report(
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "sources": assembly.sources,
+        "identity": identity,
         "phases": phases,
         "layers": [dataclasses.asdict(r) for r in rows],
     }

@@ -130,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     loaded = time.perf_counter() - began
     claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
     missing = missing_images(folder, count)
-    todo = missing[rank::world]
+    # By number, not by place in the list: the ranks list while others already write.
+    todo = [index for index in missing if index % world == rank]
     if rank == 0:
         write_text(beside(folder, "config.yaml"), resolved_yaml(config))
     if count > len(missing):

@@ -109,6 +109,7 @@ def calibrate(
     settings: QuantSettings,
     calibration: CalibrationSettings,
     train_timesteps: int,
+    importance: torch.Tensor,
     progress: Progress,
     state: CalibrationState | None = None,
     save: Callable[[CalibrationState], None] = lambda state: None,
@@ -116,7 +117,8 @@ def calibrate(
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
     denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
-    a quantized model, with full-precision answers. `state` continues an earlier run.
+    a quantized model, with full-precision answers. importance (S,): weight of an eps error at each
+    sampling step. `state` continues an earlier run.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
@@ -132,7 +134,7 @@ def calibrate(
         "finetune": _finetune,
         "correction": _correction,
     }
-    job = _Job(denoiser, model, bank, visit, settings, calibration, progress, state)
+    job = _Job(denoiser, model, bank, visit, settings, calibration, importance, progress, state)
     for phase in PHASES:
         if phase in state.done:
             continue
@@ -154,6 +156,7 @@ class _Job:
     visit: Callable[[nn.Module, int], Bank]
     settings: QuantSettings
     calibration: CalibrationSettings
+    importance: torch.Tensor
     progress: Progress
     state: CalibrationState
 
@@ -190,6 +193,7 @@ def _search(job: _Job) -> dict[str, Any] | None:
             job.bank,
             settings,
             generator,
+            job.importance,
             lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
         )
         job.progress.end()
@@ -272,6 +276,7 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         job.generator("finetune"),
         visit if settings.progressive else None,
         on_iteration,
+        job.importance if settings.weigh_steps else None,
     )
     job.progress.end()
     tenth = max(1, len(losses) // 10)

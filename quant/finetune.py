@@ -80,7 +80,9 @@ def finetune(
         index = tuples[torch.randint(len(tuples), (batch_size,), generator=generator)]
         x, t, eps, conditioning = bank.gather(index)
         error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
-        loss = (error if step_weight is None else error * step_weight[index[:, 0]]).mean()
+        loss = (
+            error if step_weight is None else error * step_weight[index[:, 0]].to(error.device)
+        ).mean()
         progress = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))

@@ -63,6 +63,7 @@ class ReconstructSettings:
     finetune_iterations: int = bounded(400, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
     progressive: bool = True  # end-to-end steps also see states of the quantized sampler
+    weigh_steps: bool = False  # weigh eps errors by how much they move the final image
 
 
 @dataclass(frozen=True)

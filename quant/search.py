@@ -64,11 +64,13 @@ def search(
     bank: Bank,
     settings: SearchSettings,
     generator: torch.Generator,
+    importance: torch.Tensor,
     on_round: Callable[[int, float], None] = lambda i, loss: None,
 ) -> SearchResult:
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
-    Only quantizers with more than one group are searched. on_round(i, loss) is for progress.
+    Only quantizers with more than one group are searched. importance (S,): how much an eps error at
+    a sampling step matters. on_round(i, loss) is for progress.
     """
     quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
     count = len(bank.timesteps)
@@ -98,6 +100,7 @@ def search(
         index = tuples_of_steps(selector.pick(settings.batch_size), bank.trajectories, generator)
         x, t, eps, conditioning = bank.gather(index)
         error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
+        error = error * importance[index[:, 0]].to(error.device)
         sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
         entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
         if normaliser is None:

@@ -1,0 +1,178 @@
+"""The configuration: what is read, what is refused, and with which line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.methods import preset
+from scripts.common.config import ConfigError, load_config, parse_config, resolved_yaml
+from scripts.common.strict import read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = """\
+name: small
+model:
+  arch: ddim_unet
+  checkpoint: small.pt
+  params: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1}
+sampler:
+  name: ddim
+  steps: 10
+  eta: 0
+quant:
+  weight: {bits: 4}
+sampling: {count: 4, classes: null}
+"""
+
+
+def error_of(text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "x.yaml", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_resolve(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert parse_config(resolved_yaml(config), "resolved") == config
+
+
+def test_values_and_defaults() -> None:
+    config = parse_config(TEXT, "x.yaml")
+    assert config.sampler.steps == 10
+    assert config.sampler.eta == 0.0 and isinstance(config.sampler.eta, float)
+    assert config.schedule.train_timesteps == 1000
+    assert config.sampling.micro_batch == 16
+    quant, calibration = preset("tinydm")
+    assert config.quant == quant and config.calibration == calibration
+
+
+def test_a_method_changes_defaults_only() -> None:
+    quant, calibration = preset("minmax")
+    config = parse_config(TEXT, "x.yaml", ["quant.method=minmax", "quant.activation.bits=6"])
+    assert config.quant == replace(quant, activation=replace(quant.activation, bits=6))
+    assert config.calibration == calibration
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ch: 8", "chh: 8", "x.yaml:5: unknown key model.params.chh (did you mean ch?)"),
+        ("steps: 10", "stps: 10", "x.yaml:8: unknown key sampler.stps (did you mean steps?)"),
+        ("steps: 10", "steps: ten", "x.yaml:8: sampler.steps must be a whole number, is 'ten'"),
+        ("steps: 10", "steps: true", "x.yaml:8: sampler.steps must be a whole number, is true"),
+        ("steps: 10", "steps: 1.5", "x.yaml:8: sampler.steps must be a whole number, is 1.5"),
+        ("steps: 10", "steps: 2000", "x.yaml:8: sampler.steps must be within 1..1000, is 2000"),
+        ("steps: 10", "steps: 0", "x.yaml:8: sampler.steps must be within 1..100000, is 0"),
+        ("eta: 0", "eta: .nan", "x.yaml:9: sampler.eta must be a number, is .nan"),
+        ("eta: 0", "eta: 1.5", "x.yaml:9: sampler.eta must be within 0.0..1.0, is 1.5"),
+        ("bits: 4", "bits: 9", "x.yaml:11: quant.weight.bits must be within 2..8, is 9"),
+        ("bits: 4", "bits: 1", "x.yaml:11: quant.weight.bits must be within 2..8, is 1"),
+        ("[1, 2]", "[1, b]", "x.yaml:5: model.params.ch_mult[1] must be a whole number, is 'b'"),
+        ("[1, 2]", "2", "x.yaml:5: model.params.ch_mult must be a list of whole numbers, is 2"),
+        ("classes: null", "classes: [1]", "x.yaml:12: sampling.classes is for class-conditional"),
+        ("  arch: ddim_unet\n", "", "x.yaml:2: missing key model.arch"),
+        ("name: small\n", "", "x.yaml: missing key name"),
+        ("ddim_unet", "ddim_unte", "model.arch is 'ddim_unte', which is unknown (did you mean"),
+        ("name: ddim\n", "name: ddmi\n", "x.yaml:7: sampler.name is 'ddmi', which is unknown"),
+        ("name: ddim\n", "name: guided_ddpm\n", "sampler.name guided_ddpm does not fit ddim_unet"),
+        ("steps: 10", "steps: 10\n  steps: 11", "x.yaml:9: key sampler.steps is there twice"),
+        ("quant:", "quant: &q", None),
+        ("weight: {bits: 4}", "<<: *q", "x.yaml:11: not YAML: aliases are not supported"),
+        ("steps: 10", "steps: [10", "not YAML"),
+        ("name: small", "name: !!python/name:os.system x", "x.yaml:1: values of type"),
+    ],
+)
+def test_refused(old: str, new: str, message: str | None) -> None:
+    text = TEXT.replace(old, new, 1)
+    assert text != TEXT
+    if message is None:
+        parse_config(text, "x.yaml")
+    else:
+        assert message in error_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a", "[" * 5000, "a: \0", "? [1]\n: 2", "{1: 2}"])
+def test_not_a_configuration(text: str) -> None:
+    error_of(text)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("sampler.steps", "--set sampler.steps: must be key.sub=value"),
+        ("=3", "--set =3: must be key.sub=value"),
+        ("sampler.stps=3", "--set sampler.stps: unknown key sampler.stps (did you mean steps?)"),
+        ("quant.weight.bits=9", "--set quant.weight.bits: quant.weight.bits must be within 2..8"),
+        ("quant.method=mnmax", "--set quant.method: quant.method is 'mnmax'"),
+        ("name.x=1", "--set name.x: name is not a section"),
+        ("sampling=3", "--set sampling: sampling must be a section, is 3"),
+        ("sampler={stps: 3}", "--set sampler: unknown key sampler.stps"),
+        ("sampler.steps=[1", "not YAML"),
+    ],
+)
+def test_refused_overrides(pair: str, message: str) -> None:
+    assert message in error_of(TEXT, pair)
+
+
+def test_overrides_are_yaml_and_the_last_wins() -> None:
+    pairs = ["sampler.steps=5", "sampler={name: ddpm, steps: 7}", "schedule.beta_start=1e-4"]
+    config = parse_config(TEXT, "x.yaml", [*pairs, "sampler.steps=9"])
+    assert (config.sampler.name, config.sampler.steps, config.sampler.eta) == ("ddpm", 9, 0.0)
+    assert config.schedule.beta_start == 1e-4
+
+
+def test_checkpoint_beside_the_file_and_of_the_command_line(tmp_path: Path, monkeypatch) -> None:
+    folder, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+        (place / "small.pt").touch()
+    (folder / "x.yaml").write_text(TEXT)
+    monkeypatch.chdir(elsewhere)
+    assert load_config(folder / "x.yaml").model.checkpoint == str(folder / "small.pt")
+    config = load_config(folder / "x.yaml", ["model.checkpoint=small.pt"])
+    assert config.model.checkpoint == str(elsewhere / "small.pt")
+    assert load_config(folder / "x.yaml", ["model.checkpoint=a.pt"]).model.checkpoint == "a.pt"
+    inside = load_config(ROOT / "configs/emoji32.yaml").model.checkpoint
+    assert inside == "models/pretrained/emoji32.pt"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, len(TEXT)), st.integers(0, 6), st.text(max_size=6))
+def test_mutated_text_gives_a_configuration_or_one_line(start: int, cut: int, text: str) -> None:
+    mutated = TEXT[:start] + text + TEXT[start + cut :]
+    try:
+        parse_config(mutated, "x.yaml")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_strict_reading_agrees_with_yaml(value) -> None:
+    text = yaml.safe_dump({"value": value}, allow_unicode=True)
+    if "&id" not in text:  # yaml writes equal objects as aliases
+        assert read_yaml(text, "x").values == yaml.safe_load(text)

@@ -1,0 +1,463 @@
+"""sample_diffusion.py through its command line, on a narrow checkpoint made here.
+
+Most commands run in this process through the wrapper that the script itself uses; those that are
+killed, or that must start alone, run as processes.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import sample_diffusion
+from models.pipeline import FixedBatch, build_denoiser, build_pipeline, image_generator
+from models.samplers import SamplingError
+from scripts.common import cli
+from scripts.common.files import remove_stale
+from scripts.common.images import is_whole_png
+from scripts.common.runs import beside
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMS = {
+    "ch": 8,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [4],
+    "norm_groups": 2,
+    "image_size": 8,
+}
+CONFIG = {
+    "name": "narrow",
+    "model": {"arch": "ddim_unet", "checkpoint": "narrow.pt", "params": PARAMS},
+    "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0, "clip_denoised": True},
+    "sampling": {"count": 7, "batch_size": 4, "micro_batch": 4, "seed": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with narrow.yaml and narrow.pt."""
+    folder = tmp_path_factory.mktemp("narrow")
+    torch.manual_seed(0)
+    torch.save(build_denoiser("ddim_unet", PARAMS).state_dict(), folder / "narrow.pt")
+    (folder / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """The wrapper installs a handler; put back what pytest had."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def sample(*arguments: object) -> int:
+    """Exit code of the command, run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: sample_diffusion.main([str(a) for a in arguments]))
+    return int(caught.value.code or 0)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "sample_diffusion.py"), *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(count: int) -> set[str]:
+    return {f"{index:06d}.png" for index in range(count)}
+
+
+@pytest.fixture(scope="module")
+def reference(room: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared with, made by a process of its own."""
+    folder = tmp_path_factory.mktemp("reference") / "images"
+    arguments = command("--config", room / "narrow.yaml", "--out", folder)
+    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+    return folder
+
+
+# ---- images ----
+
+
+def test_a_run_writes_images_alone_and_reports_beside(reference: Path) -> None:
+    assert set(files_of(reference)) == names(7)
+    assert Image.open(reference / "000006.png").size == (8, 8)
+    contents = {path.read_bytes() for path in reference.iterdir()}
+    assert len(contents) == 7
+    report = json.loads(beside(reference, "report.json").read_text())
+    assert report["images"] == {"count": 7, "made": 7, "found": 0}
+    assert report["images_per_second"] > 0 and report["files_bytes"]["checkpoint"] > 1000
+    assert yaml.safe_load(beside(reference, "config.yaml").read_text())["sampler"]["steps"] == 3
+    assert "7 images made" in beside(reference, "log.txt").read_text()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_batch_size_changes_no_byte(
+    room: Path, reference: Path, tmp_path: Path, batch: int
+) -> None:
+    out = tmp_path / "images"
+    arguments = ("--config", room / "narrow.yaml", "--out", out, "--batch_size", batch)
+    assert sample(*arguments) == 0
+    assert files_of(out) == files_of(reference)
+
+
+def test_two_processes_make_the_same_folder(room: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    arguments = command("--config", room / "narrow.yaml", "--out", out)
+    ranks = [
+        subprocess.Popen(
+            arguments,
+            env=environment(RANK=str(rank), WORLD_SIZE="2"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert files_of(out) == files_of(reference)
+
+
+def test_another_seed_gives_other_images(room: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    assert sample("--config", room / "narrow.yaml", "--out", out, "--seed", 6, "-n", 2) == 0
+    assert files_of(out)["000000.png"] != files_of(reference)["000000.png"]
+
+
+def test_users_words_are_keys(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    words = "--custom_steps 2 --skip-type uniform --eta 0 --n_samples 2 --batch-size 2".split()
+    arguments = ("--config", room / "narrow.yaml", "-l", out, *words)
+    assert sample(*arguments, "--grid", tmp_path / "grid.png") == 0
+    resolved = yaml.safe_load(beside(out, "config.yaml").read_text())
+    assert resolved["sampler"]["steps"] == 2 and resolved["sampler"]["skip"] == "uniform"
+    assert set(files_of(out)) == names(2)
+    assert Image.open(tmp_path / "grid.png").size == (8 * 10 + 2, 12)
+
+
+def test_quantized_file_alone_is_enough(room: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "calibrate.py"), "--config", str(room / "narrow.yaml")]
+    keys = ["quant.method=minmax", "calibration.samples=16", "calibration.trajectories=4"]
+    arguments = [*script, "--out", str(tmp_path), "--set", *keys]
+    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+    quantized = tmp_path / "quantized.safetensors"
+    gone = ("--ckpt", tmp_path / "gone.pt", "--quantized", quantized)
+    assert sample(*gone, "--out", tmp_path / "a", "--batch_size", 3) == 0
+    assert sample(*gone, "--out", tmp_path / "b") == 0
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert set(files_of(tmp_path / "a")) == names(7)
+
+
+# ---- resuming ----
+
+
+def test_a_killed_run_is_continued(room: Path, tmp_path: Path) -> None:
+    """Killed, and with a file cut short: the end is the same, whole files are not touched."""
+    arguments = ("--config", room / "narrow.yaml", "-n", 22, "--steps", 100, "--batch_size", 4)
+    assert sample(*arguments, "--out", tmp_path / "whole") == 0
+    out = tmp_path / "images"
+    process = subprocess.Popen(
+        command(*arguments, "--out", out),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.png"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    found = sorted(out.glob("*.png"))
+    assert 5 <= len(found) < 22
+    found[0].write_bytes(found[0].read_bytes()[:-9])
+    (out / f".000009.png.{cli.os.uname().nodename}.{process.pid}.tmp").write_bytes(b"half")
+    times = {path.name: path.stat().st_mtime_ns for path in found[1:]}
+    assert sample(*arguments, "--out", out) == 0
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert times == {name: (out / name).stat().st_mtime_ns for name in times}
+
+
+def test_more_images_are_added_and_fewer_leave_them(
+    room: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "images"
+    config = ("--config", room / "narrow.yaml", "--out", out)
+    assert sample(*config, "-n", 3) == 0
+    assert sample(*config) == 0
+    assert files_of(out) == files_of(reference)
+    capsys.readouterr()
+    assert sample(*config, "-n", 5) == 0
+    assert "holds 2 more PNG files" in capsys.readouterr().out
+    assert set(files_of(out)) == names(7)
+
+
+def test_terminated_is_130_and_whole(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    process = subprocess.Popen(
+        command("--config", room / "narrow.yaml", "-n", 1000, "--steps", 50, "--out", out),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.png")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.decode().splitlines()[-1].startswith("error: interrupted")
+    assert all(is_whole_png(path) for path in out.iterdir())
+
+
+def test_another_run_is_refused_and_overwritten(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "images"
+    config = ("--config", room / "narrow.yaml", "--out", out)
+    assert sample(*config, "-n", 4) == 0
+    before = files_of(out)
+    capsys.readouterr()
+    assert sample(*config, "-n", 2, "--steps", 4) == 2
+    error = one_line(capsys)
+    assert "sampler.steps is 3, asked 4" in error
+    assert files_of(out) == before
+    assert sample(*config, "-n", 2, "--steps", 4, "--overwrite") == 0
+    assert set(files_of(out)) == names(2)
+    beside(out, "identity.json").unlink()
+    assert sample(*config, "-n", 2, "--steps", 4) == 2
+    assert "unknown run" in one_line(capsys)
+    (out / "holiday.png").write_bytes(b"mine")
+    assert sample(*config, "-n", 2, "--overwrite") == 2
+    assert "holiday.png" in one_line(capsys) and (out / "holiday.png").exists()
+
+
+def test_temporaries_of_the_living_stay(tmp_path: Path) -> None:
+    host = cli.os.uname().nodename
+    (tmp_path / f".a.png.{host}.{os.getppid()}.tmp").touch()
+    (tmp_path / f".b.png.{host}.{2**22 + 1}.tmp").touch()
+    old, new = tmp_path / ".c.png.elsewhere.7.tmp", tmp_path / ".d.png.elsewhere.7.tmp"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    assert remove_stale(tmp_path) == 2
+    assert {path.name[:3] for path in tmp_path.iterdir()} == {".a.", ".d."}
+
+
+# ---- bad input ----
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+class _Code:
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, ("ran",))
+
+
+def bad_checkpoints(folder: Path, good: Path) -> dict[str, Path]:
+    """Files that are no checkpoint of the narrow model."""
+    whole = good.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    contents = {
+        "truncated": whole[:-2000],
+        "flipped": flipped,
+        "empty": b"",
+        "html": b"<!DOCTYPE html><html>quota exceeded</html>",
+        "garbage": bytes(range(256)) * 40,
+        "code": pickle.dumps({"a": _Code()}),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    state = torch.load(good, weights_only=True)
+    torch.save({**state, "conv_in.weight": torch.zeros(8, 3, 5, 5)}, folder / "shapes")
+    torch.save({**state, "conv_in.bias": torch.full((8,), torch.nan)}, folder / "nan")
+    torch.save({"model": state}, folder / "foreign")
+    torch.save([_Code()], folder / "code2")
+    return {name: folder / name for name in (*contents, "shapes", "nan", "foreign", "code2")}
+
+
+def test_bad_checkpoints(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = bad_checkpoints(tmp_path, room / "narrow.pt") | {"missing": tmp_path / "missing"}
+    before = set(tmp_path.iterdir())
+    for name, path in paths.items():
+        for option in ("--ckpt", "--quantized"):
+            arguments = ("--config", room / "narrow.yaml", option, path)
+            assert sample(*arguments, "--out", tmp_path / "out" / "images") == 2, name
+            assert str(path.name) in one_line(capsys)
+    assert set(tmp_path.iterdir()) == before  # nothing was run, nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--set model.params.chh=8", "unknown key model.params.chh (did you mean ch?)"),
+        ("--set sampler.name=3", "sampler.name must be text, is 3"),
+        ("--steps 1001", "sampler.steps must be within 1..1000, is 1001"),
+        ("--steps ten", "sampler.steps must be a whole number"),
+        ("--weight_bit 9", "quant.weight.bits must be within 2..8, is 9"),
+        ("--aq 1", "quant.activation.bits must be within 2..8, is 1"),
+        ("--count 0", "sampling.count must be within"),
+        ("--classes 1,2", "sampling.classes is for class-conditional models only"),
+        ("--scale 3", "sampler.guidance_scale needs model.conditioning"),
+        ("--set model.params.norm_groups=3", "model.params build no denoiser"),
+        ("--set model.params.ch=16", "does not fit DDIMUNet"),
+        ("--backend int8", "--backend int8: needs --quantized"),
+        ("--device tpu", "invalid choice: 'tpu'"),
+        ("--stesp 3", "unrecognized arguments: --stesp 3"),
+    ],
+)
+def test_bad_arguments(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: str, message: str
+) -> None:
+    out = tmp_path / "out" / "images"
+    assert sample("--config", room / "narrow.yaml", "--out", out, *arguments.split()) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_configuration_as_a_process(room: Path, tmp_path: Path) -> None:
+    text = (room / "narrow.yaml").read_text().replace("eta:", "etta:")
+    (tmp_path / "bad.yaml").write_text(text)
+    line = text.splitlines().index("  etta: 1.0") + 1
+    arguments = command("--config", "bad.yaml", "--out", "images")
+    done = subprocess.run(
+        arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    expected = f"error: bad.yaml:{line}: unknown key sampler.etta (did you mean eta?)\n"
+    assert done.stderr == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_output_that_cannot_be_written(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "images"):
+        assert sample("--config", room / "narrow.yaml", "--out", out) == 2
+        assert str(tmp_path / "file") in one_line(capsys)
+    out = tmp_path / "images"
+    inside = ("--config", room / "narrow.yaml", "--out", out, "--grid", out / "grid.png")
+    assert sample(*inside) == 2
+    assert "must not lie among the images" in one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_exhausted_memory_and_defects() -> None:
+    assert "out of memory" in cli.explain(MemoryError())
+    assert "out of memory" in cli.explain(torch.OutOfMemoryError("CUDA"))
+    assert "No space left" in cli.explain(OSError(28, "No space left on device", "x.png"))
+    assert cli.explain(KeyError("a defect")) is None
+
+
+# ---- the pipeline ----
+
+
+def make(sampler: dict, **options):
+    values = CONFIG["sampler"] | {"guidance_scale": 1.0} | sampler
+    return build_pipeline("ddim_unet", PARAMS, {}, values, micro_batch=2, **options)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "plms", "dpmpp"])
+def test_an_image_depends_on_seed_and_index_alone(name: str) -> None:
+    pipeline = make({"name": name, "skip": "uniform", "steps": 4})
+    torch.manual_seed(0)
+    model = build_denoiser("ddim_unet", PARAMS)
+    together = pipeline.sample(model, [4, 0, 9], seed=1)
+    for row, index in enumerate([4, 0, 9]):
+        assert torch.equal(together[row : row + 1], pipeline.sample(model, [index], seed=1))
+    assert together.shape == (3, 3, 8, 8)
+    assert not torch.equal(together, pipeline.sample(model, [4, 0, 9], seed=2))
+
+
+def test_sampling_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make({}).sample(half, [0], seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def half(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x
+
+
+def test_not_finite_names_the_timestep() -> None:
+    def broken(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * (torch.nan if int(t[0]) < 400 else 1.0)
+
+    pipeline = make({"skip": "uniform", "steps": 4})  # 750, 500, 250, 0
+    with pytest.raises(SamplingError, match="timestep 250"):
+        pipeline.sample(broken, [0], seed=1)
+
+
+def test_generators_of_one_run_are_all_different() -> None:
+    """torch reads 32 bits of a seed: hashes of 200,000 indices would collide there."""
+    seeds = {image_generator(7, index).initial_seed() for index in range(200_000)}
+    assert len(seeds) == 200_000 and max(seeds) < 2**32
+    assert image_generator(2**63 - 1, 0).initial_seed() != image_generator(0, 0).initial_seed()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_fixed_batch_calls_with_its_size(rows: int) -> None:
+    sizes = []
+
+    def model(x: torch.Tensor, t: torch.Tensor, *, y: torch.Tensor, scale: float) -> torch.Tensor:
+        sizes.append((len(x), len(t), len(y)))
+        return x * y[:, None, None, None] * scale + t[:, None, None, None]
+
+    x, t, y = torch.randn(rows, 3, 2, 2), torch.arange(rows), torch.arange(rows) + 1
+    assert torch.equal(FixedBatch(model, 4)(x, t, y=y, scale=2.0), model(x, t, y=y, scale=2.0))
+    assert set(sizes[:-1]) == {(4, 4, 4)} and len(sizes) - 1 == -(-rows // 4)
+
+
+def test_classes_are_spread_evenly_or_taken_in_turn() -> None:
+    params = {
+        "image_size": 8,
+        "in_channels": 3,
+        "out_channels": 6,
+        "model_channels": 8,
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "channel_mult": [1, 2],
+        "num_heads": 1,
+        "num_classes": 10,
+        "norm_groups": 2,
+    }
+    sampler = {"name": "guided_ddpm", "steps": 2, "skip": "uniform", "eta": 0.0}
+    sampler |= {"clip_denoised": True, "guidance_scale": 1.0}
+    pipeline = build_pipeline("adm_unet", params, {"betas": "cosine"}, sampler, micro_batch=2)
+    labels = pipeline.labels(range(20), seed=3)
+    assert np.bincount(labels).tolist() == [2] * 10
+    assert labels.tolist() != sorted(labels.tolist())
+    assert pipeline.labels([5, 0, 1], 3, [7, 8]).tolist() == [8, 7, 8]
+    torch.manual_seed(0)
+    model = build_denoiser("adm_unet", params)
+    images = [pipeline.sample(model, [2], seed=1, classes=[c]) for c in (0, 1)]
+    assert images[0].shape == (1, 3, 8, 8) and not torch.equal(*images)
