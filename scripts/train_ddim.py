@@ -15,18 +15,22 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import samplers, schedule  # noqa: E402
+from models.checkpoint import CheckpointError, load_into, load_state_dict  # noqa: E402
 from models.ddim_unet import DDIMUNet  # noqa: E402
+from models.samplers import SamplingError  # noqa: E402
+from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.files import save_tensors, write_json  # noqa: E402
 from scripts.common.images import grid, load_images, to_uint8, write_png  # noqa: E402
+from scripts.common.strict import ConfigError, check_arguments, read_value  # noqa: E402
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -41,10 +45,28 @@ def antithetic_timesteps(batch: int, count: int, generator: torch.Generator) -> 
     return torch.cat([t, count - 1 - t])[:batch]
 
 
+def read_params(pairs: list[str]) -> dict[str, Any]:
+    """key=value pairs of the denoiser's arguments. Raises ConfigError."""
+    tree = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: must be key=value")
+        tree[key] = read_value(text, f"--set {key}")
+    check_arguments(DDIMUNet, tree, lambda key: "--set", (), ())
+    return tree
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state of an interrupted run. Raises CheckpointError."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # torch has many exceptions for a damaged file
+        raise CheckpointError(f"{path}: damaged; delete it to start anew") from error
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of images, or .npz with x (N,H,W,3)")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--iterations", type=int, default=20000)
@@ -64,17 +86,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out, device = Path(args.out), torch.device(args.device)
-    params = {k: yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    params = read_params(args.set)
     torch.manual_seed(args.seed)
     model = DDIMUNet(**params).to(device, memory_format=torch.channels_last)
     if args.warm_start:
-        model.load_state_dict(torch.load(args.warm_start, weights_only=True, map_location=device))
+        load_into(model, load_state_dict(args.warm_start), args.warm_start)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)
     step, seconds, running = 0, 0.0, float("nan")
     if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", weights_only=True, map_location=device)
+        state = read_state(out / "state.pt", device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step = state["ema"], state["step"]
@@ -158,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
                 ema[name].lerp_(value, 1 - decay)
         running = loss.item() if math.isnan(running) else 0.99 * running + 0.01 * loss.item()
         if not math.isfinite(running):
-            raise SystemExit(f"iteration {step}: the loss is not finite; lower --lr and resume")
+            raise SamplingError(f"iteration {step}: the loss is not finite; lower --lr, resume")
         step, seconds = step + 1, seconds + time.perf_counter() - began
         bar.update()
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
@@ -170,4 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
