@@ -78,9 +78,9 @@ def identity_of(config: Config, sources: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 
-def is_done(folder: Path, identity: str, args: argparse.Namespace) -> bool:
+def is_done(folder: Path, identity: str, overwrite: bool) -> bool:
     """True if the folder holds this run's result. Raises RunError for another run's."""
-    if args.overwrite or not (folder / RESULT).exists():
+    if overwrite or not (folder / RESULT).exists():
         return False
     try:
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["identity"]
@@ -94,9 +94,11 @@ def is_done(folder: Path, identity: str, args: argparse.Namespace) -> bool:
     return True
 
 
-def load_state(folder: Path, identity: str, args: argparse.Namespace) -> dict[str, Any] | None:
+def load_state(
+    folder: Path, identity: str, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError."""
-    if args.overwrite:
+    if overwrite:
         return None
     path = folder / STATE
     if not path.exists():
@@ -109,7 +111,7 @@ def load_state(folder: Path, identity: str, args: argparse.Namespace) -> dict[st
         raise RunError(
             f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
         )
-    if not args.resume:
+    if not resume:
         raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
     return value
 
@@ -140,21 +142,44 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     config, device = load_config(args.config, args.overrides), resolve_device(args.device)
     folder = Path(args.out)
-    began = time.perf_counter()
     assembly = assemble(config, device=device)
+    lines = calibrate_config(
+        config, assembly, folder, device, resume=args.resume, overwrite=args.overwrite
+    )
+    if lines is None:
+        print(f"{folder / RESULT}: is there already, from the same configuration and checkpoint")
+    else:
+        print("\n".join(lines))
+
+
+def calibrate_config(
+    config: Config,
+    assembly: Assembly,
+    folder: Path,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    bank: Bank | None = None,
+) -> list[str] | None:
+    """Calibrate into `folder` and return the lines of its log; None if it is done already.
+
+    assembly: full precision, of the same configuration. bank: what make_bank gives, if it is there
+    already; the reported seconds are then those after it.
+    """
+    began = time.perf_counter()
     identity = identity_of(config, assembly.sources)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
-    if is_done(folder, identity, args):
-        print(f"{folder / RESULT}: is there already, from the same configuration and checkpoint")
-        return
-    saved = load_state(folder, identity, args)
+    if is_done(folder, identity, overwrite):
+        return None
+    saved = load_state(folder, identity, resume, overwrite)
     write_text(folder / "config.yaml", resolved_yaml(config))
     state = None
     if saved is not None:
         state, bank = CalibrationState.from_plain(saved["state"]), Bank(**saved["bank"])
         print(f"resumed after: {', '.join(state.done)}")
-    else:
+    elif bank is None:
         bank = make_bank(config, assembly, device)
 
     def save(state: CalibrationState) -> None:
@@ -195,9 +220,10 @@ def main(argv: list[str] | None = None) -> None:
         },
     )
     seconds = time.perf_counter() - began
-    write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
+    lines = write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
     write_bytes(folder / RESULT, data)
     (folder / STATE).unlink(missing_ok=True)
+    return lines
 
 
 def write_report(
@@ -209,8 +235,8 @@ def write_report(
     size: int,
     seconds: float,
     identity: str,
-) -> None:
-    """report.json, layers.txt and the closing lines."""
+) -> list[str]:
+    """report.json, layers.txt and log.txt, whose lines are returned."""
     table, share = format_table(rows), shares(rows)
     parameters = sum(p.numel() for p in assembly.denoiser.parameters())
     summary = {
@@ -242,7 +268,7 @@ def write_report(
         f"({parameters * 4 / 2**20:.2f} MB), in {seconds:.0f} s",
     ]
     write_text(folder / "log.txt", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Tensors
     float.<parameter>      float32          what is not quantized: norms, embeddings
     correction.*           float32          optional, see correction.py
 
-Metadata: format, version, digest (sha256 of all tensors), architecture (sha256 of names and
+Metadata: format, version, digest (sha256 of all tensors and the other metadata), architecture (sha256 of names and
 shapes), layers (the table, JSON), timesteps, train_timesteps, and what the caller adds (config,
 source checkpoint, versions).
 """
@@ -36,6 +36,7 @@ from quant.quantizer import ActivationQuantizer
 
 FORMAT, VERSION = "tinydm-quantized", "1"
 CHUNK = 1 << 20  # codes handled at a time when packing, a multiple of 8
+MOST_TIMESTEPS, MOST_BINS = 100_000, 255  # as the configuration allows them
 
 
 class PackedFileError(ValueError):
@@ -155,19 +156,16 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     }
     if model.correction is not None:
         tensors |= {f"correction.{k}": v.cpu() for k, v in model.correction.state_dict().items()}
-    return save(
-        {name: tensors[name] for name in sorted(tensors)},
-        metadata
-        | {
-            "format": FORMAT,
-            "version": VERSION,
-            "digest": _digest(tensors),
-            "architecture": architecture_hash(shapes),
-            "layers": json.dumps(layer_table(model), separators=(",", ":")),
-            "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
-            "train_timesteps": str(model.context.train_timesteps),
-        },
-    )
+    metadata = metadata | {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": architecture_hash(shapes),
+        "layers": json.dumps(layer_table(model), separators=(",", ":")),
+        "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
+        "train_timesteps": str(model.context.train_timesteps),
+    }
+    metadata["digest"] = digest_of(tensors, metadata)
+    return save({name: tensors[name] for name in sorted(tensors)}, metadata)
 
 
 def _float_state(denoiser: nn.Module, covered: set[str]) -> dict[str, torch.Tensor]:
@@ -183,11 +181,14 @@ def _float_state(denoiser: nn.Module, covered: set[str]) -> dict[str, torch.Tens
     }
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """sha256 of all tensors and of the metadata (texts) besides the digest itself."""
+    texts = {name: text for name, text in metadata.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        value = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -212,7 +213,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         metadata["layers"] = json.loads(metadata["layers"])
         metadata["timesteps"] = [int(t) for t in json.loads(metadata["timesteps"])]
         metadata["train_timesteps"] = int(metadata["train_timesteps"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        if not 1 <= metadata["train_timesteps"] <= MOST_TIMESTEPS:
+            raise ValueError(f"train_timesteps is not within 1..{MOST_TIMESTEPS}")
+        if not 1 <= len(metadata["timesteps"]) <= MOST_BINS:
+            raise ValueError(f"not 1..{MOST_BINS} timesteps")
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise PackedFileError(f"{path}: damaged metadata ({error})") from error
     return metadata
 
@@ -227,7 +232,8 @@ def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
     try:
         with safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        if _digest(tensors) != metadata.get("digest"):
+            texts = dict(handle.metadata())
+        if digest_of(tensors, texts) != metadata.get("digest"):
             raise ValueError("its content does not match its checksum; copy or make it again")
         shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
         if architecture_hash(shapes) != metadata.get("architecture"):
@@ -242,6 +248,7 @@ def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
         TypeError,
         AttributeError,
         IndexError,
+        OverflowError,
         RuntimeError,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -257,8 +264,15 @@ class _Builder:
         self.tensors, self.context, self.denoiser = tensors, context, denoiser
         self.channel = self.bias = self.row = 0  # what the concatenated tensors gave so far
         scale = self._get("activations.scale", torch.float32)
+        self._check(scale.dim() == 2, "the activation scales' shape")
+        zero_point = self._get("activations.zero_point", torch.uint8)
+        self._check(zero_point.shape == scale.shape, "the activation zero points' shape")
         self._check(bool((torch.isfinite(scale) & (scale > 0)).all()), "an activation scale <= 0")
         w_scale = self._get("layers.w_scale", torch.float32)
+        self._check(w_scale.dim() == 1, "the weight scales' shape")
+        w_zero_point = self._get("layers.w_zero_point", torch.uint8)
+        self._check(w_zero_point.shape == w_scale.shape, "the weight zero points' shape")
+        self._check(self._get("layers.bias", torch.float32).dim() == 1, "the biases' shape")
         self._check(bool((torch.isfinite(w_scale) & (w_scale > 0)).all()), "a weight scale <= 0")
         group = self._get("activations.group", torch.uint8)
         self._check(group.shape == (len(scale), len(context.timesteps)), "the group table's shape")
@@ -304,6 +318,8 @@ class _Builder:
         split, inputs = int(entry["split"]), entry["inputs"]
         self._check(len(inputs) in ((2,) if split else (0, 1)), f"{name} has {len(inputs)} inputs")
         self._check(0 <= split < layer.weight.shape[1], f"{name} is split at {split}")
+        if entry["time"]:
+            self._check(isinstance(layer, nn.Linear) and not inputs, f"{name} is no time layer")
         out = shape[0]
         codes = unpack(self._get(f"{name}.qweight", torch.uint8), bits, layer.weight.numel())
         zero_point = self._take("layers.w_zero_point", torch.uint8, self.channel, out)
@@ -326,6 +342,7 @@ class _Builder:
             name = entry["name"]
             original = self.denoiser.get_submodule(name)
             if entry["kind"] == "matmul":
+                self._check(not original.state_dict(), f"{name} is not a matrix product")
                 replacement: nn.Module = QuantMatMul(*(self._quantizer(b) for b in entry["inputs"]))
             else:
                 replacement = self._layer(entry, original)
@@ -338,6 +355,7 @@ class _Builder:
             replace_module(self.denoiser, name, replacement)
         self._check(self.row == len(self.tensors["activations.scale"]), "unused activation rows")
         self._check(self.channel == len(self.tensors["layers.w_scale"]), "unused weight scales")
+        self._check(self.bias == len(self.tensors["layers.bias"]), "unused biases")
         for name, target in rest.items():
             value = self._get(f"float.{name}", torch.float32)
             self._check(value.shape == target.shape, f"{name} has shape {tuple(value.shape)}")

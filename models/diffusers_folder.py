@@ -1,0 +1,151 @@
+"""Folders of Hugging Face diffusers that hold a DDPM-like UNet2DModel, in the names of DDIM."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint_files import (
+    State,
+    failure,
+    guarded,
+    printable,
+    read_file,
+    tensors_of,
+)
+
+# What a UNet2DModel must be to compute what DDIMUNet does: key -> (value, default of the library).
+DIFFUSERS_NEEDS = {
+    "act_fn": ("silu", "silu"),
+    "add_attention": (True, True),
+    "attn_norm_num_groups": (None, None),
+    "center_input_sample": (False, False),
+    "class_embed_type": (None, None),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
+    "flip_sin_to_cos": (False, True),
+    "freq_shift": (1, 0),
+    "mid_block_scale_factor": (1, 1),
+    "norm_eps": (1e-6, 1e-5),
+    "num_class_embeds": (None, None),
+    "resnet_time_scale_shift": ("default", "default"),
+    "time_embedding_type": ("positional", "positional"),
+    "upsample_type": ("conv", "conv"),
+}
+
+# Its names -> those of DDIM, applied in turn. Attention has had two sets of names.
+DIFFUSERS_NAMES = (
+    (r"^time_embedding\.linear_1\.", "temb.dense.0."),
+    (r"^time_embedding\.linear_2\.", "temb.dense.1."),
+    (r"^mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"^mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"^mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"^(down|up)_blocks\.", r"\1."),
+    (r"\.resnets\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.downsamplers\.0\.", ".downsample."),
+    (r"\.upsamplers\.0\.", ".upsample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.time_emb_proj\.", ".temb_proj."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.(?:to_q|query)\.", ".q."),
+    (r"\.(?:to_k|key)\.", ".k."),
+    (r"\.(?:to_v|value)\.", ".v."),
+    (r"\.(?:to_out\.0|proj_attn)\.", ".proj_out."),
+    (r"^conv_norm_out\.", "norm_out."),
+)
+
+
+def diffusers_files(folder: Path) -> tuple[Path, Path]:
+    """config.json and the weight file of a folder, or of its `unet`."""
+    for place in (folder / "unet", folder):
+        if not (place / "config.json").is_file():
+            continue
+        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+            if (place / name).is_file():
+                return place / "config.json", place / name
+        raise failure(place, "holds no diffusion_pytorch_model.safetensors", "download it")
+    raise failure(folder, "a folder without config.json", "name the checkpoint file itself")
+
+
+def read_diffusers(folder: Path) -> State:
+    """The weights of a DDPM-like UNet2DModel under the names and shapes of DDIMUNet."""
+    config, weights = diffusers_files(folder)
+    levels = len(guarded(config, lambda: _ddim_params(config))["ch_mult"])
+    found = tensors_of(read_file(weights), weights)
+    state: State = {}
+    for name, tensor in found.items():
+        new = _ddim_name(name, levels)
+        if new in state:
+            raise failure(weights, f"two tensors are called {new}", "use another file")
+        pointwise = ".attn" in new and tensor.ndim == 2  # Linear (C, C) -> 1x1 conv (C, C, 1, 1)
+        state[new] = tensor[:, :, None, None] if pointwise else tensor
+    return state
+
+
+def _ddim_name(name: str, levels: int) -> str:
+    """down_blocks.1.resnets.0.norm1.bias -> down.1.block.0.norm1.bias; up levels count down."""
+    for pattern, replacement in DIFFUSERS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    found = re.match(r"up\.(\d{1,3})\.", name)
+    return f"up.{levels - 1 - int(found[1])}.{name[found.end() :]}" if found else name
+
+
+def _ddim_params(path: Path) -> dict[str, Any]:
+    """The arguments of DDIMUNet that a config.json of diffusers describes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    if kind != "UNet2DModel":
+        raise failure(
+            path, f"describes a {printable(kind, 60)}, not a UNet2DModel", "use another model"
+        )
+    for key, (needed, default) in DIFFUSERS_NEEDS.items():
+        if config.get(key, default) != needed:
+            what = f"{key} is {config.get(key, default)}, DDIMUNet computes with {needed}"
+            raise failure(path, what, "use a checkpoint of the DDPM kind")
+    widths, size = config["block_out_channels"], config["sample_size"]
+    down, up = config["down_block_types"], config["up_block_types"]
+    attention = [kind.startswith("Attn") for kind in down]
+    _check_blocks(path, widths, down, up)
+    _check_single_head(path, config.get("attention_head_dim", 8), widths, attention)
+    return {
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config.get("layers_per_block", 2),
+        "attn_resolutions": [size >> level for level, has in enumerate(attention) if has],
+        "in_channels": config.get("in_channels", 3),
+        "out_ch": config.get("out_channels", 3),
+        "image_size": size,
+        "norm_groups": config.get("norm_num_groups", 32),
+    }
+
+
+def _check_blocks(path: Path, widths: list[int], down: list[str], up: list[str]) -> None:
+    """The way up mirrors the way down, and every width is a multiple of the first."""
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
+    known = set(down) <= {"DownBlock2D", "AttnDownBlock2D"}
+    if not known or up != mirrored or len(widths) != len(down):
+        raise failure(
+            path, f"the blocks {down} and {up} are not those of DDIM", "use another model"
+        )
+    if any(width % widths[0] for width in widths):
+        raise failure(path, f"widths {widths} are not multiples of the first", "use another model")
+
+
+def _check_single_head(
+    path: Path, head_dim: int | None, widths: list[int], attention: list[bool]
+) -> None:
+    """Attention has one head: its size is absent (null) or the width, the middle included."""
+    used = {w for w, has in zip(widths, attention, strict=True) if has} | {widths[-1]}
+    if head_dim is not None and used != {head_dim}:
+        what = f"attention_head_dim {head_dim} makes several heads, DDIMUNet has one"
+        raise failure(path, what, "use a checkpoint of the DDPM kind")
+
+
+def diffusers_params(folder: str | Path) -> dict[str, Any]:
+    """Keyword arguments of DDIMUNet for a diffusers folder, from its config.json.
+
+    Raises CheckpointError when the configuration describes another network.
+    """
+    path = diffusers_files(Path(folder))[0]
+    return guarded(path, lambda: _ddim_params(path))

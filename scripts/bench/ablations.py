@@ -1,0 +1,61 @@
+"""The parts of tinyDM and what each is compared with (METHOD 5.8).
+
+A variant is the preset with a few keys changed; a part that does not earn its place is dropped from
+the preset. Variants that equal the preset share its cell.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    overrides: tuple[str, ...]
+
+
+def _each(key: str, *values: object, name: str = "{}") -> tuple[Variant, ...]:
+    """One variant for each value of a key."""
+    return tuple(Variant(name.format(v), (f"{key}={v}",)) for v in values)
+
+
+def _selection(samples: int) -> tuple[Variant, ...]:
+    rules = {
+        "uniform": ("calibration.timesteps=uniform",),
+        "normal": ("calibration.timesteps=normal",),
+        "all": ("calibration.timesteps=all",),
+        "active, rho 0": ("calibration.timesteps=active", "quant.search.error_weight=0"),
+        "active, rho 1": ("calibration.timesteps=active", "quant.search.error_weight=1"),
+    }
+    return tuple(
+        Variant(f"{rule}, {samples} samples", (*keys, f"calibration.samples={samples}"))
+        for rule, keys in rules.items()
+    )
+
+
+GROUPS = "quant.activation.groups"
+
+PARTS: dict[str, tuple[Variant, ...]] = {
+    "grouping": (
+        *_each(GROUPS, 1, 2, 4, 8, 16, name="G = {}"),
+        # As many groups as calibrated timesteps, to which the number is limited.
+        Variant("per step", (f"{GROUPS}=255", "calibration.bins=255")),
+    ),
+    "assignment": _each("quant.activation.search", "uniform", "dp", "kmeans", "differentiable"),
+    "entropy": (
+        *_each("quant.search.entropy", "0.0", "0.8", name="lambda {}"),
+        Variant("lambda 0.8, tau 1 throughout", ("quant.search.temperature=1.0",)),
+    ),
+    "timesteps": (*_selection(256), *_selection(512), *_selection(1024)),
+    "time_embedding": _each("quant.time_embedding", "quantized", "cached"),
+    "rounding": _each("quant.weight.rounding", "nearest", "adaround"),
+    "end_to_end": (
+        Variant("none", ("quant.reconstruct.finetune_iterations=0",)),
+        Variant("as the preset", ()),
+    ),
+    "progressive": _each("quant.reconstruct.progressive", "false", "true"),
+    "step_weights": _each("quant.reconstruct.weigh_steps", "false", "true"),
+    "split": _each("quant.split_skip", "false", "true"),
+    # Only below the bits of the activations: the larger of the two numbers counts.
+    "softmax": _each("quant.activation.softmax_bits", 4, 6, 8, name="{} bits"),
+    "correction": _each("quant.correction", "none", "ptqd"),
+}

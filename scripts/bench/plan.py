@@ -1,0 +1,195 @@
+"""What is to be measured: cells of method, bit width, steps and seed, each one configuration.
+
+    Plan("configs/emoji32.yaml", overrides).config(Cell("benchmark", "tinydm", (4, 8), 50, 0))
+
+Overrides of the user come first, then the cell's coordinates, then those of an ablation's variant.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.bench.ablations import PARTS, Variant
+from scripts.common.config import METHODS as QUANTIZED
+from scripts.common.config import Config, Override, load_config
+from scripts.common.strict import ConfigError, suggestion
+
+BENCHMARK = "benchmark"  # the table that is not an ablation
+NAMES = {
+    "fp": "FP",
+    "minmax": "MinMax",
+    "ptq4dm": "PTQ4DM",
+    "qdiffusion": "Q-Diffusion",
+    "ptqd": "PTQD",
+    "tinydm": "TinyDM",
+}  # in the order of the table
+METHODS = ("fp", *QUANTIZED)
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """table: BENCHMARK or a part of the ablations; label: the method or the part's variant."""
+
+    table: str
+    label: str
+    bits: tuple[int, int]  # weights, activations
+    steps: int
+    seed: int  # of the calibration
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        return self.label if self.table == BENCHMARK else "tinydm"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells cells of the tables apart."""
+        return (self.table, self.label, self.bits, self.steps, self.seed)
+
+    @property
+    def name(self) -> str:
+        """For folders and progress, not unique."""
+        what = self.label if self.table == BENCHMARK else f"{self.table}-{self.label}"
+        what = re.sub(r"[^\w.=-]+", "-", what).strip("-")
+        return f"{self.steps}-w{self.bits[0]}a{self.bits[1]}-{what}-s{self.seed}"
+
+    def to_plain(self) -> dict[str, Any]:
+        return vars(self) | {"bits": list(self.bits), "overrides": list(self.overrides)}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> "Cell":
+        lists = {name: tuple(value[name]) for name in ("bits", "overrides")}
+        return cls(**(value | lists))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    name: str  # as in sampler.name
+    steps: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.steps}"
+
+
+class Plan:
+    """Configurations of the cells. Raises ConfigError for those that cannot be."""
+
+    def __init__(self, path: str, overrides: Sequence[str | Override]):
+        self.path, self.overrides = path, list(overrides)
+        self.base = load_config(path, self.overrides)
+
+    def config(self, cell: Cell, sampler: Sampler | None = None) -> Config:
+        """With `sampler`, the same but for how images are sampled."""
+        coordinates = [
+            f"quant.method={cell.method}",
+            f"quant.weight.bits={cell.bits[0]}",
+            f"quant.activation.bits={cell.bits[1]}",
+            f"calibration.seed={cell.seed}",
+        ]
+        sampler = sampler or self.sampler(cell.steps)
+        return load_config(
+            self.path,
+            [*self.overrides, *coordinates, *_sampler_keys(sampler), *cell.overrides],
+        )
+
+    def full_config(self, sampler: Sampler) -> Config:
+        return load_config(self.path, [*self.overrides, *_sampler_keys(sampler)])
+
+    def sampler(self, steps: int) -> Sampler:
+        """The configuration's own, with so many steps."""
+        return Sampler(self.base.sampler.name, steps)
+
+    def transfers(self, text: str, steps: int) -> list[Sampler]:
+        """ "20,ddpm,ddpm:250" -> samplers; a name alone takes the calibrated number of steps."""
+        samplers = []
+        for item in _items(text):
+            name, _, count = item.partition(":")
+            if name.isdecimal():
+                name, count = self.base.sampler.name, name
+            samplers.append(Sampler(name, _number("--transfer", count) if count else steps))
+        return [s for s in dict.fromkeys(samplers) if s != self.sampler(steps)]
+
+
+def _sampler_keys(sampler: Sampler) -> list[str]:
+    return [f"sampler.name={sampler.name}", f"sampler.steps={sampler.steps}"]
+
+
+def benchmark_cells(
+    methods: Sequence[str], bits: Sequence[tuple[int, int]], steps: Sequence[int], seeds: list[int]
+) -> Iterator[Cell]:
+    """All but full precision, which is no cell."""
+    for count in steps:
+        for width in bits:
+            for method in methods:
+                if method != "fp":
+                    yield from (Cell(BENCHMARK, method, width, count, seed) for seed in seeds)
+
+
+def ablation_cells(
+    parts: Sequence[str], bits: Sequence[tuple[int, int]], steps: Sequence[int], seeds: list[int]
+) -> Iterator[Cell]:
+    """The preset itself first, then every variant of the parts."""
+    variants = [("preset", Variant("as it is", ()))]
+    variants += [(part, variant) for part in parts for variant in PARTS[part]]
+    for count in steps:
+        for width in bits:
+            for part, variant in variants:
+                for seed in seeds:
+                    yield Cell(part, variant.label, width, count, seed, variant.overrides)
+
+
+def is_current(cell: Cell) -> bool:
+    """False for a variant that the list of ablations does not have any more."""
+    if cell.table == BENCHMARK:
+        return cell.label in METHODS
+    if cell.table == "preset":
+        return not cell.overrides
+    return Variant(cell.label, cell.overrides) in PARTS.get(cell.table, ())
+
+
+# ---- the command line's lists ----
+
+
+def _items(text: str) -> list[str]:
+    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
+def _number(option: str, text: str, lowest: int = 1) -> int:
+    if not (text.isascii() and text.isdecimal() and lowest <= int(text) <= LARGEST_SEED):
+        raise ConfigError(f"{option} {text}: must be whole numbers from {lowest}")
+    return int(text)
+
+
+def _list(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
+    values = [read(item) for item in _items(text)]
+    if not values:
+        raise ConfigError(f"{option}: names nothing")
+    return values
+
+
+def read_numbers(option: str, text: str, lowest: int = 1) -> list[int]:
+    return _list(option, text, lambda item: _number(option, item, lowest))
+
+
+def read_names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    def read(item: str) -> str:
+        if item not in known:
+            raise ConfigError(f"{option} {item}: is unknown{suggestion(item, known)}")
+        return item
+
+    return _list(option, text, read)
+
+
+def read_bits(text: str) -> list[tuple[int, int]]:
+    """ "w8a8,w4a8" -> [(8, 8), (4, 8)]."""
+
+    def read(item: str) -> tuple[int, int]:
+        match = re.fullmatch(r"w([2-8])a([2-8])", item.lower())
+        if match is None:
+            raise ConfigError(f"--bits {item}: must look like w4a8, each of 2..8 bits")
+        return int(match[1]), int(match[2])
+
+    return _list("--bits", text, read)
