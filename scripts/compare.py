@@ -92,13 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     bits = f"{calibration['weight_bits']}/{calibration['activation_bits']}"
     name, seconds = "Size (MB)", "calibrate (s)"
     n = psnr["images"]
-    columns = ["method", "W/A", name, "PSNR to FP (dB)", f"FID ({n} images)", seconds, "images/s"]
+    columns = ["method", "W/A", name, "PSNR to FP (dB)", f"FID ({n} images)", seconds, "sample (s)"]
     values = [
         ("full precision", "32/32", f"{calibration['float32_mb']:.2f}", "", fid[0], ""),
         (calibration["method"], bits, size, value, fid[1], f"{calibration['seconds']:.0f}"),
     ]
     rows = [
-        dict(zip(columns, (*v, f"{r['images_per_second']:.2f}"), strict=True))
+        dict(zip(columns, (*v, f"{n / r['images_per_second']:.0f}"), strict=True))
         for v, r in zip(values, reports, strict=True)
     ]
     table = format_table(rows, columns)

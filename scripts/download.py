@@ -11,6 +11,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,8 +29,8 @@ TIMEOUT = 30  # seconds without an answer
 OFFLINE_HINT = "sample_emoji.sh needs no download"
 
 
-def fetch(url: str, path: Path) -> None:
-    """Download to `path`, atomically. Raises CheckpointError with the manual steps."""
+def fetch(url: str, path: Path, by_hand: str) -> None:
+    """Download to `path`, atomically. Raises CheckpointError, which says what to do `by_hand`."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, atomic(path) as temporary:
             total = int(answer.headers.get("Content-Length") or 0) or None
@@ -45,9 +46,21 @@ def fetch(url: str, path: Path) -> None:
     except (OSError, urllib.error.URLError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(
-            f"cannot download {url} ({reason}); download it by hand and put it at {path}; "
-            f"{OFFLINE_HINT}"
+            f"cannot download {url} ({reason}); download it by hand and {by_hand}; {OFFLINE_HINT}"
         ) from error
+
+
+def extract(archive: Path, path: Path) -> None:
+    """The archive's member named like `path` -> path; the archive is removed."""
+    try:
+        with zipfile.ZipFile(archive) as members, atomic(path) as temporary:
+            name = next(n for n in members.namelist() if Path(n).name == path.name)
+            with members.open(name) as source, open(temporary, "wb") as file:
+                shutil.copyfileobj(source, file)
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise CheckpointError(f"{archive}: holds no {path.name}; download it again") from error
+    finally:
+        archive.unlink(missing_ok=True)
 
 
 def fetch_checkpoint(config_path: str, overrides: list) -> None:
@@ -60,7 +73,12 @@ def fetch_checkpoint(config_path: str, overrides: list) -> None:
         return
     if config.model.url is None:
         raise CheckpointError(f"{path}: no such file, and model.url is not set; {OFFLINE_HINT}")
-    fetch(config.model.url, path)
+    if config.model.url.endswith(".zip"):
+        archive = path.with_suffix(".zip")
+        fetch(config.model.url, archive, f"put the {path.name} in it at {path}")
+        extract(archive, path)
+    else:
+        fetch(config.model.url, path, f"put it at {path}")
     try:
         load_state_dict(path, weights=config.model.weights)
     except CheckpointError:
