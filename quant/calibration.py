@@ -63,6 +63,7 @@ def bit_policy(settings: QuantSettings) -> BitPolicy:
         weight=settings.weight.bits,
         activation=settings.activation.bits,
         edge=max(settings.edge_bits, settings.weight.bits),
+        edge_activation=settings.edge_activation_bits,
         time=max(settings.time_bits, settings.weight.bits),
         softmax=max(settings.activation.softmax_bits, settings.activation.bits),
         split_skip=settings.split_skip,

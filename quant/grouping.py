@@ -12,6 +12,8 @@ import torch
 from quant.quantizer import LearnedQuantizer, range_to_scale
 from quant.statistics import Statistics
 
+ROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
+
 
 def candidate_ranges(
     stats: Statistics, symmetric: bool, unsigned: bool, count: int = 20
@@ -124,6 +126,10 @@ def assign(
     search: uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable
     search goes on from there). scale: mse | minmax | percentile (both without clipping search).
     """
+    if quantizer.bits > 8:  # codes abound: one range with room to spare, so that nothing clips
+        bound = ROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
+        quantizer.set_ranges(-bound, bound, torch.zeros(len(stats.low)))
+        return
     if scale in ("minmax", "percentile"):
         q = 0.0 if scale == "minmax" else 1e-3
         low, high = stats.values.quantile(q, dim=1), stats.values.quantile(1 - q, dim=1)

@@ -73,7 +73,8 @@ class QuantSettings:
     activation: ActivationSettings = ActivationSettings()
     search: SearchSettings = SearchSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
-    edge_bits: int = bounded(8, 2, 8)  # first and last layer
+    edge_bits: int = bounded(8, 2, 8)  # weights of the first and last layer
+    edge_activation_bits: int = bounded(16, 2, 16)  # their inputs; 16 run as two 8-bit products
     time_bits: int = bounded(8, 2, 8)  # layers of the timestep alone, when cached
     time_embedding: str = choice("cached", "cached", "quantized")
     split_skip: bool = True

@@ -24,13 +24,15 @@ LAYER_TYPES = (nn.Conv2d, nn.Conv1d, nn.Linear)
 class BitPolicy:
     """Bits of each kind of layer. None leaves that operand in floating point.
 
-    edge: first and last layer, which see the image; time: layers of the timestep alone, whose
+    edge: weights of the first and last layer, which see the image; edge_activation: their inputs (16
+    bits are two 8-bit products, on layers of less than one percent of the MACs); time: layers of the timestep alone, whose
     activations are never quantized when `cache_timestep` is true; softmax: attention probabilities.
     """
 
     weight: int = 4
     activation: int | None = 8
     edge: int = 8
+    edge_activation: int = 16
     time: int = 8
     softmax: int = 8
     split_skip: bool = True
@@ -95,7 +97,7 @@ def quantize(
             bits = policy.edge if name in edge else policy.weight
             act_bits = policy.activation
             if act_bits is not None and name in edge:
-                act_bits = max(act_bits, policy.edge)
+                act_bits = max(act_bits, policy.edge_activation)
             if cached:
                 bits, act_bits = policy.time, None
             split = roles.concat_split.get(name, 0) if policy.split_skip else 0

@@ -6,14 +6,14 @@ Tensors
     layers.w_zero_point    uint8 (sum O,)    | all layers one after the other, in table order
     layers.bias            float32 (sum,)   /
     activations.scale      float32 (L, G)   one row per activation quantizer, padded with 1
-    activations.zero_point uint8 (L, G)
+    activations.zero_point int32 (L, G)
     activations.group      uint8 (L, S)     group of each calibrated timestep
     float.<parameter>      float32          what is not quantized: norms, embeddings
     correction.*           float32          optional, see correction.py
 
-Metadata: format, version, digest (sha256 of all tensors and the other metadata), architecture (sha256 of names and
-shapes), layers (the table, JSON), timesteps, train_timesteps, and what the caller adds (config,
-source checkpoint, versions).
+Metadata: format, version, digest (sha256 of all tensors and the other metadata), architecture
+(sha256 of names and shapes), layers (the table, JSON), timesteps, train_timesteps, and what the
+caller adds (config, source checkpoint, versions).
 """
 
 import hashlib
@@ -143,11 +143,11 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     bins = len(model.context.timesteps)
     width = max((len(q.scale) for q in quantizers), default=1)
     scale = torch.ones(len(quantizers), width)
-    zero = torch.zeros(len(quantizers), width, dtype=torch.uint8)
+    zero = torch.zeros(len(quantizers), width, dtype=torch.int32)
     group = torch.zeros(len(quantizers), bins, dtype=torch.uint8)
     for row, q in enumerate(quantizers):
         scale[row, : len(q.scale)] = q.scale.cpu()
-        zero[row, : len(q.scale)] = q.zero_point.to("cpu", torch.uint8)
+        zero[row, : len(q.scale)] = q.zero_point.cpu()
         group[row] = q.group_of_bin.cpu()
     tensors |= {
         "activations.scale": scale,
@@ -165,7 +165,18 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
         "train_timesteps": str(model.context.train_timesteps),
     }
     metadata["digest"] = digest_of(tensors, metadata)
-    return save({name: tensors[name] for name in sorted(tensors)}, metadata)
+    return _sorted_header(save({name: tensors[name] for name in sorted(tensors)}, metadata))
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: safetensors writes them in a random
+    one, but the same calibration shall give the same bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def _float_state(denoiser: nn.Module, covered: set[str]) -> dict[str, torch.Tensor]:
@@ -265,7 +276,7 @@ class _Builder:
         self.channel = self.bias = self.row = 0  # what the concatenated tensors gave so far
         scale = self._get("activations.scale", torch.float32)
         self._check(scale.dim() == 2, "the activation scales' shape")
-        zero_point = self._get("activations.zero_point", torch.uint8)
+        zero_point = self._get("activations.zero_point", torch.int32)
         self._check(zero_point.shape == scale.shape, "the activation zero points' shape")
         self._check(bool((torch.isfinite(scale) & (scale > 0)).all()), "an activation scale <= 0")
         w_scale = self._get("layers.w_scale", torch.float32)
@@ -298,10 +309,11 @@ class _Builder:
         return part.clone()
 
     def _quantizer(self, bits: int) -> ActivationQuantizer:
-        self._check(isinstance(bits, int) and 2 <= bits <= 8, f"{bits} activation bits")
+        self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
         row, self.row = self.row, self.row + 1
-        zero_point = self._get("activations.zero_point", torch.uint8)[row]
-        self._check(int(zero_point.max()) < 2**bits, "an activation zero point out of range")
+        zero_point = self._get("activations.zero_point", torch.int32)[row]
+        good = 0 <= int(zero_point.min()) and int(zero_point.max()) < 2**bits
+        self._check(good, "an activation zero point out of range")
         return ActivationQuantizer(
             self.context,
             self.tensors["activations.scale"][row].clone(),
