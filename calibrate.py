@@ -73,18 +73,19 @@ def identity_of(config: Config, sources: dict[str, str]) -> str:
         "quant": dataclasses.asdict(config.quant),
         "calibration": vars(config.calibration),
         "micro_batch": config.sampling.micro_batch,
+        "classes": config.sampling.classes,
         "sources": sources,
     }
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 
-def is_done(folder: Path, identity: str, overwrite: bool) -> bool:
+def is_done(folder: Path, identity: str) -> bool:
     """True if the folder holds this run's result. Raises RunError for another run's."""
-    if overwrite or not (folder / RESULT).exists():
+    if not (folder / RESULT).exists():
         return False
     try:
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != identity:
         raise RunError(
@@ -94,12 +95,8 @@ def is_done(folder: Path, identity: str, overwrite: bool) -> bool:
     return True
 
 
-def load_state(
-    folder: Path, identity: str, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+def load_state(folder: Path, identity: str, resume: bool) -> dict[str, Any] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError."""
-    if overwrite:
-        return None
     path = folder / STATE
     if not path.exists():
         return None
@@ -107,7 +104,7 @@ def load_state(
         value = torch.load(path, weights_only=True)
     except Exception as error:  # torch has many exceptions for a damaged file
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
-    if value.get("identity") != identity:
+    if not isinstance(value, dict) or value.get("identity") != identity:
         raise RunError(
             f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
         )
@@ -171,9 +168,12 @@ def calibrate_config(
     identity = identity_of(config, assembly.sources)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
-    if is_done(folder, identity, overwrite):
+    if overwrite:  # at once: killed from here on, --resume continues the new run
+        for name in (RESULT, STATE):
+            (folder / name).unlink(missing_ok=True)
+    if is_done(folder, identity):
         return None
-    saved = load_state(folder, identity, resume, overwrite)
+    saved = load_state(folder, identity, resume)
     write_text(folder / "config.yaml", resolved_yaml(config))
     state = None
     if saved is not None:
@@ -190,9 +190,15 @@ def calibrate_config(
         size = config.sampling.micro_batch
         first = config.calibration.trajectories + number * size
         seen = record_bank(
-            assembly.pipeline, model, size, config.calibration.seed, first, device=device
+            assembly.pipeline,
+            model,
+            size,
+            config.calibration.seed,
+            first,
+            config.sampling.classes,
+            device,
         )
-        return answer(seen, assembly.denoiser, size, device)
+        return answer(seen, assembly.denoiser, size)
 
     deployed, phases = calibrate(
         assembly.denoiser,

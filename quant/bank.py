@@ -11,13 +11,15 @@ class Bank:
     """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
     full-precision output there; timesteps (S,): t of each step, descending, may repeat.
 
-    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory.
+    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The bank may
+    lie on the CPU; what it gives out is on `device`.
     """
 
     x: torch.Tensor
     eps: torch.Tensor
     timesteps: list[int]
     conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def trajectories(self) -> int:
@@ -28,29 +30,32 @@ class Bank:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """index (n, 2): pairs (step k, trajectory j). Returns x_t, t (n,), eps, conditioning."""
         k, j = index[:, 0], index[:, 1]
-        t = torch.tensor([self.timesteps[i] for i in k.tolist()], device=self.x.device)
-        x = self.x[k, j]
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, t, self.eps[k, j], {n: v[j] for n, v in self.conditioning.items()}
+        t = torch.tensor([self.timesteps[i] for i in k.tolist()], device=self.device)
+        conditioning = {n: v[j].to(self.device) for n, v in self.conditioning.items()}
+        return self._given(self.x[k, j]), t, self.eps[k, j].to(self.device), conditioning
+
+    def _given(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.device)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def _part(self, k: int, part: slice) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        conditioning = {n: v[part].to(self.device) for n, v in self.conditioning.items()}
+        return self._given(self.x[k, part]), self.timesteps[k], conditioning
 
     def by_timestep(
         self, limit: int, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
         """Batches of one timestep each: the first `limit` trajectories at every step."""
-        for k, t in enumerate(self.timesteps):
+        for k in range(len(self.timesteps)):
             for start in range(0, min(limit, self.trajectories), batch_size):
-                part = slice(start, min(start + batch_size, limit, self.trajectories))
-                yield self.x[k, part], t, {n: v[part] for n, v in self.conditioning.items()}
+                yield self._part(k, slice(start, min(start + batch_size, limit)))
 
     def at_step(
         self, k: int, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
         """Batches of all trajectories at sampling step k."""
         for start in range(0, self.trajectories, batch_size):
-            part = slice(start, start + batch_size)
-            conditioning = {n: v[part] for n, v in self.conditioning.items()}
-            yield self.x[k, part], self.timesteps[k], conditioning
+            yield self._part(k, slice(start, start + batch_size))
 
     def extend(self, other: "Bank") -> "Bank":
         """A bank with the trajectories of both. They must share their timesteps."""
@@ -61,4 +66,5 @@ class Bank:
             torch.cat([self.eps, other.eps], 1),
             self.timesteps,
             {n: torch.cat([v, other.conditioning[n]]) for n, v in self.conditioning.items()},
+            self.device,
         )

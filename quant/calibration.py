@@ -298,7 +298,7 @@ def _correction(job: _Job) -> dict[str, Any] | None:
     for k, t in enumerate(bank.timesteps):
         for x, _, conditioning in bank.at_step(k, job.calibration.batch_size):
             steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-            outputs.append(model(x, steps, **conditioning))
+            outputs.append(model(x, steps, **conditioning).cpu())
         bins += [int(model.context.bin_of_t[t])] * bank.trajectories
         job.progress.step(f"t = {t}")
     job.progress.end()

@@ -90,4 +90,6 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         (loss * 100).backward()  # Adam is scale free; this keeps tiny gradients above its epsilon
         optimizer.step()
+        for _, layer in weight_layers(model):
+            layer.weight_quantizer.clamp_latent()
         on_iteration(i, float(loss.detach()))

@@ -57,7 +57,7 @@ class ReconstructSettings:
 
     iterations: int = bounded(200, 0, 10_000_000)  # per unit
     batch_size: int = bounded(16, 1, 4096)
-    lr_rounding: float = bounded(1e-2, 0.0, 10.0)
+    lr_rounding: float = bounded(0.1, 0.0, 10.0)
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
     regulariser: float = bounded(0.01, 0.0, 1000.0)
     finetune_iterations: int = bounded(400, 0, 10_000_000)

@@ -24,9 +24,10 @@ LAYER_TYPES = (nn.Conv2d, nn.Conv1d, nn.Linear)
 class BitPolicy:
     """Bits of each kind of layer. None leaves that operand in floating point.
 
-    edge: weights of the first and last layer, which see the image; edge_activation: their inputs (16
-    bits are two 8-bit products, on layers of less than one percent of the MACs); time: layers of the timestep alone, whose
-    activations are never quantized when `cache_timestep` is true; softmax: attention probabilities.
+    edge: weights of the first and last layer, which see the image; edge_activation: their inputs
+    (16 bits are two 8-bit products, on less than one percent of the MACs); time: layers of the
+    timestep alone, whose activations are never quantized when `cache_timestep` is true; softmax:
+    attention probabilities.
     """
 
     weight: int = 4

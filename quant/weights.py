@@ -94,6 +94,12 @@ class WeightQuantizer(nn.Module):
             latent = torch.minimum(torch.maximum(exact, codes - 0.45), codes + 0.45)
         self.latent = nn.Parameter(latent)
         self.alpha = None
+        self.clamp_latent()
+
+    @torch.no_grad()
+    def clamp_latent(self) -> None:
+        """Back into 0..2^b-1: outside, a latent gets no gradient and would never move again."""
+        self.latent.clamp_(0, 2**self.bits - 1)
 
     def h(self) -> torch.Tensor:
         return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

@@ -5,7 +5,7 @@ reference is needed. Intervals are of 95 percent, by resampling images (or traje
 depend on the number of samples only, so that intervals of differences pair the same images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from quant.bank import Bank
 from scripts.common.runs import png_name
 from scripts.common.trajectories import answer
 from scripts.metrics.inputs import read_image
-from scripts.metrics.scores import psnr
+from scripts.metrics.scores import PEAK
 
 RESAMPLES, LEVEL = 2000, 0.95
+LARGEST_DRAW = 1_000_000  # indices at a time
 
 
 def image_errors(folder: Path, reference: Path, count: int) -> list[float]:
@@ -30,47 +31,53 @@ def image_errors(folder: Path, reference: Path, count: int) -> list[float]:
     return errors
 
 
-def eps_errors(
-    model: nn.Module, bank: Bank, batch_size: int, device: torch.device
-) -> tuple[list[float], list[float]]:
+def eps_errors(model: nn.Module, bank: Bank, batch_size: int) -> tuple[list[float], list[float]]:
     """Mean squared eps error on full-precision states: per sampling step (S,), per trajectory (N,).
 
     bank: states with full-precision answers.
     """
-    error = (answer(bank, model, batch_size, device).eps - bank.eps).double().square()
+    error = (answer(bank, model, batch_size).eps - bank.eps).double().square()
     error = error.flatten(2).mean(2)  # (S, N)
     return error.mean(1).tolist(), error.mean(0).tolist()
 
 
+def decibels(errors: np.ndarray) -> np.ndarray:
+    """PSNR of mean squared errors, infinite for 0."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(PEAK**2 / errors)
+
+
+def psnr_of_means(means: np.ndarray) -> np.ndarray:
+    """means (..., seeds): error pooled over the images of each seed. PSNR, mean over seeds."""
+    return decibels(means).mean(-1)
+
+
 def pooled_psnr(errors: np.ndarray) -> float:
-    """errors (seeds, images): PSNR of the error pooled over images, mean over seeds, in dB."""
-    return float(np.mean([psnr(value) for value in errors.mean(1)]))
+    """errors (seeds, images) -> dB."""
+    return float(psnr_of_means(errors.mean(1)))
 
 
 def median_psnr(errors: np.ndarray) -> float:
-    return float(np.mean([np.median([psnr(value) for value in row]) for row in errors]))
-
-
-def mean(errors: np.ndarray) -> float:
-    return float(errors.mean())
+    return float(np.median(decibels(errors), axis=1).mean())
 
 
 def interval(
-    statistic: Callable[..., float], *samples: Sequence[Sequence[float]]
+    statistic: Callable[..., np.ndarray], *samples: np.ndarray
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap of statistic(*samples) over the last axis, the same draws for all.
+    """Percentile bootstrap over the last axis of samples (seeds, n), the same draws for all.
 
-    None with fewer than two samples. Values may be infinite (images without any difference).
+    statistic: means (resamples, seeds) of each sample -> (resamples,), may be infinite. None with
+    fewer than two to draw from.
     """
-    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    count = arrays[0].shape[-1]
+    count = samples[0].shape[1]
     if count < 2:
         return None
     random = np.random.default_rng(0)
+    size = max(1, LARGEST_DRAW // count)
     values = []
-    for _ in range(RESAMPLES):
-        index = random.integers(count, size=count)
-        values.append(statistic(*(array[..., index] for array in arrays)))
+    for start in range(0, RESAMPLES, size):
+        index = random.integers(count, size=(min(size, RESAMPLES - start), count))
+        values.append(statistic(*(sample[:, index].mean(-1).T for sample in samples)))
     rest = (1 - LEVEL) / 2
-    low, high = np.quantile(values, [rest, 1 - rest], method="nearest")
+    low, high = np.quantile(np.concatenate(values), [rest, 1 - rest], method="nearest")
     return float(low), float(high)

@@ -50,10 +50,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For folders and progress, not unique."""
-        what = self.label if self.table == BENCHMARK else f"{self.table}-{self.label}"
-        what = re.sub(r"[^\w.=-]+", "-", what).strip("-")
-        return f"{self.steps}-w{self.bits[0]}a{self.bits[1]}-{what}-s{self.seed}"
+        """For folders, not unique: variants of an ablation that are alike share one."""
+        return f"{self.steps}-w{self.bits[0]}a{self.bits[1]}-{self.method}-s{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        what = self.label if self.table == BENCHMARK else f"{self.table}: {self.label}"
+        return f"{self.steps} steps, w{self.bits[0]}a{self.bits[1]}, seed {self.seed}, {what}"
 
     def to_plain(self) -> dict[str, Any]:
         return vars(self) | {"bits": list(self.bits), "overrides": list(self.overrides)}

@@ -22,10 +22,9 @@ from models.checkpoint import CheckpointError
 from models.samplers import SamplingError
 from quant.packed import PackedFileError
 from scripts.common.config import Override
-from scripts.common.images import ImageError
+from scripts.common.images import ImageError, MetricError
 from scripts.common.runs import RunError
 from scripts.common.strict import ConfigError, printable
-from scripts.metrics.inputs import MetricError
 
 USER_ERRORS = (
     ConfigError,

@@ -17,6 +17,10 @@ class ImageError(ValueError):
     """An image or image set that cannot be read; the message names it."""
 
 
+class MetricError(ValueError):
+    """Input that cannot be scored; the message is one line for the user."""
+
+
 def load_images(source: str | Path, size: int) -> torch.Tensor:
     """All images of a folder (recursive) or of array `x` in a .npz, (N, 3, size, size) uint8.
 

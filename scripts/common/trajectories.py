@@ -1,6 +1,7 @@
 """Calibration trajectories: what the denoiser sees and answers while the pipeline samples."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def record_bank(
         recorder = _Recorder(denoiser)
         indices = range(start, start + size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
-        banks.append(_stack(recorder, len(pipeline.timesteps)))
+        banks.append(_stack(recorder, len(pipeline.timesteps), str(device)))
         on_images(size)
     bank = banks[0]
     for other in banks[1:]:
@@ -56,7 +57,7 @@ def record_bank(
     return bank
 
 
-def _stack(recorder: _Recorder, steps: int) -> Bank:
+def _stack(recorder: _Recorder, steps: int, device: str) -> Bank:
     """Calls in their order -> (S, N, ...). A step takes two calls with guidance; PLMS calls once
     more in its first step, which then counts as a step of its own."""
     calls = recorder.rows
@@ -69,18 +70,18 @@ def _stack(recorder: _Recorder, steps: int) -> Bank:
         eps.unflatten(0, (count, -1)),
         [calls[i * together][1] for i in range(count)],
         conditioning,
+        device,
     )
 
 
 @torch.no_grad()
-def answer(bank: Bank, denoiser: nn.Module, batch_size: int, device: str | torch.device) -> Bank:
+def answer(bank: Bank, denoiser: nn.Module, batch_size: int) -> Bank:
     """The same states with this denoiser's answers."""
     eps = torch.empty_like(bank.eps)
-    for k, t in enumerate(bank.timesteps):
-        for start in range(0, bank.trajectories, batch_size):
-            part = slice(start, start + batch_size)
-            x = bank.x[k, part].to(device).contiguous(memory_format=torch.channels_last)
-            conditioning = {n: v[part].to(device) for n, v in bank.conditioning.items()}
-            steps = torch.full((len(x),), t, device=device, dtype=torch.long)
-            eps[k, part] = denoiser(x, steps, **conditioning).cpu()
-    return Bank(bank.x, eps, bank.timesteps, bank.conditioning)
+    for k in range(len(bank.timesteps)):
+        answers = []
+        for x, t, conditioning in bank.at_step(k, batch_size):
+            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            answers.append(denoiser(x, steps, **conditioning).cpu())
+        eps[k] = torch.cat(answers)
+    return replace(bank, eps=eps)

@@ -21,14 +21,11 @@ import torch
 from PIL import Image
 
 from scripts.common.files import atomic
+from scripts.common.images import MetricError
 
 # What pytorch-fid counts as an image: these endings in lower case, not in sub-folders.
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAY_KEYS = ("x", "arr_0")
-
-
-class MetricError(ValueError):
-    """Input that cannot be scored; the message is one line for the user."""
 
 
 @dataclass(frozen=True)

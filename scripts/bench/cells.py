@@ -1,0 +1,193 @@
+"""One cell: calibrate, sample, measure. What is there already is not made again.
+
+cells/<steps>-<bits>-<method>-s<seed>-<digest>/   quantized.safetensors and the rest of
+                                                  calibrate.py's run folder
+                              images-<sampler>/   images alone
+                              cell.json           what was measured
+"""
+
+import json
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import calibrate
+from scripts.bench import measure
+from scripts.bench.full import FullPrecision, sample_images
+from scripts.bench.plan import BENCHMARK, Cell, Plan, Sampler, is_current
+from scripts.bench.record import Record
+from scripts.bench.scoring import Scorer
+from scripts.common.config import Config, ConfigError
+from scripts.common.runs import digest_of
+from scripts.common.wiring import Assembly, assemble
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL_BITS = (32, 32)
+Row = dict[str, Any]  # one cell with one sampler, plain values
+
+
+def code_digest() -> str:
+    """Of the sources that a quantized file depends on."""
+    files = [ROOT / "calibrate.py", *ROOT.glob("quant/**/*.py"), *ROOT.glob("models/**/*.py")]
+    digest = sha256()
+    for file in sorted(files):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Bench:
+    """Everything that the cells of one folder share. trajectories: of the fresh states."""
+
+    def __init__(
+        self,
+        root: Path,
+        plan: Plan,
+        device: torch.device,
+        trajectories: int,
+        scorer: Scorer | None = None,
+    ):
+        self.root, self.plan, self.device = root, plan, device
+        self.trajectories, self.scorer = trajectories, scorer
+        self.count = plan.base.sampling.count
+        self.code = code_digest()
+        self._full: dict[Any, FullPrecision] = {}
+
+    def full(self, config: Config) -> FullPrecision:
+        """Full precision with the sampler of this configuration."""
+        key = (config.sampler, config.sampling)
+        if key not in self._full:
+            self._full[key] = FullPrecision(self.root, config, self.device)
+        return self._full[key]
+
+    def digest(self, cell: Cell) -> str:
+        """Of everything that the cell's images depend on but the code."""
+        config = self.plan.config(cell)
+        full = self.full(config)
+        calibration = calibrate.identity_of(config, full.sources)
+        return digest_of({"full": full.identity, "calibration": calibration})
+
+    def full_row(self, sampler: Sampler) -> Row:
+        """Full precision itself: its size and, where asked for, its scores."""
+        full = self.full(self.plan.full_config(sampler))
+        images = full.images()
+        cell = Cell(BENCHMARK, "fp", FULL_BITS, sampler.steps, 0)
+        return self._row(cell, sampler, full, full.digest, full.folder) | {
+            "calibrated": vars(sampler),
+            "size_mb": full.parameters * 4 / 2**20,
+            "scores": self._scores(full.record, "scores", images),
+        }
+
+    def rows(self, cell: Cell, transfers: list[Sampler]) -> list[Row]:
+        """One row with the calibrated sampler and one with each of `transfers`."""
+        config, digest = self.plan.config(cell), self.digest(cell)
+        folder = self.root / "cells" / f"{cell.name}-{digest[:8]}"
+        record = Record(folder / "cell.json")
+        made = record.section("calibration", {}, lambda: self._calibrate(config, folder))
+        rows = []
+        for sampler in [self.plan.sampler(cell.steps), *transfers]:
+            config = self.plan.config(cell, sampler)
+            full = self.full(config)
+            row = self._row(cell, sampler, full, digest, folder)
+            rows.append(row | made | self._measure(config, full, folder, record, sampler.label))
+        return rows
+
+    def _row(
+        self, cell: Cell, sampler: Sampler, full: FullPrecision, digest: str, folder: Path
+    ) -> Row:
+        return {
+            "cell": cell.to_plain(),
+            "sampler": vars(sampler),
+            "calibrated": vars(self.plan.sampler(cell.steps)),
+            "digest": digest,
+            "folder": folder.relative_to(self.root).as_posix(),
+            "count": self.count,
+            "trajectories": self.trajectories,
+            "calls": len(full.calls),
+            "distinct_calls": len(set(full.calls)),
+        }
+
+    def _calibrate(self, config: Config, folder: Path) -> Row:
+        bank, seconds = self.full(config).calibration_bank(config)
+        assembly = assemble(config, device=self.device)
+        calibrate.calibrate_config(config, assembly, folder, self.device, resume=True, bank=bank)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        phases = report["phases"]
+        in_phases = sum(p["seconds"] for p in phases.values() if isinstance(p, dict))
+        # A resumed run reports its own seconds only; those of the phases are kept over resumes.
+        calibrating = max(report["seconds"], in_phases)
+        return {
+            "size_mb": report["size_mb"],
+            "seconds": round(seconds + calibrating, 2),
+            "threads": report["threads"],
+            "tuples_per_step": phases.get("tuples_per_step"),
+            "code": self.code,
+        }
+
+    def _measure(
+        self, config: Config, full: FullPrecision, folder: Path, record: Record, label: str
+    ) -> Row:
+        images = folder / f"images-{label}"
+
+        def assembly() -> Assembly:
+            return assemble(config, folder / calibrate.RESULT, device=self.device)
+
+        def pairs() -> Row:
+            reference = full.images()
+            sample_images(config, assembly(), images, "fake", self.device)
+            return {"image_mse": measure.image_errors(images, reference, self.count)}
+
+        def errors() -> Row:
+            bank, model = full.fresh_bank(self.trajectories), assembly().denoiser
+            size = config.sampling.micro_batch
+            steps, trajectories = measure.eps_errors(model, bank, size)
+            return {
+                "eps_timesteps": bank.timesteps,
+                "eps_mse_of_steps": steps,
+                "eps_mse_of_trajectories": trajectories,
+            }
+
+        return {
+            **record.section(f"{label}/images", {"count": self.count}, pairs),
+            **record.section(f"{label}/eps", {"trajectories": self.trajectories}, errors),
+            "scores": self._scores(record, f"{label}/scores", images),
+        }
+
+    def _scores(self, record: Record, section: str, images: Path) -> Row | None:
+        scorer = self.scorer
+        if scorer is None:
+            return None
+        settings = scorer.settings(self.count)
+        return record.section(section, settings, lambda: scorer.score(images, self.count))
+
+    def merge(self, rows: list[Row], earlier: Iterable[Row]) -> list[Row]:
+        """`rows` and those earlier ones that still are what this command would measure."""
+
+        def key_of(row: Row) -> tuple[Any, ...]:
+            return (Cell.from_plain(row["cell"]).key, *row["sampler"].values())
+
+        merged = {key_of(row): row for row in rows}
+        for row in earlier:
+            new = merged.get(key_of(row))
+            if (row["count"], row["trajectories"]) != (self.count, self.trajectories):
+                continue
+            if new is not None:
+                if new["scores"] is None and new["digest"] == row["digest"]:
+                    new["scores"] = row["scores"]  # of a command with --fid
+            elif self._is_current(row):
+                merged[key_of(row)] = row
+        return list(merged.values())
+
+    def _is_current(self, row: Row) -> bool:
+        """True if the row's cell has the same configuration and checkpoint today."""
+        cell, sampler = Cell.from_plain(row["cell"]), Sampler(**row["sampler"])
+        if not is_current(cell):
+            return False
+        try:
+            if cell.method == "fp":
+                return row["digest"] == self.full(self.plan.full_config(sampler)).digest
+            return row["digest"] == self.digest(cell)
+        except ConfigError:
+            return False

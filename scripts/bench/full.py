@@ -1,0 +1,96 @@
+"""Full precision, made once for all cells: its images, calibration states and fresh states.
+
+full-<sampler>-<digest>/images/            the images that every cell is compared with
+                        calibration-*.pt   states that cells are calibrated on
+                        fresh-*.pt         other states, on which eps errors are measured
+                        record.json        seconds, scores
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import sample_diffusion
+from calibrate import make_bank
+from quant.bank import Bank
+from scripts.bench.record import Record
+from scripts.common.config import Config
+from scripts.common.files import save_tensors
+from scripts.common.runs import RunError, claim, digest_of, missing_images
+from scripts.common.trajectories import record_bank
+from scripts.common.wiring import Assembly, assemble
+
+FRESH = 1 << 61  # added to the seed of the images: neither they nor calibration have this noise
+
+
+def sample_images(
+    config: Config, assembly: Assembly, folder: Path, backend: str | None, device: torch.device
+) -> None:
+    """The images that the folder lacks, as sample_diffusion.py makes them."""
+    claim(folder, sample_diffusion.identity_of(config, assembly, backend))
+    missing = missing_images(folder, config.sampling.count)
+    sample_diffusion.make_images(config, assembly, missing, folder, device, quiet=False)
+
+
+class FullPrecision:
+    """Of one sampler. The checkpoint is read anew by each part that is not there yet."""
+
+    def __init__(self, root: Path, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        assembly = self.assembly()
+        self.sources = assembly.sources
+        self.calls = assembly.pipeline.timesteps
+        self.parameters = sum(p.numel() for p in assembly.denoiser.parameters())
+        self.identity = sample_diffusion.identity_of(config, assembly, None)
+        self.digest = digest_of(self.identity)
+        sampler = config.sampler
+        self.folder = root / f"full-{sampler.name}-{sampler.steps}-{self.digest[:8]}"
+        self.record = Record(self.folder / "record.json")
+
+    def assembly(self) -> Assembly:
+        return assemble(self.config, device=self.device)
+
+    def images(self) -> Path:
+        """The folder with at least sampling.count images."""
+        folder = self.folder / "images"
+        if missing_images(folder, self.config.sampling.count):
+            sample_images(self.config, self.assembly(), folder, None, self.device)
+        return folder
+
+    def fresh_bank(self, trajectories: int) -> Bank:
+        sampling = self.config.sampling
+
+        def make() -> Bank:
+            assembly = self.assembly()
+            return record_bank(
+                assembly.pipeline,
+                assembly.denoiser,
+                trajectories,
+                FRESH + sampling.seed,
+                classes=sampling.classes,
+                device=self.device,
+            )
+
+        return self._bank(f"fresh-{trajectories}", make)[0]
+
+    def calibration_bank(self, config: Config) -> tuple[Bank, float]:
+        """The bank of a cell's configuration and the seconds that it took."""
+        settings = config.calibration
+        name = f"calibration-{settings.trajectories}-s{settings.seed}"
+        return self._bank(name, lambda: make_bank(config, self.assembly(), self.device))
+
+    def _bank(self, name: str, make: Callable[[], Bank]) -> tuple[Bank, float]:
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            began = time.perf_counter()
+            bank = make()
+            seconds = time.perf_counter() - began
+            save_tensors(path, {"bank": vars(bank), "seconds": seconds})
+            return bank, seconds
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:  # torch has many exceptions for a damaged file
+            raise RunError(f"{path}: damaged; delete it") from error
+        return Bank(**saved["bank"]), saved["seconds"]

@@ -1,0 +1,249 @@
+"""calibrate.py as a command line: its file, kill -9 and --resume, refusals, sampling from the file.
+
+python -m pytest tests/test_calibrate.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.ddim_unet import DDIMUNet
+from quant.packed import read_metadata
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """\
+name: narrow
+model:
+  arch: ddim_unet
+  checkpoint: narrow.pt
+  params: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [8],
+           image_size: 16, norm_groups: 4}
+sampler: {name: ddim, steps: 6, skip: quad, clip_denoised: true}
+sampling: {count: 3, batch_size: 3, micro_batch: 4}
+"""
+QUICK = (
+    "calibration.samples=48",
+    "calibration.trajectories=8",
+    "calibration.batch_size=8",
+    "quant.search.rounds=4",
+    "quant.search.batch_size=8",
+    "quant.reconstruct.iterations=12",
+    "quant.reconstruct.batch_size=8",
+)
+FINETUNE = ("quant.reconstruct.finetune_iterations=12", "quant.reconstruct.finetune_batch_size=8")
+METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
+FILES = {"quantized.safetensors", "config.yaml", "report.json", "layers.txt", "log.txt"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration and its checkpoint of 45 thousand random parameters."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    torch.manual_seed(0)
+    params = {"ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
+    model = DDIMUNet(ch=8, image_size=16, norm_groups=4, **params)
+    torch.save(model.state_dict(), folder / "narrow.pt")
+    (folder / "narrow.yaml").write_text(CONFIG)
+    return folder
+
+
+def command(script: str, home: Path, *arguments: str) -> dict:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {
+        "args": [sys.executable, str(ROOT / script), *arguments],
+        "cwd": home,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def calibration(home: Path, out: str, *more: str, method: str = "tinydm") -> dict:
+    values = (f"quant.method={method}", *QUICK, *(FINETUNE if method == "tinydm" else ()))
+    arguments = ("--config", "narrow.yaml", "--out", out, "--set", *values, *more)
+    return command("calibrate.py", home, *arguments)
+
+
+def done(made: dict) -> subprocess.CompletedProcess:
+    result = subprocess.run(**made, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def refusal(made: dict) -> str:
+    """The one line of a command that exits with 2."""
+    result = subprocess.run(**made, timeout=120)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """The folder of an uninterrupted run of tinydm."""
+    done(calibration(home, "whole"))
+    return home / "whole"
+
+
+def killed(made: dict, state: Path) -> list[str]:
+    """Starts a calibration, kills it as soon as it has saved; returns the phases it had done."""
+    before = state.stat().st_mtime_ns if state.exists() else None
+    process = subprocess.Popen(**made)
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if state.exists() and state.stat().st_mtime_ns != before:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    return torch.load(state, weights_only=True)["state"]["done"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_file_and_a_complete_table(
+    method: str, home: Path, whole: Path
+) -> None:
+    folder = whole
+    if method != "tinydm":
+        folder = home / method
+        done(calibration(home, method, method=method))
+    assert {path.name for path in folder.iterdir()} == FILES
+    report = json.loads((folder / "report.json").read_text())
+    state = torch.load(home / "narrow.pt", weights_only=True)
+    weights = {n.removesuffix(".weight"): v.numel() for n, v in state.items() if v.dim() > 1}
+    rows = {row["name"]: row for row in report["layers"]}
+    assert {n: row["weights"] for n, row in rows.items() if row["weights"]} == weights
+    assert report["weights_quantized"] == 1.0
+    assert report["macs_quantized"] + report["macs_once_per_timestep"] == pytest.approx(1.0)
+    assert report["macs_quantized"] > 0.95
+    for name, row in rows.items():
+        assert row["macs"] > 0, name
+        if name in weights:
+            kept = name.startswith("temb.") or name.endswith("temb_proj")
+            edge = name in ("conv_in", "conv_out")
+            assert row["weight_bits"] == (8 if kept or edge else 4), name
+            assert bool(row["activation_bits"]) != kept, name
+        else:
+            assert row["weight_bits"] is None and row["activation_bits"] == [8, 8], name
+    split = {n for n, row in rows.items() if len(row["activation_bits"]) == 2 and n in weights}
+    assert bool(split) == (method in ("tinydm", "qdiffusion", "ptqd"))
+    size = (folder / "quantized.safetensors").stat().st_size
+    assert report["bytes"] == size
+    assert report["ratio_to_float32"] == pytest.approx(size / (4 * sum(_numel(state))))
+    table = (folder / "layers.txt").read_text()
+    assert all(name in table for name in rows)
+    metadata = read_metadata(folder / "quantized.safetensors")
+    assert metadata["method"] == report["method"] == method
+    assert len(metadata["timesteps"]) == 6
+    learned = method in ("tinydm", "qdiffusion", "ptqd")
+    assert ("reconstruct" in report["phases"]) == learned
+    assert ("correction" in report["phases"]) == (method == "ptqd")
+    assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))
+
+
+def _numel(state: dict[str, torch.Tensor]) -> list[int]:
+    return [v.numel() for v in state.values()]
+
+
+def test_killed_twice_and_resumed_gives_the_same_bytes(home: Path, whole: Path) -> None:
+    folder = home / "killed"
+    state = folder / "calibration.pt"
+    first = killed(calibration(home, "killed"), state)
+    assert first[0] == "ranges" and "correction" not in first
+    assert not (folder / "quantized.safetensors").exists()
+
+    assert "--resume" in refusal(calibration(home, "killed"))
+    other = calibration(home, "killed", "quant.weight.bits=3", "--resume")
+    assert "another configuration" in refusal(other)
+    assert torch.load(state, weights_only=True)["state"]["done"] == first  # refusals touch nothing
+
+    second = killed(calibration(home, "killed", "--resume"), state)
+    assert len(second) > len(first)
+    result = done(calibration(home, "killed", "--resume"))
+    assert f"resumed after: {', '.join(second)}" in result.stdout
+    name = "quantized.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == FILES  # no state, no temporaries
+    report, expected = (json.loads((f / "report.json").read_text()) for f in (folder, whole))
+    for timed in (report, expected):
+        timed.pop("seconds")
+        for phase in timed["phases"].values():
+            if isinstance(phase, dict):
+                phase.pop("seconds")
+    assert report == expected
+
+
+def test_a_finished_folder_is_kept_and_not_mixed(home: Path, whole: Path) -> None:
+    file = whole / "quantized.safetensors"
+    before = file.stat().st_mtime_ns
+    assert "is there already" in done(calibration(home, "whole")).stdout
+    line = refusal(calibration(home, "whole", "calibration.seed=1"))
+    assert "another configuration" in line and "--overwrite" in line
+    assert file.stat().st_mtime_ns == before
+
+
+def test_an_overwriting_run_that_is_killed_can_be_resumed(home: Path, whole: Path) -> None:
+    """The old result must not stand in the way of the new one, nor pass for it."""
+    folder = home / "again"
+    shutil.copytree(whole, folder)
+    new = ("calibration.seed=1", "quant.reconstruct.finetune_iterations=0")
+    killed(calibration(home, "again", *new, "--overwrite"), folder / "calibration.pt")
+    assert not (folder / "quantized.safetensors").exists()
+    done(calibration(home, "again", *new, "--resume"))
+    name = "quantized.safetensors"
+    assert (folder / name).read_bytes() != (whole / name).read_bytes()
+
+
+def test_a_damaged_state_is_refused(home: Path, whole: Path) -> None:
+    folder = home / "damaged"
+    folder.mkdir()
+    (folder / "calibration.pt").write_bytes(b"PK\3\4 not a state")
+    assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
+    torch.save([1, 2], folder / "calibration.pt")
+    assert "another configuration" in refusal(calibration(home, "damaged", "--resume"))
+    assert [path.name for path in folder.iterdir()] == ["calibration.pt"]
+
+
+def test_sampling_needs_nothing_but_the_file(home: Path, whole: Path, tmp_path: Path) -> None:
+    """In an empty folder, without the checkpoint and the configuration; images do depend on it."""
+    shutil.copy(whole / "quantized.safetensors", tmp_path / "q.safetensors")
+    away = home / "narrow.pt.away"
+    (home / "narrow.pt").rename(away)
+    try:
+        done(command("sample_diffusion.py", tmp_path, "--quantized", "q.safetensors", "--out", "i"))
+    finally:
+        away.rename(home / "narrow.pt")
+    images = sorted((tmp_path / "i").iterdir())
+    assert [path.name for path in images] == ["000000.png", "000001.png", "000002.png"]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in images])
+    assert pixels.shape == (3, 16, 16, 3) and pixels.std() > 5
+    done(command("sample_diffusion.py", home, "--config", "narrow.yaml", "--out", "fp"))
+    full = np.stack([np.asarray(Image.open(p)) for p in sorted((home / "fp").iterdir())])
+    difference = np.abs(full.astype(int) - pixels)
+    assert difference.any() and difference.mean() < 0.5 * pixels.std()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("quant.weight.bits=9", "quant.weight.bits"),
+        ("model.params.ch=12", "narrow.pt"),
+        ("model.checkpoint=nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_bad_input_leaves_nothing(change: str, word: str, home: Path) -> None:
+    assert word in refusal(calibration(home, "never", change))
+    assert not (home / "never").exists()

@@ -1,0 +1,418 @@
+"""Learned rounding, end-to-end steps and noise correction, on toys that train in a second.
+
+python -m pytest tests/test_quant_reconstruct.py
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from models.samplers import ddim
+from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from quant.bank import Bank
+from quant.context import TimestepContext
+from quant.correction import LARGEST_K, OutputCorrection, corrected_variance, fit
+from quant.finetune import finetune
+from quant.layers import CalibLayer, TimestepLayer
+from quant.methods import ReconstructSettings
+from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, weight_layers
+from quant.packed import load_quantized, to_bytes
+from quant.reconstruct import _chunks, reconstruct, unit_names
+from quant.timesteps import all_steps, tuples_of_steps
+from quant.weights import WeightQuantizer
+from tests.test_quant_grouping import STEPS, Toy, eps_error, toy_bank, toy_model
+from tests.test_quant_packed import meta, quantized
+from tests.test_quant_quantizer import narrow_unet
+
+FAST = ReconstructSettings(iterations=250, batch_size=16, lr_rounding=0.1)
+
+
+# ---- learned rounding ----
+
+
+class Block(nn.Module):
+    """One convolution over channels that depend on each other: rounding up or down interacts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def block_bank(denoiser: nn.Module, trajectories: int, seed: int) -> Bank:
+    mix = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.einsum("oc,ncij->noij", mix, torch.randn(2 * trajectories, 4, 6, 6, generator=g))
+    x = x.contiguous().unflatten(0, (2, trajectories))
+    with torch.no_grad():
+        eps = torch.stack([denoiser(v, torch.zeros(1)) for v in x])
+    return Bank(x, eps, [50, 0])
+
+
+def block_model(denoiser: nn.Module, bank: Bank, bits: int) -> QuantDenoiser:
+    return toy_model(denoiser, bank, 1, BitPolicy(weight=bits, activation=8))
+
+
+def learn(denoiser: nn.Module, model: QuantDenoiser, bank: Bank, **changes: object) -> dict:
+    """Reconstructs all units; name -> (before, after)."""
+    errors: dict[str, tuple[float, float]] = {}
+    total = len(bank.timesteps) * bank.trajectories
+    steps = all_steps(total, len(bank.timesteps))
+    arguments = {
+        "settings": FAST,
+        "learn_scales": True,
+        "units": unit_names(model, ()),
+        "memory_gb": 1.0,
+        "seed": 0,
+    } | changes
+    reconstruct(
+        denoiser,
+        model,
+        bank,
+        tuples_of_steps(steps, bank.trajectories, torch.Generator().manual_seed(0)),
+        **arguments,
+        on_unit=lambda name, before, after: errors.update({name: (before, after)}),
+    )
+    return errors
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_learned_rounding_beats_nearest_and_ends_binary(bits: int) -> None:
+    denoiser = Block()
+    bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
+    model = block_model(denoiser, bank, bits)
+    layer = model.denoiser.conv
+    nearest = layer.weight_quantizer.codes(layer.weight.detach())
+    start = eps_error(model, fresh)
+    errors = learn(denoiser, model, bank)
+    assert errors["conv"][1] < errors["conv"][0]
+    assert eps_error(model, fresh) < 0.9 * start  # on samples that it never saw
+    quantizer = layer.weight_quantizer
+    codes = quantizer.codes(layer.weight.detach())
+    assert not quantizer.soft
+    assert torch.equal(codes, codes.round()) and codes.min() >= 0 and codes.max() < 2**bits
+    moved = (codes - nearest).abs()
+    assert moved.max() == 1 and 0.01 < (moved > 0).float().mean() < 0.6
+    deployed = model.deploy()
+    assert torch.equal(deployed.denoiser.conv.qweight.float(), codes)
+    assert eps_error(deployed, fresh) == pytest.approx(eps_error(model, fresh), rel=1e-3)
+    assert all(torch.equal(v, Block().state_dict()[k]) for k, v in denoiser.state_dict().items())
+
+
+def test_regulariser_drives_the_soft_rounding_to_its_ends() -> None:
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(weight, 3, "mse")
+    quantizer.start_rounding(weight)
+    optimizer = torch.optim.Adam([quantizer.alpha], lr=0.1)
+    for i in range(150):
+        optimizer.zero_grad()
+        quantizer.regulariser(20 - 18 * i / 150).backward()
+        optimizer.step()
+    h = quantizer.h().detach()
+    assert ((h < 0.01) | (h > 0.99)).float().mean() > 0.9
+    soft = quantizer(weight).detach()
+    quantizer.soft = False
+    assert ((soft - quantizer(weight)).abs() < 0.02 * quantizer.scale[:, None]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_a_unit_that_did_not_improve_keeps_its_start(learn_scales: bool) -> None:
+    denoiser = Block()
+    bank = block_bank(denoiser, 16, 1)
+    model = block_model(denoiser, bank, 8)
+    state = copy.deepcopy(model.state_dict())
+    wild = replace(FAST, iterations=4, lr_rounding=10.0, lr_scale=5.0, regulariser=0.0)
+    errors = learn(denoiser, model, bank, settings=wild, learn_scales=learn_scales)
+    assert errors["conv"][0] == errors["conv"][1] > 0
+    assert model.denoiser.conv.weight_quantizer.alpha is None
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(v, after[k]) for k, v in state.items())
+
+
+def test_scales_stay_where_they_are_not_to_be_learned() -> None:
+    denoiser = Block()
+    bank = block_bank(denoiser, 16, 1)
+    for wanted in (False, True):
+        model = block_model(denoiser, bank, 3)
+        before = model.denoiser.conv.inputs[0].log_scale.detach().clone()
+        learn(denoiser, model, bank, learn_scales=wanted)
+        assert torch.equal(model.denoiser.conv.inputs[0].log_scale, before) != wanted
+
+
+def test_no_iterations_and_no_samples_change_nothing() -> None:
+    denoiser = Block()
+    bank = block_bank(denoiser, 1, 1)
+    bank = Bank(bank.x[:1], bank.eps[:1], bank.timesteps[:1])
+    model = block_model(denoiser, bank, 4)
+    assert learn(denoiser, model, bank) == {"conv": (0.0, 0.0)}
+    bank = block_bank(denoiser, 16, 1)
+    still = replace(FAST, iterations=0)
+    assert learn(denoiser, model, bank, settings=still) == {"conv": (0.0, 0.0)}
+
+
+def test_units_cover_every_layer_once_in_the_order_of_execution() -> None:
+    unet = narrow_unet()
+    model = quantize(unet, TimestepContext([0, 500], 1000), BitPolicy())
+    declared = unet.layer_roles().units
+    units = unit_names(model, declared)
+    order: list[str] = []
+    handles = [
+        unet.get_submodule(u).register_forward_pre_hook(lambda m, a, u=u: order.append(u))
+        for u in units
+    ]
+    with torch.no_grad():
+        unet(torch.zeros(1, 3, 16, 16), torch.zeros(1))
+    for handle in handles:
+        handle.remove()
+    assert units == order
+    assert units[0] == "conv_in" and units[-1] == "conv_out"
+    covered = [
+        name
+        for u in units
+        for name, m in model.denoiser.named_modules()
+        if isinstance(m, CalibLayer) and (name == u or name.startswith(f"{u}."))
+    ]
+    kept = {f"{n}.layer" for n, m in model.denoiser.named_modules() if isinstance(m, TimestepLayer)}
+    everything = [n.removeprefix("denoiser.") for n, _ in weight_layers(model)]
+    assert sorted(set(covered) | kept) == sorted(everything)
+    assert len(covered) == len(set(covered))
+    assert unit_names(model, ("mid.block_1",))[0] == "mid.block_1"
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_chunks_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> None:
+    names = [f"u{i}" for i in range(len(sizes))]
+    table = dict(zip(names, sizes, strict=True))
+    chunks = list(_chunks(names, table, limit))
+    assert [n for chunk in chunks for n in chunk] == names
+    assert all(chunk for chunk in chunks)
+    assert all(len(c) == 1 or sum(table[n] for n in c) <= limit for c in chunks)
+
+
+@pytest.mark.parametrize("memory_gb", [1e-9, 1e-3, 4.0])
+def test_little_memory_means_more_passes_and_the_same_cover(memory_gb: float) -> None:
+    unet = narrow_unet()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 3, 16, 16, generator=g)
+    steps = [800, 300, 0]
+    with torch.no_grad():
+        eps = torch.stack([unet(x[k], torch.full((4,), t)) for k, t in enumerate(steps)])
+    bank = Bank(x, eps, steps)
+    model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
+    passes: list[int] = []
+    handle = unet.register_forward_hook(lambda *_: passes.append(1))
+    quick = replace(FAST, iterations=4, batch_size=8)
+    units = unit_names(model, unet.layer_roles().units)
+    errors = learn(unet, model, bank, settings=quick, units=units, memory_gb=memory_gb)
+    handle.remove()
+    assert list(errors) == units
+    assert all(0 <= after <= before < float("inf") for before, after in errors.values())
+    chunks = (len(passes) - 1) // 2  # after one probe, 12 samples in batches of 8
+    assert {1e-9: chunks == len(units), 1e-3: 1 < chunks < len(units), 4.0: chunks == 1}[memory_gb]
+    assert np.isfinite(eps_error(model, bank))
+
+
+# ---- end-to-end steps ----
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
+    denoiser = Toy()
+    bank, fresh = toy_bank(denoiser, 12), toy_bank(denoiser, 12, seed=9)
+    model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=6, edge=4, time=4))
+    original = copy.deepcopy(denoiser.state_dict())
+    start, losses, visits = eps_error(model, fresh), [], []
+
+    def visit(deployed: nn.Module) -> Bank:
+        visits.append(eps_error(deployed, bank))
+        return toy_bank(denoiser, 3, seed=20 + len(visits), first=100)
+
+    finetune(
+        model,
+        bank,
+        tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0)),
+        150,
+        16,
+        1e-3,
+        torch.Generator().manual_seed(1),
+        visit,
+        lambda i, loss: losses.append((i, loss)),
+        torch.linspace(0.5, 1.5, len(STEPS)) if weighted else None,
+    )
+    assert [i for i, _ in losses] == list(range(150)) and len(visits) == 2
+    assert eps_error(model, fresh) < 0.75 * start
+    assert all(0 < error < start for error in visits)
+    deployed = model.deploy()
+    assert eps_error(deployed, fresh) == pytest.approx(eps_error(model, fresh), rel=1e-3)
+    for _, layer in weight_layers(deployed):
+        assert int(layer.qweight.max()) < 16
+    for _, q in activation_quantizers(deployed):
+        assert 0 <= int(q.zero_point.min()) and int(q.zero_point.max()) < 64
+    assert all(torch.equal(v, original[k]) for k, v in denoiser.state_dict().items())
+
+
+def test_steps_without_weight_teach_nothing() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser, 4)
+    model = toy_model(denoiser, bank, 1, BitPolicy(weight=4, activation=6))
+    before = eps_error(model, bank)
+    tuples = tuples_of_steps(all_steps(16, 8), 4, torch.Generator().manual_seed(0))
+    generator, weight = torch.Generator().manual_seed(1), torch.zeros(len(STEPS))
+    finetune(model, bank, tuples, 10, 8, 1e-3, generator, None, step_weight=weight)
+    assert eps_error(model, bank) == pytest.approx(before, rel=1e-3)
+
+
+# ---- what a sampler may do ----
+
+
+@pytest.fixture(scope="module")
+def unet_model() -> QuantDenoiser:
+    return quantized(narrow_unet(), BitPolicy(), [0, 50, 400, 900], 3, total=1000)
+
+
+def test_extra_calls_change_nothing(unet_model: QuantDenoiser) -> None:
+    """The released APQ-DM code counts its calls; here any call may come at any time."""
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.full((3,), 400)
+    first = unet_model(x, t)
+    for other in ([0, 0, 0], [7, 400, 999], [999, 999, 999], [400, 400, 401]):
+        unet_model(x * 3, torch.tensor(other))
+        assert torch.equal(unet_model(x, t), first)
+    unet_model(x[:1], torch.tensor([0]))
+    assert torch.equal(unet_model(x, t), first)
+
+
+def test_two_schedules_share_one_file(unet_model: QuantDenoiser, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(to_bytes(unet_model, {}))
+    table = alphas_cumprod(make_betas("linear", 1e-4, 0.02, 1000))
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def sample(model: nn.Module, steps: int, skip: str) -> torch.Tensor:
+        with torch.no_grad():
+            timesteps = sampling_timesteps(steps, skip)
+            return ddim(model, x, timesteps, table, eta=0.0, clip_denoised=True)
+
+    plans = [(4, "uniform"), (9, "quad"), (7, "uniform")]
+    alone = [sample(load_quantized(path, meta(narrow_unet)), *plan) for plan in plans]
+    shared = load_quantized(path, meta(narrow_unet))
+    together = [sample(shared, *plan) for plan in (*plans, *reversed(plans))]
+    for a, b, c in zip(alone, together[:3], reversed(together[3:]), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert not torch.equal(alone[0], alone[1])
+
+
+# ---- correction of the predicted noise ----
+
+
+def observed(
+    k: torch.Tensor, mu: torch.Tensor, sigma: float, samples: int = 40
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """eps, eps_q = (1 + k) eps + mu + sigma noise, and bins; k, mu (S, C)."""
+    g = torch.Generator().manual_seed(0)
+    bins = torch.arange(len(k)).repeat_interleave(samples)
+    eps = torch.randn(len(bins), k.shape[1], 8, 8, generator=g) + 0.7  # a mean matters to mu
+    noise = sigma * torch.randn(eps.shape, generator=g)
+    return eps, eps * (1 + k[bins, :, None, None]) + mu[bins, :, None, None] + noise, bins
+
+
+def test_correction_recovers_what_was_put_in() -> None:
+    context = TimestepContext([0, 10, 20], 100)
+    k = torch.tensor([[0.1, -0.05], [0.0, 0.2], [-0.15, 0.02]])
+    mu = torch.tensor([[0.02, -0.03], [0.3, 0.0], [0.0, -0.1]])
+    eps, eps_q, bins = observed(k, mu, 0.05)
+    found = fit(context, eps, eps_q, bins)
+    assert torch.allclose(found.k, k, atol=0.01)
+    assert torch.allclose(found.mu, mu, atol=0.01)
+    # What remains is the noise, divided by 1 + k like the rest.
+    expected = (0.05 / (1 + k)).square().mean(1).sqrt()
+    assert torch.allclose(found.sigma, expected, rtol=0.05)
+    t = torch.tensor(context.timesteps)[bins]
+    context.set(t)
+    corrected = found(eps_q)
+    assert (corrected - eps).square().mean() < 0.1 * (eps_q - eps).square().mean()
+    context.set(torch.tensor([12, 12]))  # not calibrated: the nearest timestep's
+    assert torch.equal(
+        found(eps_q[:2]),
+        (eps_q[:2] - found.mu[1].view(1, 2, 1, 1)) / (1 + found.k[1].view(1, 2, 1, 1)),
+    )
+
+
+def test_correction_of_perfect_outputs_is_nothing() -> None:
+    context = TimestepContext([0, 10], 100)
+    eps, _, bins = observed(torch.zeros(2, 2), torch.zeros(2, 2), 0.0)
+    found = fit(context, eps, eps, bins)
+    assert not found.k.any() and not found.mu.any() and not found.sigma.any()
+    context.set(torch.tensor(context.timesteps)[bins])
+    assert torch.equal(found(eps), eps)
+
+
+def test_correction_is_bounded_and_its_sign_can_be_dropped() -> None:
+    context = TimestepContext([0, 10], 100)
+    k = torch.tensor([[0.8, -0.2], [-0.9, 0.1]])
+    eps, eps_q, bins = observed(k, torch.zeros(2, 2), 0.01)
+    found = fit(context, eps, eps_q, bins)
+    assert torch.allclose(found.k, torch.tensor([[LARGEST_K, -0.2], [-LARGEST_K, 0.1]]), atol=0.01)
+    released = fit(context, eps, eps_q, bins, relu_k=True)
+    assert torch.allclose(released.k, torch.tensor([[LARGEST_K, 0.0], [0.0, 0.1]]), atol=0.01)
+
+
+def test_correction_must_help_samples_that_did_not_fit_it() -> None:
+    """Odd samples carry an offset, even ones the opposite: what one half learns hurts the other."""
+    context = TimestepContext([0], 100)
+    eps, _, bins = observed(torch.zeros(1, 2), torch.zeros(1, 2), 0.0)
+    sign = torch.tensor([-1.0, 1.0]).repeat(20).view(-1, 1, 1, 1)
+    found = fit(context, eps, eps + 0.1 * sign, bins)
+    assert not found.k.any() and not found.mu.any()
+    found = fit(context, eps, eps + 0.1, bins)
+    assert torch.allclose(found.mu, torch.full((1, 2), 0.1), atol=1e-6)
+
+
+def test_too_few_samples_stay_uncorrected() -> None:
+    context = TimestepContext([0, 10], 100)
+    eps, eps_q, bins = observed(torch.full((2, 2), 0.1), torch.zeros(2, 2), 0.01, samples=4)
+    found = fit(context, eps[1:], eps_q[1:], bins[1:])
+    assert not found.k[0].any() and found.sigma[0] == 0
+    assert torch.allclose(found.k[1], torch.full((2,), 0.1), atol=0.02)
+
+
+@pytest.mark.parametrize("broken", ["k", "mu", "sigma", "large", "negative", "short"])
+def test_tables_of_a_correction_are_checked(broken: str) -> None:
+    context = TimestepContext([0, 10], 100)
+    state = {"k": torch.zeros(2, 3), "mu": torch.zeros(2, 3), "sigma": torch.zeros(2)}
+    OutputCorrection.from_state(context, state)
+    if broken in state:
+        del state[broken]
+    elif broken == "large":
+        state["k"] = state["k"] + 0.31
+    elif broken == "negative":
+        state["sigma"] = state["sigma"] - 1
+    else:
+        state = {name: v[:1] for name, v in state.items()}
+    with pytest.raises(ValueError):
+        OutputCorrection.from_state(context, state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 2), st.floats(-3, 3), st.floats(0, 2))
+def test_noise_of_the_sampler_gives_room_to_the_quantization_noise(
+    sigma_t: float, direction: float, sigma_q: float
+) -> None:
+    left = corrected_variance(sigma_t, direction, sigma_q)
+    assert 0 <= left <= sigma_t
+    assert corrected_variance(0.0, direction, sigma_q) == 0.0  # eta = 0: a no-op
+    assert corrected_variance(sigma_t, direction, 0.0) == pytest.approx(sigma_t)
+    if left > 1e-3:
+        assert left**2 + (direction * sigma_q) ** 2 == pytest.approx(sigma_t**2)
