@@ -41,7 +41,7 @@ class ActivationSettings:
 class SearchSettings:
     """Differentiable search of the groups (METHOD 5.2) with active timesteps (5.3)."""
 
-    rounds: int = bounded(48, 1, 1_000_000)
+    rounds: int = bounded(24, 1, 1_000_000)
     batch_size: int = bounded(16, 1, 4096)
     lr_logits: float = bounded(0.05, 0.0, 10.0)
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
@@ -62,7 +62,7 @@ class ReconstructSettings:
     regulariser: float = bounded(0.01, 0.0, 1000.0)
     finetune_iterations: int = bounded(400, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
-    progressive: bool = True  # end-to-end steps also see states of the quantized sampler
+    progressive: bool = False  # end-to-end steps also see states of the quantized sampler
     weigh_steps: bool = False  # weigh eps errors by how much they move the final image
 
 

@@ -53,10 +53,12 @@ def all_steps(samples: int, count: int) -> torch.Tensor:
 class ActiveSelector:
     """Scores the sampling steps and picks the most informative ones (METHOD 5.3).
 
-    s(k) = mean_l H(sigma_l^k) / ln G  +  rho L_k / max L  +  eta / (N_k + 1)
+    s(k) = mean_l H(sigma_l^k) / ln G  +  (eta + rho L_k / max L) / (N_k + 1)
 
     H is the entropy of the group assignment, L_k the running eps error at step k, N_k how often k
-    was chosen. rho = 0 is the rule of the paper. Every step is eligible.
+    was chosen. rho = 0 is the rule of the paper. The error is divided by the count as well: picking
+    the best score again and again then shares the samples out in proportion to eta + rho L_k / max
+    L; undivided it gave 875 of 1024 samples to one step of emoji32. Every step is eligible.
     """
 
     def __init__(self, count: int, exploration: float, error_weight: float):
@@ -68,8 +70,7 @@ class ActiveSelector:
     def score(self) -> torch.Tensor:
         """(count,) float32."""
         error = self.error / self.error.max().clamp(min=1e-12)
-        bonus = self.exploration / (self.chosen + 1)
-        return self.entropy + self.error_weight * error + bonus
+        return self.entropy + (self.exploration + self.error_weight * error) / (self.chosen + 1)
 
     def pick(self, n: int) -> torch.Tensor:
         """The n best steps, one after the other, each counted at once; (n,) indices."""

@@ -13,6 +13,8 @@ from models.autoencoder import first_stage_from_upstream
 from models.checkpoint import CheckpointError, State
 from models.conditioning import ClassEmbedder
 from models.pipeline import Pipeline, build_denoiser, build_pipeline
+from quant.int8 import int8_supported, to_int8
+from quant.model import QuantDenoiser
 from quant.packed import load_quantized
 from scripts.common.config import Config, repository_path
 from scripts.common.strict import ConfigError, printable
@@ -47,7 +49,7 @@ def assemble(
     if quantized is None:
         load_denoiser(config, model, files)
     else:
-        model = select_backend(load_quantized(quantized, model), backend)
+        model = select_backend(load_quantized(quantized, model), backend, device)
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -72,11 +74,19 @@ def empty_denoiser(config: Config) -> nn.Module:
         raise ConfigError(f"{config.name}: model.params build no denoiser: {reason}") from error
 
 
-def select_backend(model: nn.Module, backend: str) -> nn.Module:
-    """The quantized model as it is (fake: integers in floating point) or on integer kernels."""
-    if backend == "int8":
-        raise ConfigError("--backend int8: not available yet; use --backend fake")
-    return model
+def select_backend(
+    model: QuantDenoiser, backend: str, device: str | torch.device = "cpu"
+) -> QuantDenoiser:
+    """The quantized model as it is (fake: integers in floating point) or on integer kernels.
+
+    Raises ConfigError where there are none.
+    """
+    if backend == "fake":
+        return model
+    reason = int8_supported(device)
+    if reason is not None:
+        raise ConfigError(f"--backend int8: {reason}; use --backend fake")
+    return to_int8(model)
 
 
 def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:

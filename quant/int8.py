@@ -1,0 +1,91 @@
+"""The int8 backend: which layers of a deployed model run in integers, and why others do not.
+
+    model = to_int8(load_quantized(path, denoiser))     # in place
+    fake_layers(model)                                  # {name: reason} of what was left as it is
+
+It computes what fake quantization computes, up to float rounding, without a compiler: activations
+are quantized once per layer to uint8 with the scale of the current timestep, multiplied with one
+int8 weight by oneDNN, and come back as float32 for norms, SiLU, softmax and residual sums.
+"""
+
+import torch
+from torch import nn
+
+from quant.int8_layers import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
+from quant.layers import QuantLayer, QuantMatMul, TimestepLayer
+from quant.model import QuantDenoiser, replace_module
+
+OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
+
+
+class Int8Error(RuntimeError):
+    """The int8 backend cannot run here; the message says why, in one line."""
+
+
+def int8_supported(device: str | torch.device = "cpu") -> str | None:
+    """None, or the reason why there is no int8 execution on this device."""
+    if torch.device(device).type != "cpu":
+        return f"int8 kernels exist for x86 CPUs only, not for {torch.device(device).type}"
+    if not all(hasattr(torch.ops.onednn, name) for name in OPERATORS):
+        return "this PyTorch was built without oneDNN's int8 operators (x86 only)"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU lacks the VNNI instructions, without which int8 sums saturate"
+    return None
+
+
+def to_int8(model: QuantDenoiser) -> QuantDenoiser:
+    """Replaces, in place, what can run in integers. model: deployed, on the CPU.
+
+    The uint8 codes and float copies of replaced layers are freed as it goes. Raises Int8Error.
+    """
+    reason = int8_supported()
+    if reason is not None:
+        raise Int8Error(reason)
+    for name, module in list(model.denoiser.named_modules()):
+        if isinstance(module, TimestepLayer):
+            module.layer = TransientLayer(module.layer)
+        elif _replaceable(model, name, module) and _obstacle(module) is None:
+            kind = Int8MatMul if isinstance(module, QuantMatMul) else Int8Layer
+            replace_module(model.denoiser, name, kind(module))
+            _free(module)
+    return model.eval().requires_grad_(False)
+
+
+def fake_layers(model: QuantDenoiser) -> dict[str, str]:
+    """Quantized layers that (would) stay simulated -> why. Those of the timestep are not listed:
+    they run in floating point by design, once per timestep."""
+    return {
+        name: reason
+        for name, module in model.denoiser.named_modules()
+        if _replaceable(model, name, module) and (reason := _obstacle(module)) is not None
+    }
+
+
+def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
+    if isinstance(module, QuantMatMul):
+        return not isinstance(module, Int8MatMul)
+    parent = model.denoiser.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, QuantLayer) and not isinstance(parent, TimestepLayer)
+
+
+def _obstacle(module: QuantLayer | QuantMatMul) -> str | None:
+    """Why this layer cannot run in integers."""
+    if isinstance(module, QuantMatMul):
+        if module.left.bits > 8:
+            return f"its left operand has {module.left.bits} bits"
+        return None if fits_int8(module.right) else "its right operand does not fit int8"
+    if not len(module.inputs):
+        return "its activations are not quantized"
+    if module.qweight.device.type != "cpu":
+        return f"it is on {module.qweight.device.type}"
+    if module.op.is_conv and isinstance(module.op.padding, str):
+        return f"padding '{module.op.padding}'"
+    if module.split and module.op.is_conv and module.op.groups != 1:
+        return "a grouped convolution behind a skip concatenation"
+    return None if weights_fit(module) else "8-bit weights with a zero point other than 128"
+
+
+def _free(module: nn.Module) -> None:
+    """Drops the big tensors of a replaced layer at once, whoever still refers to it."""
+    if isinstance(module, QuantLayer):
+        module.qweight, module._weight = module.qweight.new_empty(0), None

@@ -1,0 +1,272 @@
+"""Layers that execute on oneDNN's int8 operators (x86 CPU with VNNI), through stock PyTorch.
+
+    y = s_x s_w[o] * (sum q_w (q_x - z_x)) + b        q_x uint8, q_w int8, the sum in int32
+
+The activation's scale and zero point are arguments of each call, so that one integer weight serves
+all groups of timesteps. The results equal those of layers.py up to float rounding.
+
+Legend: B batch, C/O in/out channels, G groups of timesteps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.layers import Operation, QuantLayer, QuantMatMul
+from quant.quantizer import ActivationQuantizer
+from quant.weights import dequantize, per_channel
+
+ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to even and leaves the integer in the low bits
+
+
+def shifted_codes(x: torch.Tensor, inverse: float, zero_point: int, top: int) -> torch.Tensor:
+    """int32 in the layout of x, whose low 16 bits are clamp(round(x * inverse) + z, 0, top) - z.
+
+    Two passes fewer than rounding and converting one by one, and the same result bit by bit.
+    """
+    low = ROUNDER - zero_point
+    q = torch.mul(x, inverse).add_(ROUNDER).clamp_(low, low + top)
+    return q.view(torch.int32)
+
+
+class CodeQuantizer(ActivationQuantizer):
+    """An ActivationQuantizer that can also give the codes themselves, for one shared timestep."""
+
+    def __init__(self, quantizer: ActivationQuantizer):
+        super().__init__(
+            quantizer.context,
+            quantizer.scale,
+            quantizer.zero_point,
+            quantizer.group_of_bin,
+            quantizer.bits,
+        )
+        self.top = 2**self.bits - 1
+        self._steps: list[tuple[float, float, int]] | None = None  # from the buffers, when asked
+
+    def step(self, index: int) -> tuple[float, float, int]:
+        """1 / scale, scale and zero point of a bin of timesteps."""
+        if self._steps is None:
+            inverse = self.scale.reciprocal().tolist()  # rounded to float32 as in fake_quantize
+            self._steps = list(
+                zip(inverse, self.scale.tolist(), self.zero_point.tolist(), strict=True)
+            )
+        return self._steps[self._groups[index]]
+
+    def codes(self, x: torch.Tensor, index: int) -> list[tuple[torch.Tensor, float, int]]:
+        """uint8 codes shaped like x, their scale and their zero point, for a bin of timesteps.
+
+        More than 8 bits give two, of the low and the high byte: s (q - z) is the sum of both.
+        """
+        inverse, scale, zero_point = self.step(index)
+        q = shifted_codes(x, inverse, zero_point, self.top)
+        if self.bits <= 8:
+            return [(q.to(torch.uint8).add_(zero_point), scale, zero_point)]
+        q.add_(zero_point)
+        low, high = q.to(torch.uint8), q.bitwise_right_shift_(8).to(torch.uint8)
+        return [(low, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "CodeQuantizer":
+        self._steps = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._steps = None
+        super()._load_from_state_dict(*args)
+
+
+class IntegerWeight(nn.Module):
+    """One int8 weight: plain, or in oneDNN's packed form for one input shape, never both.
+
+    Buffers: codes int8 (O, C, kh, kw) or (O, C), empty while packed; scale float32 (O,).
+    The packed form can be neither saved nor copied: state_dict, pickle, deepcopy, `.to` and
+    load_state_dict restore the plain one first, and the next call packs again.
+    """
+
+    def __init__(self, op: Operation, codes: torch.Tensor, scale: torch.Tensor):
+        super().__init__()
+        self.op = op
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int32), persistent=False)
+        if op.is_conv:
+            self.geometry = [_pair(v) for v in (op.stride, op.padding, op.dilation)] + [op.groups]
+            if op.kind == "Conv1d":  # a unit height
+                self.geometry[1][0] = 0
+        self._packed: torch.Tensor | None = None
+        self._shape: tuple[int, ...] | None = None
+
+    def unpack(self) -> None:
+        """Back to the plain form."""
+        if self._packed is not None:
+            codes = self._packed.to_dense()
+            self.codes = codes.contiguous() if self.op.is_conv else codes.t().contiguous()
+            self._packed = self._shape = None
+
+    def _pack(self, shape: tuple[int, ...]) -> torch.Tensor:
+        self.unpack()
+        codes = self.codes.contiguous()
+        if self.op.is_conv:
+            packed = torch.ops.onednn.qconv_prepack(
+                codes, self.scale, 1.0, 0, *self.geometry, list(shape)
+            )
+        else:
+            packed = torch.ops.onednn.qlinear_prepack(codes, list(shape))
+        self.codes = self.codes.new_empty(0)
+        self._packed, self._shape = packed, shape
+        return packed
+
+    def forward(
+        self, q: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q: uint8 input of the layer, (B, C, H, W) or (..., C) -> float32."""
+        packed = self._packed if q.shape == self._shape else self._pack(q.shape)
+        given = (q, scale, zero_point, packed, self.scale, self.zeros, bias)
+        if self.op.is_conv:
+            return torch.ops.onednn.qconv_pointwise(
+                *given, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
+            )
+        return torch.ops.onednn.qlinear_pointwise(*given, 1.0, 0, torch.float32, "none", [], "")
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "IntegerWeight":
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return super().__getstate__()
+
+
+def _pair(value: int | tuple[int, ...]) -> list[int]:
+    """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first."""
+    value = [value] if isinstance(value, int) else list(value)
+    return value if len(value) == 2 else [1, *value]
+
+
+class Int8Layer(nn.Module):
+    """A convolution or linear layer in integers; replaces a QuantLayer.
+
+    Behind a skip concatenation there are two quantizers and two weights, one for each part of the
+    input channels; the two products are added in floating point.
+    """
+
+    def __init__(self, layer: QuantLayer):
+        super().__init__()
+        self.op, self.split, self.bits = layer.op, layer.split, layer.bits
+        self.inputs = nn.ModuleList(CodeQuantizer(q) for q in layer.inputs)
+        codes = integer_codes(layer)
+        if self.op.kind == "Conv1d":
+            codes = codes.unsqueeze(2)
+        parts = [codes[:, : self.split], codes[:, self.split :]] if self.split else [codes]
+        self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale) for p in parts)
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bins = self.inputs[0].context.bins
+        if isinstance(bins, int):
+            return self._shared(x, bins)
+        rows = [(bins == b).nonzero().flatten() for b in bins.unique()]  # of a mixed batch
+        parts = [self._shared(x[r], int(bins[r[0]])) for r in rows]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _shared(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """All rows share one bin of timesteps."""
+        if self.op.kind == "Conv1d":
+            return self._product(x.unsqueeze(2), index).squeeze(2)
+        return self._product(x, index)
+
+    def _product(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        parts = [x]
+        if self.split:
+            dim = self.op.channel_dim
+            parts = x.split([self.split, x.shape[dim] - self.split], dim=dim)
+        out = None
+        for part, quantizer, weight in zip(parts, self.inputs, self.weights, strict=True):
+            for codes in quantizer.codes(part, index):
+                if out is None:
+                    out = weight(*codes, self.bias)
+                else:
+                    out.add_(weight(*codes, None))
+        return out
+
+
+class Int8MatMul(QuantMatMul):
+    """A matrix product of attention in integers, (B, N, K) @ (B, K, M); replaces a QuantMatMul.
+
+    Both operands are int8, codes - z, where that fits (the right one must, see `fits_int8`); else
+    the left one is uint8 codes, and z times the right's column sums is subtracted. One matrix after
+    the other, so that all but the result stays in the cache. Mixed batches are left to the
+    fake quantization.
+    """
+
+    def __init__(self, product: QuantMatMul):
+        super().__init__(CodeQuantizer(product.left), CodeQuantizer(product.right))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        bins = self.left.context.bins
+        if not isinstance(bins, int):
+            return super().forward(left, right)
+        inverse, scale, z = self.left.step(bins)
+        right_inverse, right_scale, right_z = self.right.step(bins)
+        k = shifted_codes(right, right_inverse, right_z, self.right.top).to(torch.int8)
+        out = torch.empty(*left.shape[:-1], right.shape[-1])
+        total = torch.empty(out.shape[1:], dtype=torch.int32)
+        signed = z <= 128 and self.left.top - z <= 127
+        for i, result in enumerate(out):
+            q = shifted_codes(left[i], inverse, z, self.left.top)
+            q = q.to(torch.int8) if signed else q.to(torch.uint8).add_(z)
+            torch._int_mm(q, k[i], out=total)
+            if z and not signed:
+                total.sub_(k[i].sum(0, dtype=torch.int32), alpha=z)
+            torch.mul(total, scale * right_scale, out=result)
+        return out
+
+
+def fits_int8(quantizer: ActivationQuantizer) -> bool:
+    """Whether codes - z lies within -128..127 for every group."""
+    z, top = quantizer.zero_point, 2**quantizer.bits - 1
+    return bool((z <= 128).all() and (top - z <= 127).all())
+
+
+class TransientLayer(QuantLayer):
+    """A layer of the timestep alone: dequantizes its weight at each call and keeps no float copy.
+
+    Such a layer runs once per timestep, so that its memory costs more than its time.
+    """
+
+    def __init__(self, layer: QuantLayer):
+        super().__init__(
+            layer.op,
+            layer.qweight,
+            layer.w_scale,
+            layer.w_zero_point,
+            layer.bias,
+            layer.bits,
+            list(layer.inputs),
+            layer.split,
+        )
+
+    def weight(self) -> torch.Tensor:
+        return dequantize(self.qweight, self.w_scale, self.w_zero_point)
+
+
+def integer_codes(layer: QuantLayer) -> torch.Tensor:
+    """int8 codes - zero point, shaped like the weight; the difference may wrap, see weights_fit."""
+    return (layer.qweight - per_channel(layer.w_zero_point, layer.qweight)).view(torch.int8)
+
+
+def weights_fit(layer: QuantLayer) -> bool:
+    """Whether codes - zero point fits int8: always below 8 bits, and at 8 bits with z = 128."""
+    flat = layer.qweight.flatten(1)
+    low = flat.amin(1).short() - layer.w_zero_point
+    high = flat.amax(1).short() - layer.w_zero_point
+    return bool((low >= -128).all() and (high <= 127).all())

@@ -1,0 +1,299 @@
+"""The int8 backend against fake quantization: layers, networks, state and limits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.ddim_unet import DDIMUNet
+from models.ldm_unet import LDMUNet
+from quant import int8
+from quant.context import TimestepContext
+from quant.int8 import Int8Error, fake_layers, int8_supported, to_int8
+from quant.int8_layers import Int8Layer, Int8MatMul
+from quant.layers import Operation, QuantLayer, QuantMatMul
+from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize
+from quant.quantizer import ActivationQuantizer
+from scripts.common.strict import ConfigError
+from scripts.common.wiring import select_backend
+
+REASON = int8_supported()
+needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"no int8 execution here: {REASON}")
+TIMESTEPS = (0, 300, 600, 900)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def context() -> TimestepContext:
+    return TimestepContext(TIMESTEPS, 1000)
+
+
+def quantizer(at: TimestepContext, bits: int, zero_point: list[int] | None = None):
+    """An activation quantizer of two groups with arbitrary scales."""
+    top = 2**bits - 1
+    zero = torch.randint(0, top + 1, (2,)) if zero_point is None else torch.tensor(zero_point)
+    scale = (torch.rand(2) + 0.5) * 6 / top
+    return ActivationQuantizer(at, scale, zero, torch.tensor([0, 1, 1, 0]), bits)
+
+
+def quant_layer(
+    at: TimestepContext, layer: nn.Module, bits: int = 4, act_bits: int = 8, split: int = 0
+) -> QuantLayer:
+    """Random codes with per-channel zero points: 128 at 8 bits, else anything."""
+    codes = torch.randint(0, 2**bits, layer.weight.shape).to(torch.uint8)
+    out = len(codes)
+    zero = torch.full((out,), 128) if bits == 8 else torch.randint(0, 2**bits, (out,))
+    inputs = [quantizer(at, act_bits) for _ in range(2 if split else 1)]
+    return QuantLayer(
+        Operation(layer),
+        codes,
+        torch.rand(out) * 0.1 + 0.01,
+        zero.to(torch.uint8),
+        layer.bias,
+        bits,
+        inputs,
+        split,
+    )
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def check_layer(layer: nn.Module, x: torch.Tensor, **kwargs) -> None:
+    """Equal at every group of timesteps, and for a batch that mixes them."""
+    at = context()
+    fake = quant_layer(at, layer, **kwargs)
+    exact = Int8Layer(copy.deepcopy(fake))
+    for q in exact.inputs:
+        q.context = at
+    for t in TIMESTEPS:
+        at.set(torch.full((len(x),), t))
+        same(exact(x), fake(x))
+    at.set(torch.tensor(TIMESTEPS * len(x))[: len(x)])
+    same(exact(x), fake(x))
+
+
+CONVOLUTIONS = [
+    dict(c=3, o=8, k=3, padding=1),
+    dict(c=16, o=16, k=3, padding=1, split=8),
+    dict(c=24, o=8, k=1, split=7, bias=False),
+    dict(c=8, o=3, k=3, stride=2),
+    dict(c=8, o=8, k=3, stride=2, padding=2, dilation=2),
+    dict(c=8, o=12, k=3, padding=1, groups=4),
+    dict(c=6, o=6, k=5, padding=(2, 1), groups=6, bias=False),
+    dict(c=8, o=5, k=(3, 1), stride=(1, 2), padding=(1, 0)),
+]
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_convolution(shape):
+    shape = dict(shape)
+    c, split = shape.pop("c"), shape.pop("split", 0)
+    layer = nn.Conv2d(c, shape.pop("o"), shape.pop("k"), **shape)
+    x = 2 * torch.randn(3, c, 9, 11)
+    check_layer(layer, x.contiguous(memory_format=torch.channels_last), split=split)
+    check_layer(layer, x, split=split, bits=8)
+    check_layer(layer, x.expand(3, -1, -1, -1)[:, :, ::2], split=split, bits=3)
+
+
+@needs_int8
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weight_and_activation_bits(bits):
+    layer, x = nn.Conv2d(8, 8, 3, padding=1), 2 * torch.randn(2, 8, 6, 6)
+    for act_bits in (bits, 8, 8 + bits):
+        check_layer(layer, x, bits=bits, act_bits=act_bits)
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (2, 3, 4, 12)], ids=str)
+def test_linear(shape):
+    x = 2 * torch.randn(shape)
+    check_layer(nn.Linear(12, 20), x, bits=8)
+    check_layer(nn.Linear(12, 7, bias=False), x, split=5)
+    check_layer(nn.Linear(12, 7), x, act_bits=16)
+
+
+@needs_int8
+def test_conv1d():
+    x = 2 * torch.randn(3, 8, 10)
+    check_layer(nn.Conv1d(8, 24, 1), x)
+    check_layer(nn.Conv1d(8, 24, 1), x.transpose(1, 2).contiguous().transpose(1, 2), split=3)
+    check_layer(nn.Conv1d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2), x, bits=8)
+
+
+@needs_int8
+def test_padding_is_the_zero_point():
+    """Zero padding must mean x = 0, whatever its code."""
+    at = context()
+    fake = quant_layer(at, nn.Conv2d(4, 4, 3, padding=1))
+    at.set(torch.tensor([300]))
+    same(
+        Int8Layer(fake)(torch.zeros(1, 4, 5, 5)),
+        fake.bias.view(1, -1, 1, 1).expand(1, 4, 5, 5).contiguous(),
+    )
+
+
+@needs_int8
+@pytest.mark.parametrize("left_zero", [[0, 0], [128, 128], [3, 200]], ids=str)
+def test_matrix_product(left_zero):
+    at = context()
+    fake = QuantMatMul(quantizer(at, 8, left_zero), quantizer(at, 8, [128, 128]))
+    exact = Int8MatMul(fake)
+    left, right = 2 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
+    for t in TIMESTEPS:
+        at.set(torch.full((4,), t))
+        same(exact(left, right), fake(left, right))
+        strided = left.transpose(1, 2).contiguous().transpose(1, 2)
+        same(exact(strided, right.transpose(1, 2).contiguous().transpose(1, 2)), fake(left, right))
+    at.set(torch.tensor(TIMESTEPS))
+    same(exact(left, right), fake(left, right))
+
+
+def deployed(net: nn.Module, *call: torch.Tensor, **policy) -> QuantDenoiser:
+    """A deployed model whose ranges come from one call of the network, in three groups."""
+    at = TimestepContext(range(0, 1000, 50), 1000)
+    model = quantize(net.eval(), at, BitPolicy(weight_scale="minmax", **policy))
+    ranges, hooks = {}, []
+    for name, q in activation_quantizers(model):
+        q.enabled = False
+
+        def see(_, args, name=name):
+            ranges[name] = (args[0].min(), args[0].max())
+
+        hooks.append(q.register_forward_pre_hook(see))
+    model(*call)
+    for hook in hooks:
+        hook.remove()
+    spread = torch.tensor([0.9, 1.0, 1.1])
+    for name, q in activation_quantizers(model):
+        q.enabled = True
+        if name in ranges:
+            low, high = ranges[name]
+            q.set_ranges(low * spread, high * spread, torch.arange(20) % 3)
+    return model.deploy()
+
+
+def small_unet(**policy) -> QuantDenoiser:
+    net = DDIMUNet(ch=16, ch_mult=(1, 2), attn_resolutions=(8,), image_size=16, norm_groups=8)
+    return deployed(net, torch.randn(4, 3, 16, 16), torch.full((4,), 500), **policy)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    peak = b.max() - b.min()
+    return float(10 * torch.log10(peak**2 / F.mse_loss(a, b)))
+
+
+@needs_int8
+@pytest.mark.parametrize("bits", [4, 8])
+def test_network(bits):
+    fake = small_unet(weight=bits)
+    exact = to_int8(copy.deepcopy(fake))
+    assert fake_layers(exact) == {}
+    assert not any(m._weight is not None for m in exact.modules() if isinstance(m, QuantLayer))
+    x = torch.randn(4, 3, 16, 16)
+    for t in (0, 70, 500, 999):
+        step = torch.full((4,), t)
+        assert psnr(exact(x, step), fake(x, step)) >= 45
+    mixed = torch.tensor([0, 70, 500, 999])
+    assert psnr(exact(x, mixed), fake(x, mixed)) >= 45
+
+
+@needs_int8
+@pytest.mark.parametrize("transformer", [False, True])
+def test_latent_network(transformer):
+    params = dict(in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, num_heads=2)
+    params |= dict(attention_resolutions=[1, 2], channel_mult=[1, 2], norm_groups=8)
+    if transformer:
+        params |= dict(use_spatial_transformer=True, context_dim=12)
+    net = LDMUNet(**params)
+    call = [torch.randn(2, 3, 8, 8), torch.full((2,), 500)]
+    if transformer:
+        call.append(torch.randn(2, 3, 12))
+    fake = deployed(net, *call)
+    exact = to_int8(copy.deepcopy(fake))
+    assert fake_layers(exact) == {}
+    assert psnr(exact(*call), fake(*call)) >= 45
+
+
+@needs_int8
+def test_rows_do_not_depend_on_the_batch():
+    model = to_int8(small_unet())
+    x, t = torch.randn(5, 3, 16, 16), torch.full((5,), 300)
+    assert psnr(model(x, t), torch.cat([model(row[None], t[:1]) for row in x])) >= 45
+
+
+@needs_int8
+def test_state_is_plain():
+    """No packed tensor in the state, before or after calls, and copies compute the same."""
+    model = to_int8(small_unet())
+    x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = model(x, t)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert value.layout == torch.strided and torch.equal(value, before[name]), name
+    model(x, t)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x, t), expected)
+    assert torch.equal(model.to(memory_format=torch.channels_last)(x, t), expected)
+    other = to_int8(small_unet())
+    other(x, torch.full((2,), 700))  # packs other weights
+    other.load_state_dict(after)
+    assert torch.equal(other(x, t), expected)
+
+
+@needs_int8
+def test_memory_is_one_byte_per_weight():
+    model = to_int8(small_unet())
+    model(torch.randn(2, 3, 16, 16), torch.full((2,), 300))
+    for layer in (m for m in model.modules() if isinstance(m, Int8Layer)):
+        assert all(w.codes.numel() == 0 for w in layer.weights)  # only the packed form is kept
+        assert all(b.dtype != torch.float32 or b.dim() == 1 for b in layer.buffers())
+
+
+@needs_int8
+def test_what_stays_simulated_is_listed():
+    model = small_unet()
+    assert any(isinstance(m, Int8MatMul) for m in to_int8(copy.deepcopy(model)).modules())
+    first, second = model.denoiser.conv_in, model.denoiser.conv_out
+    first.inputs = nn.ModuleList()
+    second.w_zero_point[0], second.qweight[0, 0, 0, 0] = 3, 255
+    second._weight = None
+    x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
+    expected = model(x, t)
+    exact = to_int8(model)
+    assert set(fake_layers(exact)) == {"conv_in", "conv_out"}
+    assert "zero point" in fake_layers(exact)["conv_out"]
+    assert psnr(exact(x, t), expected) >= 45
+
+
+def test_refusals(monkeypatch):
+    """One line where there are no integer kernels."""
+    model = nn.Identity()
+    assert select_backend(model, "fake", "cuda") is model
+    with pytest.raises(ConfigError, match="cuda") as refusal:
+        select_backend(model, "int8", "cuda")
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert "VNNI" in int8_supported() or "oneDNN" in int8_supported()
+    with pytest.raises(ConfigError, match="use --backend fake"):
+        select_backend(model, "int8")
+    with pytest.raises(Int8Error):
+        to_int8(model)
+    monkeypatch.setattr(int8, "OPERATORS", ("no_such_operator",))
+    assert "oneDNN" in int8_supported()
