@@ -11,8 +11,8 @@ class Bank:
     """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
     full-precision output there; timesteps (S,): t of each step, descending, may repeat.
 
-    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The bank may
-    lie on the CPU; what it gives out is on `device`.
+    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The bank
+    may lie on the CPU; what it gives out is on `device`.
     """
 
     x: torch.Tensor

@@ -60,7 +60,7 @@ class ReconstructSettings:
     lr_rounding: float = bounded(0.1, 0.0, 10.0)
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
     regulariser: float = bounded(0.01, 0.0, 1000.0)
-    finetune_iterations: int = bounded(400, 0, 10_000_000)
+    finetune_iterations: int = bounded(0, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
     progressive: bool = False  # end-to-end steps also see states of the quantized sampler
     weigh_steps: bool = False  # weigh eps errors by how much they move the final image
@@ -99,12 +99,13 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     """Defaults of a method. Raises ValueError for an unknown name."""
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
-        return base, calibration
+        # End-to-end steps instead of block-wise ones: they reach more in less time.
+        learned = replace(base.reconstruct, iterations=0, finetune_iterations=250)
+        return replace(base, reconstruct=learned), calibration
     plain = replace(
         base,
         method=method,
         activation=replace(base.activation, groups=1, search="none"),
-        reconstruct=replace(base.reconstruct, progressive=False, finetune_iterations=0),
     )
     if method in ("qdiffusion", "ptqd"):
         correction = "ptqd" if method == "ptqd" else "none"
