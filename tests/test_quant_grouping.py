@@ -467,6 +467,14 @@ def test_error_term_is_relative_to_the_largest() -> None:
     assert selector.pick(1).tolist() == [2]
 
 
+def test_samples_are_shared_in_proportion_to_the_error() -> None:
+    """The best score again and again must not end in one step: weights 2, 1.5 and 1 here."""
+    selector = ActiveSelector(3, exploration=1.0, error_weight=1.0)
+    selector.error = torch.tensor([4.0, 2.0, 0.0])
+    selector.pick(450)
+    assert (selector.chosen - torch.tensor([200, 150, 100])).abs().max() <= 2
+
+
 @pytest.mark.parametrize("count", [1, 5, 20, 100])
 def test_every_step_is_eligible(count: int) -> None:
     """The released APQ-DM code can never choose the 30 noisiest steps and fails below 31."""
