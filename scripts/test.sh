@@ -2,7 +2,8 @@
 # Makes the environment if need be and runs every check. Arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
-. scripts/environment.sh test
+NEEDS=test
+. scripts/environment.sh
 # One thread: the tests are many small calls, which two threads only slow down.
 export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
