@@ -498,6 +498,8 @@ def test_script_runs_from_anywhere_and_stops_cleanly(weights, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
+        # A shell's background jobs ignore SIGINT and hand that on; here it must arrive.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = b""
     while b"img/s]" not in seen and process.poll() is None:  # the pass has begun

@@ -131,7 +131,12 @@ def tiny(method: str = "tinydm", **calibration: object) -> tuple[QuantSettings, 
         quant,
         activation=replace(quant.activation, bits=6, groups=min(3, quant.activation.groups)),
         search=replace(quant.search, rounds=6, batch_size=8),
-        reconstruct=replace(quant.reconstruct, iterations=25, finetune_iterations=finetune),
+        reconstruct=replace(
+            quant.reconstruct,
+            iterations=25,
+            finetune_iterations=finetune,
+            progressive=bool(finetune),  # off by default; here it must work too
+        ),
     )
     values = {"samples": 64, "trajectories": 12, "batch_size": 8} | calibration
     return quant, replace(calib, **values)
