@@ -1,8 +1,9 @@
 """The phases of calibration in their order, each resumable.
 
+    equivalent   scaling of input channels (equivalent.py)
     ranges       activation statistics, grouping by error table (grouping.py)
     search       differentiable groups with active timestep selection (search.py)
-    reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
+    reconstruct  second-order rounding (gptq.py), or block-wise AdaRound (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
     correction   PTQD's tables (correction.py)
 
@@ -17,19 +18,22 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from quant import correction, grouping, statistics, timesteps
+from quant import correction, grouping, gptq, statistics, timesteps
 from quant.bank import Bank
 from quant.context import TimestepContext
+from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
 from quant.methods import CalibrationSettings, QuantSettings
+from quant.layers import CalibLayer
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
 from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names
 from quant.search import search
 from quant.weights import WeightQuantizer
 
-PHASES = ("ranges", "search", "reconstruct", "finetune", "correction")
+PHASES = ("equivalent", "ranges", "search", "reconstruct", "finetune", "correction")
 STATISTICS_TRAJECTORIES = 16
+PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
 class Progress(Protocol):
@@ -91,10 +95,13 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
                 value = tensors[f"{name}.{key}"].to(old.device)
                 setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
             module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
+            module.group_error = tensors.get(f"{name}.group_error")
         elif isinstance(module, WeightQuantizer):
             for key in ("alpha", "latent"):
                 value = tensors.get(f"{name}.{key}")
                 setattr(module, key, None if value is None else nn.Parameter(value))
+        elif isinstance(module, CalibLayer):
+            module.channel_scale = tensors.get(f"{name}.channel_scale")
     tables = {
         k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
     }
@@ -129,6 +136,7 @@ def calibrate(
     if state.done:
         restore(model, state.tensors)
     phases = {
+        "equivalent": _equivalent,
         "ranges": _ranges,
         "search": _search,
         "reconstruct": _reconstruct,
@@ -164,6 +172,25 @@ class _Job:
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
         return torch.Generator().manual_seed(self.calibration.seed * 1009 + PHASES.index(phase))
+
+
+def _probes(job: _Job) -> torch.Tensor:
+    """Samples (n, 2) of all steps alike, in random order."""
+    generator, count = job.generator("equivalent"), len(job.bank.timesteps)
+    steps = timesteps.all_steps(PROBES, count)[torch.randperm(PROBES, generator=generator)]
+    return timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
+
+
+def _equivalent(job: _Job) -> dict[str, Any] | None:
+    if not job.settings.equivalent_scaling:
+        return None
+    size = job.calibration.batch_size
+    job.progress.begin("equivalent scaling", -(-PROBES // size) + 1)
+    relative = scale_equivalently(
+        job.denoiser, job.model, job.bank, _probes(job), size, lambda: job.progress.step("")
+    )
+    job.progress.end()
+    return {"relative_errors": relative}
 
 
 def _ranges(job: _Job) -> dict[str, Any]:
@@ -222,6 +249,8 @@ def _search(job: _Job) -> dict[str, Any] | None:
 
 
 def _reconstruct(job: _Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding == "gptq":
+        return _second_order(job)
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
     units = unit_names(job.model, roles_of(job.denoiser).units)
@@ -247,6 +276,15 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())
     return {"units": len(units), "improved": kept, "errors": errors}
+
+
+def _second_order(job: _Job) -> dict[str, Any]:
+    job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
+    gains = gptq.compensate(
+        job.model, job.bank, _probes(job), job.calibration.batch_size, job.progress.step
+    )
+    job.progress.end()
+    return {"relative_errors": gains}
 
 
 def _finetune(job: _Job) -> dict[str, Any] | None:

@@ -90,4 +90,5 @@ def corrected_variance(sigma_t: float, direction: float, sigma_q: float) -> floa
     sigma_t^2 - c_t^2 sigma_q^2, not below zero; c_t is the coefficient of eps in the step, which
     stays the one of the original schedule. Zero for eta = 0.
     """
-    return max(0.0, sigma_t**2 - direction**2 * sigma_q**2) ** 0.5
+    left = max(0.0, sigma_t**2 - direction**2 * sigma_q**2) ** 0.5
+    return min(left, sigma_t)  # squares of subnormal numbers round up

@@ -25,21 +25,22 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     """Makes the latent weights and marks what learns; returns the optimizer's groups."""
     for p in model.parameters():
         p.requires_grad_(False)
-    latents, taken = [], set()
+    latents, gains, taken = [], [], set()
     for _, layer in weight_layers(model):
         layer.weight_quantizer.start_latent(layer.weight.detach())
         latents.append(layer.weight_quantizer.latent)
-        taken |= {id(layer.weight), id(layer.weight_quantizer.latent)}
+        gains.append(layer.weight_quantizer.log_gain)
+        taken |= {id(layer.weight), id(latents[-1]), id(gains[-1])}
     quantizers = [q for _, q in activation_quantizers(model)]
     scales = [q.log_scale for q in quantizers]
     zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
     taken |= {id(p) for q in quantizers for p in q.parameters()}
     floats = [p for p in model.parameters() if id(p) not in taken]
-    for p in [*latents, *scales, *zero_points, *floats]:
+    for p in [*latents, *gains, *scales, *zero_points, *floats]:
         p.requires_grad_(True)
     return [
         {"params": latents, "lr": LR_LATENT},
-        {"params": scales, "lr": lr_scale},
+        {"params": [*scales, *gains], "lr": lr_scale},
         {"params": zero_points, "lr": LR_ZERO_POINT},
         {"params": floats, "lr": LR_FLOAT},
     ]
@@ -65,7 +66,7 @@ def finetune(
         return
     groups = parameter_groups(model, lr_scale)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     rounds_of_visits = {iterations // 3, 2 * iterations // 3} if visit is not None else set()
     for i in range(iterations):
         if i in rounds_of_visits and i > 0:
@@ -93,3 +94,5 @@ def finetune(
         for _, layer in weight_layers(model):
             layer.weight_quantizer.clamp_latent()
         on_iteration(i, float(loss.detach()))
+    for _, layer in weight_layers(model):
+        layer.weight_quantizer.fix_scale()

@@ -155,4 +155,5 @@ def assign(
         group_of_bin, chosen = contiguous_groups(table, groups)
         if search != "dp":
             group_of_bin, chosen = refine(table, group_of_bin, chosen)
+        quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
     quantizer.set_ranges(low[chosen], high[chosen], group_of_bin)

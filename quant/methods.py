@@ -22,7 +22,7 @@ def bounded(default: Any, low: float, high: float) -> Any:
 class WeightSettings:
     bits: int = bounded(4, 2, 8)
     scale: str = choice("mse", "mse", "minmax")
-    rounding: str = choice("adaround", "nearest", "adaround")
+    rounding: str = choice("adaround", "nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class QuantSettings:
     time_bits: int = bounded(8, 2, 8)  # layers of the timestep alone, when cached
     time_embedding: str = choice("cached", "cached", "quantized")
     split_skip: bool = True
+    equivalent_scaling: bool = False  # of input channels, see equivalent.py
     quantize_matmuls: bool = True
     correction: str = choice("none", "none", "ptqd")
 
@@ -101,7 +102,12 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
         learned = replace(base.reconstruct, iterations=0, finetune_iterations=500)
-        return replace(base, reconstruct=learned), calibration
+        return replace(
+            base,
+            weight=replace(base.weight, rounding="gptq"),
+            equivalent_scaling=True,
+            reconstruct=learned,
+        ), calibration
     plain = replace(
         base,
         method=method,

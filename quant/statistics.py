@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.layers import CalibLayer, QuantMatMul
+from quant.layers import CalibLayer, QuantMatMul, scale_channels
 from quant.model import QuantDenoiser
 
 
@@ -31,22 +31,23 @@ def quantizer_operands(model: QuantDenoiser) -> dict[str, tuple[str, Callable]]:
     for name, module in model.denoiser.named_modules():
         if isinstance(module, CalibLayer):
             original = name.removesuffix(".layer")  # inside a TimestepLayer
-            split, dim = module.split, module.op.channel_dim
             for i in range(len(module.inputs)):
-                part = None if len(module.inputs) == 1 else i
-                operands[f"denoiser.{name}.inputs.{i}"] = (original, _operand(0, part, split, dim))
+                operands[f"denoiser.{name}.inputs.{i}"] = (original, _input_part(module, i))
         elif isinstance(module, QuantMatMul):
-            operands[f"denoiser.{name}.left"] = (name, _operand(0, None, 0, 0))
-            operands[f"denoiser.{name}.right"] = (name, _operand(1, None, 0, 0))
+            operands[f"denoiser.{name}.left"] = (name, lambda args: args[0])
+            operands[f"denoiser.{name}.right"] = (name, lambda args: args[1])
     return operands
 
 
-def _operand(index: int, part: int | None, split: int, dim: int) -> Callable:
+def _input_part(layer: CalibLayer, part: int) -> Callable:
+    """What quantizer `part` of the layer sees, from the arguments of the original layer."""
+
     def take(args: tuple) -> torch.Tensor:
-        x = args[index]
-        if part is None:
+        dim = layer.op.channel_dim
+        x = scale_channels(args[0], layer.channel_scale, dim)
+        if len(layer.inputs) == 1:
             return x
-        return x.split([split, x.shape[dim] - split], dim=dim)[part]
+        return x.split([layer.split, x.shape[dim] - layer.split], dim=dim)[part]
 
     return take
 

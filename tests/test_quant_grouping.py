@@ -309,9 +309,10 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
     logits = start(quantizers)
     sigma = [torch.softmax(p, -1) for p in logits]
     for s, q in zip(sigma, quantizers, strict=True):
-        best, group = s.max(-1)
-        assert torch.allclose(best, torch.tensor(0.9), atol=1e-4)
-        assert torch.equal(group, q.group_of_bin)
+        cost = q.group_error / q.group_error.amin(1, keepdim=True)
+        assert torch.equal(s.max(-1).values, s.gather(1, q.group_of_bin[:, None])[:, 0])
+        worse = cost > 1.4  # hopeless ranges start far behind, near ties start undecided
+        assert (s[worse] < 0.05).all() and s[(cost < 1.02) & (s < 1)].min() > 0.1
     entropy = torch.stack([normalised_entropy(s) for s in sigma]).mean()
     rounds: list[int] = []
     result = search(
@@ -347,6 +348,8 @@ def test_search_repairs_a_wrong_group() -> None:
     wrong = right.clone()
     wrong[-1] = 1 - wrong[-1]
     quantizer.group_of_bin = wrong
+    for _, q in activation_quantizers(model):
+        q.group_error = None  # which would say so at once
     hurt = eps_error(model, bank)
     search(
         model,
@@ -414,7 +417,8 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     assert (model.correction is not None) == (method == "ptqd")
     if method == "tinydm":
         assert report["finetune"]["visited"] == 2
-        assert report["reconstruct"]["units"] == 4
+        assert len(report["reconstruct"]["relative_errors"]) == 4
+        assert len(report["equivalent"]["relative_errors"]) == 4
 
 
 def test_tinydm_beats_the_naive_floor() -> None:
