@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from quant import correction, grouping, gptq, statistics, timesteps
+from quant import correction, gptq, grouping, statistics, timesteps
 from quant.bank import Bank
 from quant.context import TimestepContext
 from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
-from quant.methods import CalibrationSettings, QuantSettings
 from quant.layers import CalibLayer
+from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
 from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from quant.bank import Bank
 from quant.layers import CalibLayer, TimestepLayer
