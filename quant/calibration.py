@@ -28,7 +28,7 @@ from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
 from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names
-from quant.search import search
+from quant.search import SearchResult, search
 from quant.weights import WeightQuantizer
 
 PHASES = ("equivalent", "ranges", "search", "reconstruct", "finetune", "correction")
@@ -73,6 +73,8 @@ def bit_policy(settings: QuantSettings) -> BitPolicy:
         split_skip=settings.split_skip,
         quantize_matmuls=settings.quantize_matmuls,
         cache_timestep=settings.time_embedding == "cached",
+        symmetric=settings.activation.symmetric,
+        log2_softmax=settings.activation.softmax == "log2",
         weight_scale=settings.weight.scale,
     )
 
@@ -194,43 +196,31 @@ def _equivalent(job: _Job) -> dict[str, Any] | None:
 
 
 def _ranges(job: _Job) -> dict[str, Any]:
-    activation = job.settings.activation
+    """Methods without groups see what their own calibration samples see, the others all steps."""
+    activation, bank = job.settings.activation, job.bank
     quantizers = list(activation_quantizers(job.model))
-    limit = min(STATISTICS_TRAJECTORIES, job.bank.trajectories)
+    size = job.calibration.batch_size
+    if activation.search == "none":
+        _select(job, None)
+        batches = bank.tuples_by_timestep(job.state.tuples, size)
+    else:
+        batches = bank.by_timestep(min(STATISTICS_TRAJECTORIES, bank.trajectories), size)
     job.progress.begin("activation ranges", len(quantizers))
-    batches = job.bank.by_timestep(limit, job.calibration.batch_size)
     stats = statistics.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
-    groups = 1 if activation.search == "none" else activation.groups
     for name, quantizer in quantizers:
-        grouping.assign(quantizer, stats[name], groups, activation.search, activation.scale)
+        grouping.assign(
+            quantizer, stats[name], activation.groups, activation.search, activation.scale
+        )
         job.progress.step("")
     job.progress.end()
-    return {"quantizers": len(quantizers), "trajectories": limit}
+    return {"quantizers": len(quantizers)}
 
 
-def _search(job: _Job) -> dict[str, Any] | None:
-    """Also chooses the calibration tuples, since active selection is part of the search."""
-    calibration, settings = job.calibration, job.settings.search
-    generator, samples = job.generator("search"), calibration.samples
-    count, trajectories = len(job.bank.timesteps), job.bank.trajectories
-    report, tuples, result = None, torch.zeros(0, 2, dtype=torch.long), None
-    if job.settings.activation.search == "differentiable":
-        job.progress.begin("group search", settings.rounds)
-        result = search(
-            job.model,
-            job.bank,
-            settings,
-            generator,
-            job.importance,
-            lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
-        )
-        job.progress.end()
-        report = {
-            "decided": result.decided,
-            "moved": result.moved,
-            "error_start": result.error_start,
-            "error_end": result.error_end,
-        }
+def _select(job: _Job, result: SearchResult | None) -> None:
+    """Chooses the calibration tuples. result: of the search, for active selection."""
+    calibration, generator = job.calibration, job.generator("search")
+    samples, count = calibration.samples, len(job.bank.timesteps)
+    tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
         tuples = result.tuples[:samples]
         steps = result.selector.pick(samples - len(tuples))
@@ -241,11 +231,37 @@ def _search(job: _Job) -> dict[str, Any] | None:
     else:
         steps = timesteps.all_steps(samples, count)
     if len(steps):
-        more = timesteps.tuples_of_steps(steps, trajectories, generator)
+        more = timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
         tuples = torch.cat([tuples, more])
     job.state.tuples = tuples
     job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
-    return report
+
+
+def _search(job: _Job) -> dict[str, Any] | None:
+    """Also chooses the calibration tuples, since active selection is part of the search."""
+    settings, activation = job.settings.search, job.settings.activation
+    if activation.search == "none":
+        return None  # chosen already, for the ranges
+    if activation.search != "differentiable":
+        _select(job, None)
+        return None
+    job.progress.begin("group search", settings.rounds)
+    result = search(
+        job.model,
+        job.bank,
+        settings,
+        job.generator("search"),
+        job.importance,
+        lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
+    )
+    job.progress.end()
+    _select(job, result)
+    return {
+        "decided": result.decided,
+        "moved": result.moved,
+        "error_start": result.error_start,
+        "error_end": result.error_end,
+    }
 
 
 def _reconstruct(job: _Job) -> dict[str, Any] | None:

@@ -33,8 +33,10 @@ class ActivationSettings:
     groups: int = bounded(8, 1, 255)
     search: str = choice("differentiable", "differentiable", "kmeans", "dp", "uniform", "none")
     scale: str = choice("mse", "mse", "minmax", "percentile")
+    symmetric: bool = False  # ranges around zero everywhere, as PTQ4DM has them
     learned: bool = True  # learn scales and zero points with the reconstruction (LSQ)
     softmax_bits: int = bounded(8, 2, 8)
+    softmax: str = choice("uniform", "uniform", "log2")  # codes of attention probabilities
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
         split_skip=False,
     )
     if method == "ptq4dm":
-        return unlearned, replace(calibration, timesteps="normal")
+        return replace(
+            unlearned, activation=replace(unlearned.activation, symmetric=True)
+        ), replace(calibration, timesteps="normal")
     if method == "minmax":
         return replace(
             unlearned,

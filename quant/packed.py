@@ -32,6 +32,7 @@ from torch import nn
 from quant.context import TimestepContext
 from quant.correction import OutputCorrection
 from quant.layers import Operation, QuantLayer, QuantMatMul, TimestepLayer
+from quant.log2 import Log2Quantizer
 from quant.model import LAYER_TYPES, QuantDenoiser, replace_module
 from quant.quantizer import ActivationQuantizer
 
@@ -101,7 +102,8 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
     for name, time, module in _deployed(model):
         inputs = [q.bits for q in _layer_quantizers(module)]
         if isinstance(module, QuantMatMul):
-            table.append({"name": name, "kind": "matmul", "inputs": inputs})
+            log2 = isinstance(module.left, Log2Quantizer)
+            table.append({"name": name, "kind": "matmul", "inputs": inputs, "log2": log2})
             continue
         table.append(
             {
@@ -319,13 +321,14 @@ class _Builder:
         self._check(len(part) == count, f"{name} is too short")
         return part.clone()
 
-    def _quantizer(self, bits: int) -> ActivationQuantizer:
+    def _quantizer(self, bits: int, log2: bool = False) -> ActivationQuantizer:
         self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
         row, self.row = self.row, self.row + 1
         zero_point = self._get("activations.zero_point", torch.int32)[row]
         good = 0 <= int(zero_point.min()) and int(zero_point.max()) < 2**bits
         self._check(good, "an activation zero point out of range")
-        return ActivationQuantizer(
+        kind = Log2Quantizer if log2 else ActivationQuantizer
+        return kind(
             self.context,
             self.tensors["activations.scale"][row].clone(),
             zero_point,
@@ -379,7 +382,9 @@ class _Builder:
             original = self.denoiser.get_submodule(name)
             if entry["kind"] == "matmul":
                 self._check(not original.state_dict(), f"{name} is not a matrix product")
-                replacement: nn.Module = QuantMatMul(*(self._quantizer(b) for b in entry["inputs"]))
+                left, right = entry["inputs"]
+                left = self._quantizer(left, bool(entry["log2"]))
+                replacement: nn.Module = QuantMatMul(left, self._quantizer(right))
             else:
                 replacement = self._layer(entry, original)
                 if entry["time"]:

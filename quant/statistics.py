@@ -18,11 +18,13 @@ from quant.model import QuantDenoiser
 @dataclass
 class Statistics:
     """values (S, N) float32: a sample of the activation per bin, extremes included;
-    low, high (S,): exact minimum and maximum."""
+    low, high (S,): exact minimum and maximum; weight (S,): samples seen in the bin, 0 for a bin
+    whose row is that of the nearest one which was reached."""
 
     values: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    weight: torch.Tensor
 
 
 def quantizer_operands(model: QuantDenoiser) -> dict[str, tuple[str, Callable]]:
@@ -74,6 +76,7 @@ def collect(
         by_layer.setdefault(layer, []).append((name, take))
     kept: dict[str, list[list[torch.Tensor]]] = {n: [[] for _ in range(bins)] for n in operands}
     generator = torch.Generator().manual_seed(seed)
+    seen = torch.zeros(bins)
     current = 0
 
     def hook_of(layer: str):
@@ -93,14 +96,17 @@ def collect(
     try:
         for x, t, conditioning in batches:
             current = int(context.bin_of_t[t])
+            seen[current] += len(x)
             denoiser(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), **conditioning)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _merge(lists, values_per_bin, generator) for name, lists in kept.items()}
+    return {name: _merge(lists, seen, values_per_bin, generator) for name, lists in kept.items()}
 
 
-def _merge(lists: list[list[torch.Tensor]], count: int, generator: torch.Generator) -> Statistics:
+def _merge(
+    lists: list[list[torch.Tensor]], seen: torch.Tensor, count: int, generator: torch.Generator
+) -> Statistics:
     """Draws of all batches of a bin -> `count` values with the extremes among them."""
     reached = [i for i, draws in enumerate(lists) if draws]
     if not reached:
@@ -117,4 +123,6 @@ def _merge(lists: list[list[torch.Tensor]], count: int, generator: torch.Generat
                 [everything[index.to(everything.device)], low[-1:][0][None], high[-1:][0][None]]
             )
         )
-    return Statistics(torch.stack(rows).cpu(), torch.stack(low).cpu(), torch.stack(high).cpu())
+    return Statistics(
+        torch.stack(rows).cpu(), torch.stack(low).cpu(), torch.stack(high).cpu(), seen
+    )

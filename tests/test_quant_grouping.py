@@ -212,7 +212,7 @@ def test_uniform_groups_are_equal_runs(bins: int, groups: int) -> None:
 def statistics_of(spreads: list[float], seed: int = 0) -> Statistics:
     g = torch.Generator().manual_seed(seed)
     values = torch.randn(len(spreads), 500, generator=g) * torch.tensor(spreads)[:, None]
-    return Statistics(values, values.amin(1), values.amax(1))
+    return Statistics(values, values.amin(1), values.amax(1), torch.ones(len(values)))
 
 
 def assigned(stats: Statistics, groups: int, how: str, scale: str = "mse") -> LearnedQuantizer:
@@ -256,7 +256,7 @@ def test_more_groups_never_raise_the_error() -> None:
 def test_ranges_of_dead_and_constant_activations_are_finite(scale: str, kind: str) -> None:
     values = torch.zeros(4, 100)
     values[1], values[2] = 3.0, -2.0
-    stats = Statistics(values, values.amin(1), values.amax(1))
+    stats = Statistics(values, values.amin(1), values.amax(1), torch.ones(len(values)))
     context = TimestepContext([0, 1, 2, 3], 10)
     quantizer = LearnedQuantizer(context, 8, kind == "symmetric", kind == "unsigned")
     assign(quantizer, stats, 4, "kmeans", scale)
