@@ -2,17 +2,19 @@
 
     equivalent   scaling of input channels (equivalent.py)
     ranges       activation statistics, grouping by error table (grouping.py)
+    rounding     second-order rounding of the weights (gptq.py)
     search       differentiable groups with active timestep selection (search.py)
-    reconstruct  second-order rounding (gptq.py), or block-wise AdaRound (reconstruct.py)
+    reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
     correction   PTQD's tables (correction.py)
 
-After each phase `save(state)` gets everything that a later run needs to go on with the next one.
+After each phase, each chunk of blocks and every CHECKPOINT end-to-end steps, `save(state)` gets
+everything that a later run needs to go on from there.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +33,9 @@ from quant.reconstruct import reconstruct, unit_names
 from quant.search import SearchResult, search
 from quant.weights import WeightQuantizer
 
-PHASES = ("equivalent", "ranges", "search", "reconstruct", "finetune", "correction")
+PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
 STATISTICS_TRAJECTORIES = 16
+CHECKPOINT = 100
 PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
@@ -46,12 +49,14 @@ class Progress(Protocol):
 
 @dataclass
 class CalibrationState:
-    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values."""
+    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values;
+    partial: what the phase after `done` has finished so far, its own business."""
 
     done: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     tuples: torch.Tensor | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    partial: dict[str, Any] | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts and tensors only, for torch.save and weights_only loading."""
@@ -59,7 +64,7 @@ class CalibrationState:
 
     @classmethod
     def from_plain(cls, value: dict[str, Any]) -> "CalibrationState":
-        return cls(value["done"], value["tensors"], value["tuples"], value["report"])
+        return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 
 def bit_policy(settings: QuantSettings) -> BitPolicy:
@@ -99,7 +104,7 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
             module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
             module.group_error = tensors.get(f"{name}.group_error")
         elif isinstance(module, WeightQuantizer):
-            for key in ("alpha", "latent"):
+            for key in ("alpha", "latent", "log_gain"):
                 value = tensors.get(f"{name}.{key}")
                 setattr(module, key, None if value is None else nn.Parameter(value))
         elif isinstance(module, CalibLayer):
@@ -135,17 +140,26 @@ def calibrate(
     )
     model = quantize(denoiser, context, bit_policy(settings))
     state = CalibrationState() if state is None else state
-    if state.done:
+    if state.tensors:
         restore(model, state.tensors)
     phases = {
         "equivalent": _equivalent,
         "ranges": _ranges,
+        "rounding": _rounding,
         "search": _search,
         "reconstruct": _reconstruct,
         "finetune": _finetune,
         "correction": _correction,
     }
-    job = _Job(denoiser, model, bank, visit, settings, calibration, importance, progress, state)
+
+    def keep(partial: dict[str, Any] | None) -> None:
+        state.partial = partial
+        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        save(state)
+
+    job = _Job(
+        denoiser, model, bank, visit, settings, calibration, importance, progress, state, keep
+    )
     for phase in PHASES:
         if phase in state.done:
             continue
@@ -154,8 +168,7 @@ def calibrate(
         if report is not None:
             state.report[phase] = report | {"seconds": round(time.perf_counter() - began, 2)}
         state.done.append(phase)
-        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        save(state)
+        keep(None)
     return model.deploy(), state.report
 
 
@@ -170,6 +183,7 @@ class _Job:
     importance: torch.Tensor
     progress: Progress
     state: CalibrationState
+    keep: Callable[[dict[str, Any]], None]
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
@@ -214,6 +228,17 @@ def _ranges(job: _Job) -> dict[str, Any]:
         job.progress.step("")
     job.progress.end()
     return {"quantizers": len(quantizers)}
+
+
+def _rounding(job: _Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding != "gptq":
+        return None
+    job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
+    gains = gptq.compensate(
+        job.model, job.bank, _probes(job), job.calibration.batch_size, job.progress.step
+    )
+    job.progress.end()
+    return {"relative_errors": gains}
 
 
 def _select(job: _Job, result: SearchResult | None) -> None:
@@ -265,18 +290,18 @@ def _search(job: _Job) -> dict[str, Any] | None:
 
 
 def _reconstruct(job: _Job) -> dict[str, Any] | None:
-    if job.settings.weight.rounding == "gptq":
-        return _second_order(job)
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
     units = unit_names(job.model, roles_of(job.denoiser).units)
-    errors: dict[str, tuple[float, float]] = {}
+    errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
 
     def on_unit(name: str, before: float, after: float) -> None:
         errors[name] = (before, after)
         job.progress.step(name)
 
     job.progress.begin("block reconstruction", len(units))
+    for name in errors:
+        job.progress.step(name)
     reconstruct(
         job.denoiser,
         job.model,
@@ -288,31 +313,29 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
         job.calibration.memory_gb,
         job.calibration.seed,
         on_unit,
+        on_chunk=lambda: job.keep(dict(errors)),
+        finished=frozenset(errors),
     )
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())
     return {"units": len(units), "improved": kept, "errors": errors}
 
 
-def _second_order(job: _Job) -> dict[str, Any]:
-    job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
-    gains = gptq.compensate(
-        job.model, job.bank, _probes(job), job.calibration.batch_size, job.progress.step
-    )
-    job.progress.end()
-    return {"relative_errors": gains}
-
-
 def _finetune(job: _Job) -> dict[str, Any] | None:
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None
-    losses: list[float] = []
+    partial = job.state.partial or {}
+    losses: list[float] = list(partial.get("losses", ()))
 
     def on_iteration(i: int, loss: float) -> None:
         losses.append(loss)
         recent = losses[-20:]
         job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
+
+    def on_checkpoint(progress: dict[str, Any]) -> None:
+        if not settings.progressive and len(losses) % CHECKPOINT == 0:  # visits would be lost
+            job.keep({"losses": list(losses), "progress": progress})
 
     visits = [0]
 
@@ -321,6 +344,8 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         return job.visit(model, visits[0])
 
     job.progress.begin("end-to-end steps", settings.finetune_iterations)
+    for _ in losses:
+        job.progress.step("")
     finetune(
         job.model,
         job.bank,
@@ -332,6 +357,8 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         visit if settings.progressive else None,
         on_iteration,
         job.importance if settings.weigh_steps else None,
+        on_checkpoint,
+        partial.get("progress"),
     )
     job.progress.end()
     tenth = max(1, len(losses) // 10)
