@@ -39,6 +39,11 @@ class OutputCorrection(nn.Module):
             raise ValueError("the correction tables are out of range")
         return cls(context, k, mu, sigma)
 
+    def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
+        """See corrected_variance."""
+        sigma_q = float(self.sigma[int(self.context.bin_of_t[t])])
+        return corrected_variance(sigma_t, direction, sigma_q)
+
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
         bins = torch.as_tensor(self.context.bins, device=eps.device)
         shape = (-1, eps.shape[1], 1, 1)

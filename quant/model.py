@@ -75,6 +75,13 @@ class QuantDenoiser(nn.Module):
         eps = self.denoiser(x, t, *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
 
+    def noise_scale(self, t: int, sigma: float, direction: float) -> float:
+        """What is left of a sampler's noise sigma at t, where eps enters the step with the factor
+        `direction`: all of it without a correction, see correction.py."""
+        if self.correction is None:
+            return sigma
+        return self.correction.noise_scale(t, sigma, direction)
+
     def deploy(self) -> "QuantDenoiser":
         """A copy whose layers are integers. The layers under calibration are left as they are."""
         clone = copy.deepcopy(self)
