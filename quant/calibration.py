@@ -34,7 +34,7 @@ from quant.search import SearchResult, search
 from quant.weights import WeightQuantizer
 
 PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
-STATISTICS_TRAJECTORIES = 16
+STATISTICS_TRAJECTORIES = 8
 CHECKPOINT = 100
 PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 

@@ -45,8 +45,8 @@ class SearchSettings:
 
     rounds: int = bounded(24, 1, 1_000_000)
     batch_size: int = bounded(16, 1, 4096)
-    lr_logits: float = bounded(0.05, 0.0, 10.0)
-    lr_scale: float = bounded(1e-3, 0.0, 10.0)
+    lr_logits: float = bounded(0.2, 0.0, 10.0)
+    lr_scale: float = bounded(1e-2, 0.0, 10.0)
     entropy: float = bounded(0.8, 0.0, 1000.0)  # lambda
     exploration: float = bounded(1.5, 0.0, 1000.0)  # eta of the count bonus
     error_weight: float = bounded(1.0, 0.0, 1000.0)  # rho; 0 is the paper's rule
