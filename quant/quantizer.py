@@ -133,6 +133,12 @@ def range_to_scale(
     return scale, (-low / scale).round().clamp(0, top)
 
 
+def rate_of_scale(lr: float, bits: int) -> float:
+    """Learning rate of a log-scale. lr is that of 4 bits: each bit more halves the change of the
+    range that moves an outer value by one code."""
+    return lr * 2.0 ** (4 - bits)
+
+
 class ActivationQuantizer(nn.Module):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
@@ -238,3 +244,11 @@ class LearnedQuantizer(nn.Module):
             self.group_of_bin,
             self.bits,
         )
+
+
+def scale_groups(quantizers: list[LearnedQuantizer], lr: float) -> list[dict]:
+    """Optimizer groups of the quantizers' log-scales; lr as in rate_of_scale."""
+    by_bits: dict[int, list[nn.Parameter]] = {}
+    for q in quantizers:
+        by_bits.setdefault(q.bits, []).append(q.log_scale)
+    return [{"params": v, "lr": rate_of_scale(lr, bits)} for bits, v in sorted(by_bits.items())]
