@@ -81,7 +81,7 @@ def bit_policy(settings: QuantSettings) -> BitPolicy:
         quantize_matmuls=settings.quantize_matmuls,
         cache_timestep=settings.time_embedding == "cached",
         symmetric=activation.symmetric,
-        log2_softmax=log2,
+        softmax_codes=activation.softmax,
         weight_scale=settings.weight.scale,
     )
 

@@ -211,12 +211,14 @@ class Int8MatMul(QuantMatMul):
     """
 
     def __init__(self, product: QuantMatMul):
-        super().__init__(CodeQuantizer(product.left), CodeQuantizer(product.right))
+        left, right = CodeQuantizer(product.left), CodeQuantizer(product.right)
+        super().__init__(left, right, product.by_row)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
         if not isinstance(bins, int):
             return super().forward(left, right)
+        left, top = self.left_operand(left)
         inverse, scale, z = self.left.step(bins)
         right_inverse, right_scale, right_z = self.right.step(bins)
         k = shifted_codes(right, right_inverse, right_z, self.right.top).to(torch.int8)
@@ -230,7 +232,7 @@ class Int8MatMul(QuantMatMul):
             if z and not signed:
                 total.sub_(k[i].sum(0, dtype=torch.int32), alpha=z)
             torch.mul(total, scale * right_scale, out=result)
-        return out
+        return out if top is None else out.mul_(top)
 
 
 def fits_int8(quantizer: ActivationQuantizer) -> bool:

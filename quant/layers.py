@@ -201,14 +201,29 @@ class TimestepLayer(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M)."""
+    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M).
 
-    def __init__(self, left: nn.Module, right: nn.Module):
+    by_row: the left operand, probabilities, is quantized relative to the largest value of each row,
+    which multiplies the row of the product afterwards. That is softmax quantized before it is
+    normalised: exp(s - max s) always reaches 1, while a probability among K = 256 keys can be as
+    small as one code of a scale for all rows. The integer product stays as it is.
+    """
+
+    def __init__(self, left: nn.Module, right: nn.Module, by_row: bool = False):
         super().__init__()
-        self.left, self.right = left, right
+        self.left, self.right, self.by_row = left, right, by_row
+
+    def left_operand(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the left quantizer sees, and the factor (B, N, 1) of the product's rows."""
+        if not self.by_row:
+            return left, None
+        top = left.amax(-1, keepdim=True)
+        return left / top, top
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.left(left), self.right(right))
+        left, top = self.left_operand(left)
+        out = torch.matmul(self.left(left), self.right(right))
+        return out if top is None else out * top
 
     def deploy(self) -> "QuantMatMul":
-        return QuantMatMul(self.left.deploy(), self.right.deploy())
+        return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -64,7 +64,14 @@ PARTS: dict[str, tuple[Variant, ...]] = {
     "split": _each("quant.split_skip", "false", "true"),
     # Uniform codes have at least the bits of the activations, logarithmic ones may have fewer.
     "softmax": (
-        *_each("quant.activation.softmax_bits", 4, 8, name="uniform, {} bits"),
+        *(
+            Variant(
+                f"{codes}, {bits} bits",
+                (f"quant.activation.softmax={codes}", f"quant.activation.softmax_bits={bits}"),
+            )
+            for codes in ("uniform", "row")
+            for bits in (4, 8)
+        ),
         *(
             Variant(
                 f"log2, {bits} bits",
