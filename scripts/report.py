@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--trajectories", type=int, default=4, metavar="N", help="for eps errors and ranges (4)"
     )
     parser.add_argument(
-        "--states", type=int, default=6, metavar="N", help="for the layers' sensitivity (6)"
+        "--states", type=int, default=4, metavar="N", help="for the layers' sensitivity (4)"
     )
     parser.add_argument("--figures", metavar="DIR", help="also write NAME-groups.png there")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -65,7 +65,9 @@ def read_quantizers(path: Path) -> Quantizers:
 def _operands(entry: dict[str, Any]) -> list[str]:
     if entry["kind"] == "matmul":
         return ["left", "right"]
-    return ["main", "skip"] if len(entry["inputs"]) == 2 else [""] * len(entry["inputs"])
+    if len(entry["inputs"]) == 2:
+        return [f"first {entry['split']} channels", "other channels"]
+    return [""] * len(entry["inputs"])
 
 
 def bytes_by_kind(path: Path) -> dict[str, int]:

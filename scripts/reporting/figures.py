@@ -90,7 +90,11 @@ def group_map(axes: Axes, quantizers: Quantizers) -> None:
     """Heat map of the group of each quantizer and timestep, with the names of the blocks."""
     groups_over_timesteps(axes, quantizers.rank, quantizers.timesteps)
     blocks = [block_of(name) for name in quantizers.layers]
-    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+    room = len(blocks) / (map_size(quantizers)[1] * 6)  # rows that a line of text takes
+    starts: list[int] = []
+    for i, block in enumerate(blocks):
+        if i == 0 or (block != blocks[i - 1] and i - starts[-1] > room):
+            starts.append(i)
     axes.set_yticks([i - 0.5 for i in starts], [blocks[i] for i in starts], va="top", fontsize=8)
     axes.set(ylabel="", xlabel="timestep t, in the order of sampling")
 

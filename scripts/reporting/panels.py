@@ -79,9 +79,10 @@ def _panel(q: Quantizers, row: int, low: np.ndarray | None, high: np.ndarray | N
             ]
             drawn.append(f'<polyline points="{" ".join(points)}"/>')
     label, bits = escape(q.labels[row]), q.bits[row]
+    short = label.removeprefix(f"{escape(block_of(q.layers[row]))}.").replace(".", ".<wbr>")
     extremes = "" if not seen.size else f"; seen {seen.min():.3g} .. {seen.max():.3g}"
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="ranges of {label}">{"".join(drawn)}</svg>'
-        f"<figcaption>{label}<small>{bits} bits{extremes}</small></figcaption></figure>"
+        f"<figcaption>{short}<small>{bits} bits{extremes}</small></figcaption></figure>"
     )

@@ -17,7 +17,7 @@ from scripts.reporting.figures import (
     samples_per_step,
 )
 from scripts.reporting.measurements import Measured
-from scripts.reporting.page import Section, bar, missing, paragraph, picture, table
+from scripts.reporting.page import Section, bar, missing, paragraph, picture, table, text
 from scripts.reporting.panels import legend, range_panels
 from scripts.reporting.run_folder import Plain, Run
 
@@ -44,7 +44,7 @@ def summary_section(run: Run) -> Section:
     if run.comparison is not None and run.comparison.get("rows"):
         rows = run.comparison["rows"]
         columns = list(rows[0])
-        parts.append("<h3>compare.py</h3>")
+        parts.append("<h3>As scripts/compare.py saw it</h3>")
         cells = [[row.get(c, "") for c in columns] for row in rows]
         parts.append(table(columns, cells, range(2, len(columns))))
     else:
@@ -227,10 +227,8 @@ def _short(value: Any) -> str:
 def config_section(run: Run) -> Section:
     if run.config_text is None:
         return Section("config", "Configuration", missing("config.yaml.", CALIBRATE))
-    pre = paragraph("As it was resolved, every key written out.")
-    from html import escape
-
-    return Section("config", "Configuration", f"{pre}<pre>{escape(run.config_text)}</pre>")
+    words = paragraph("As it was resolved, every key written out.")
+    return Section("config", "Configuration", f"{words}<pre>{text(run.config_text)}</pre>")
 
 
 def versions_section(run: Run) -> Section:
