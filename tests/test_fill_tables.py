@@ -14,7 +14,7 @@ from models.pipeline import build_denoiser
 from scripts import benchmark, fill_tables
 from scripts.bench.paper import PUBLISHED, TITLES
 from tests.test_benchmark import CONFIG, PARAMS
-from tests.test_calibrate import command, done, refusal
+from tests.test_calibrate import command, refusal
 
 COLUMNS = ["Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"]
 METHODS = ["Q-Diffusion", "PTQD", "PTQ4DM", "TinyDM"]
@@ -60,8 +60,9 @@ def filled(*arguments: str) -> str:
     return out.read_text()
 
 
-def test_all_rows_are_there_and_empty_without_results(tmp_path: Path) -> None:
-    tables = parts(done(command("scripts/fill_tables.py", tmp_path)).stdout)
+def test_all_rows_are_there_and_empty_without_results(capsys) -> None:
+    fill_tables.main([])
+    tables = parts(capsys.readouterr().out)
     assert list(tables) == [LSUN, IMAGENET]
     for table in tables.values():
         assert table[0] == COLUMNS
