@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -89,14 +90,24 @@ def samples_per_step(axes: Axes, timesteps: list[int] | None, counts: list[int])
 def group_map(axes: Axes, quantizers: Quantizers) -> None:
     """Heat map of the group of each quantizer and timestep, with the names of the blocks."""
     groups_over_timesteps(axes, quantizers.rank, quantizers.timesteps)
-    blocks = [block_of(name) for name in quantizers.layers]
-    room = len(blocks) / (map_size(quantizers)[1] * 6)  # rows that a line of text takes
-    starts: list[int] = []
-    for i, block in enumerate(blocks):
-        if i == 0 or (block != blocks[i - 1] and i - starts[-1] > room):
-            starts.append(i)
-    axes.set_yticks([i - 0.5 for i in starts], [blocks[i] for i in starts], va="top", fontsize=8)
+    starts = _labelled(quantizers)
+    axes.set_yticks([i - 0.5 for i in starts], starts.values(), va="top", fontsize=8)
     axes.set(ylabel="", xlabel="timestep t, in the order of sampling")
+
+
+def _labelled(quantizers: Quantizers) -> dict[int, str]:
+    """First row -> name of the blocks whose labels have room, large blocks first."""
+    blocks, row = [], 0
+    for name, members in groupby(quantizers.layers, key=block_of):
+        size = len(list(members))
+        blocks.append((size, row, name))
+        row += size
+    room = row / (map_size(quantizers)[1] * 6)  # rows that a line of text takes
+    kept: dict[int, str] = {}
+    for _, start, name in sorted(blocks, key=lambda block: -block[0]):
+        if all(abs(start - other) > room for other in kept):
+            kept[start] = name
+    return kept
 
 
 def map_size(quantizers: Quantizers) -> tuple[float, float]:
@@ -104,14 +115,17 @@ def map_size(quantizers: Quantizers) -> tuple[float, float]:
 
 
 def block_of(layer: str) -> str:
-    """The first two parts of a layer's name: down.0 of down.0.block.1.conv2."""
-    return ".".join(layer.split(".")[:2])
+    """down.0 of down.0.block.1.conv2, mid of mid.attn_1.q."""
+    first, _, rest = layer.partition(".")
+    number = rest.partition(".")[0]
+    return f"{first}.{number}" if number.isdecimal() else first
 
 
 def largest_errors(axes: Axes, errors: dict[str, float], shown: int = 20) -> None:
     names = sorted(errors, key=lambda name: -errors[name])[:shown][::-1]
-    axes.barh(names, [errors[name] for name in names], color=BLUE)
-    axes.set(xlabel="eps-MSE with this layer alone quantized")
+    largest = max(errors.values(), default=0.0)
+    unit = 10.0 ** np.floor(np.log10(largest)) if largest > 0 else 1.0
+    axes.barh(names, [errors[name] / unit for name in names], color=BLUE)
+    axes.set(xlabel=f"eps-MSE with it alone quantized ({unit:.0e})")
     axes.tick_params(axis="y", labelsize=8)
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.grid(axis="x", alpha=0.25)

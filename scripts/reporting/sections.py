@@ -148,23 +148,24 @@ def layers_section(run: Run, measured: Measured) -> Section:
     if not layers:
         parts.append(missing("the layers' table in report.json.", CALIBRATE))
         return Section("layers", title, "".join(parts))
-    header = ["layer", "kind", "weights", "MMACs", "W", "A", "note"]
-    header += ["eps-MSE alone", ""] if alone else []
+    measured_columns = ["eps-MSE alone", ""] if alone else []
+    header = ["layer", "W bits", "A bits", *measured_columns, "kind", "weights", "MMACs", "note"]
     largest = max(alone.values(), default=0.0) or 1.0
     rows = [_layer_row(row, alone, largest) for row in layers]
-    parts.append(table(header, rows, (2, 3, 4, 5, 7)))
+    numbers = [i for i, name in enumerate(header) if name not in ("layer", "", "kind", "note")]
+    parts.append(table(header, rows, numbers))
     return Section("layers", title, "".join(parts))
 
 
 def _layer_row(row: Plain, alone: dict[str, float], largest: float) -> list[Any]:
     inputs = "+".join(map(str, row["activation_bits"])) or "32"
     weight = row["weight_bits"] or (32 if row["weights"] else "")
-    cells = [row["name"], row["kind"], f"{row['weights']:,}", f"{row['macs'] / 1e6:.2f}"]
-    cells += [weight, inputs, row["note"]]
+    cells = [row["name"], weight, inputs]
     if alone:
         error = alone.get(row["name"])
         cells += ["", ""] if error is None else [f"{error:.2e}", bar(error / largest)]
-    return cells
+    macs = f"{row['macs'] / 1e6:.2f}"
+    return [*cells, row["kind"], f"{row['weights']:,}", macs, row["note"]]
 
 
 def size_section(run: Run) -> Section:
@@ -179,7 +180,9 @@ def size_section(run: Run) -> Section:
     ]
     rows.append(("the whole file", f"{total:,}", "100%", ""))
     words = f"{run.file.name}: {total / 2**20:.3f} MB (2^20 bytes)."
-    return Section("size", title, paragraph(words) + table(("", "bytes", "", ""), rows, (1, 2)))
+    return Section(
+        "size", title, paragraph(words) + table(("what", "bytes", "share", ""), rows, (1, 2))
+    )
 
 
 def speed_section(run: Run) -> Section:
