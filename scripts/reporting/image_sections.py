@@ -16,7 +16,7 @@ from scripts.reporting.figures import data_uri, sorted_psnr
 from scripts.reporting.page import Section, missing, paragraph, picture
 from scripts.reporting.run_folder import Run
 
-SHOWN, COLUMNS, WORST = 64, 8, 8
+SHOWN, COLUMNS = 64, 8
 LARGEST_SIDE = 96  # of an image in a grid, in pixels
 REMEDY = "sample_diffusion.py makes it (with and without --quantized, --out RUN/NAME)."
 
@@ -40,17 +40,17 @@ def images_section(run: Run, names: Sequence[str], errors: np.ndarray) -> Sectio
             continue
         shown = (names or images.names)[:SHOWN]
         words = f"{title}: {images.folder.name}, {len(shown)} of {len(images.names)} images"
-        body.append(picture(_grid_uri(images.folder, shown, COLUMNS), words, "pixels"))
+        body.append(picture(_grid_uri(images.folder, shown), words, "pixels"))
     parts = [f'<div class="pair">{"".join(body)}</div>']
     if len(names):
-        worst = np.argsort(-errors, kind="stable")[:WORST]
+        worst = np.argsort(-errors, kind="stable")[:COLUMNS]
         parts.append(_worst(run, [names[i] for i in worst], decibels(errors[worst])))
     return Section("images", "Images", "".join(parts))
 
 
 def _worst(run: Run, names: Sequence[str], psnr: np.ndarray) -> str:
     rows = [
-        picture(_grid_uri(images.folder, names, len(names)), title, "pixels")
+        picture(_grid_uri(images.folder, names), title, "pixels")
         for images, title in ((run.full, "full precision"), (run.quantized, "quantized"))
     ]
     values = ", ".join(
@@ -59,14 +59,14 @@ def _worst(run: Run, names: Sequence[str], psnr: np.ndarray) -> str:
     return f"<h3>The most different pairs</h3>{paragraph(values)}{''.join(rows)}"
 
 
-def _grid_uri(folder: Path, names: Sequence[str], columns: int) -> str:
+def _grid_uri(folder: Path, names: Sequence[str]) -> str:
     images = [Image.fromarray(read_image(folder / name)) for name in names]
     side = min(LARGEST_SIDE, *(max(image.size) for image in images))
     if any(image.size != (side, side) for image in images):
         images = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
     stacked = np.stack([np.asarray(image) for image in images])
     buffer = io.BytesIO()
-    Image.fromarray(grid(stacked, columns)).save(buffer, "PNG", optimize=True)
+    Image.fromarray(grid(stacked, COLUMNS)).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

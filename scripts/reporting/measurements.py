@@ -3,7 +3,8 @@
 States are those of fresh trajectories, which no calibration and no image has seen.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from scripts.bench.full import FRESH
 from scripts.bench.measure import eps_errors
 from scripts.bench.record import Record
 from scripts.common.config import Config, ConfigError, repository_path
+from scripts.common.runs import RunError
 from scripts.common.trajectories import record_bank
 from scripts.common.wiring import Assembly, assemble
 from scripts.reporting.run_folder import Plain, Run
@@ -120,6 +122,10 @@ class Networks:
     def bank(self) -> Bank:
         return self._record(self.full)
 
+    def _check(self, values: Iterable[float]) -> None:
+        if not all(map(math.isfinite, values)):
+            raise RunError(f"{self.run.file}: its network gives NaN or infinity; calibrate anew")
+
     def measure_states(self) -> Plain:
         """eps-MSE of each step and trajectory, ranges of each activation quantizer and bin.
 
@@ -133,6 +139,8 @@ class Networks:
                 steps, trajectories = eps_errors(model, bank, self.config.sampling.micro_batch)
             else:
                 bank, steps, trajectories = self._record(self.quantized), None, None
+        seen = torch.stack([low, high])
+        self._check([*(steps or []), *seen[~seen.isnan()].tolist()])
         return {
             "timesteps": bank.timesteps,
             "trajectories": bank.trajectories,
@@ -162,6 +170,7 @@ class Networks:
             replace_module(host.denoiser, name, quantized.denoiser.get_submodule(name))
             alone[name] = error(host)
             replace_module(host.denoiser, name, original)
+        self._check(alone.values())
         return {"timesteps": t.tolist(), "eps_mse": alone, "eps_mse_of_all": error(quantized)}
 
 

@@ -49,17 +49,29 @@ def range_panels(quantizers: Quantizers, low: np.ndarray | None, high: np.ndarra
 def _panel(q: Quantizers, row: int, low: np.ndarray | None, high: np.ndarray | None) -> str:
     seen = np.array([]) if low is None else np.concatenate([low, high])
     seen = seen[np.isfinite(seen)]
-    bottom = np.append(seen, q.low[row]).min()
-    top = np.append(seen, q.high[row]).max()
+    lines = [] if low is None else [low, high]
+    label, bits = escape(q.labels[row]), q.bits[row]
+    short = label.removeprefix(f"{escape(block_of(q.layers[row]))}.").replace(".", ".<wbr>")
+    extremes = "" if not seen.size else f"; seen {seen.min():.3g} .. {seen.max():.3g}"
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="ranges of {label}">{_drawing(q, row, lines, seen)}</svg>'
+        f"<figcaption>{short}<small>{bits} bits{extremes}</small></figcaption></figure>"
+    )
+
+
+def _drawing(q: Quantizers, row: int, lines: list[np.ndarray], seen: np.ndarray) -> str:
+    """lines: (S,) each; seen: their finite values."""
+    bottom, top = np.append(seen, q.low[row]).min(), np.append(seen, q.high[row]).max()
     unit = HEIGHT / max(top - bottom, 1e-12)
     step = WIDTH / len(q.timesteps)
+    palette = colours(q.groups)
+    order = range(len(q.timesteps))[::-1]  # of sampling, from the left
 
     def y(value: float) -> float:
         return round((top - value) * unit, 1)
 
     drawn = [f'<path d="M0 {y(0)}H{WIDTH}" class="zero"/>']
-    palette = colours(q.groups)
-    order = range(len(q.timesteps))[::-1]  # of sampling, from the left
     # Groups of one scale can differ in their zero points.
     for _, run in groupby(enumerate(order), key=lambda i: (q.rank[row, i[1]], q.low[row, i[1]])):
         places = list(run)
@@ -70,19 +82,11 @@ def _panel(q: Quantizers, row: int, low: np.ndarray | None, high: np.ndarray | N
             f'<rect x="{x}" y="{above}" width="{width}" height="{round(below - above, 1)}" '
             f'fill="{palette[q.rank[row, column]]}"/>'
         )
-    for values in (low, high):
-        if values is not None:
-            points = [
-                f"{round((place + 0.5) * step, 1)},{y(values[column])}"
-                for place, column in enumerate(order)
-                if np.isfinite(values[column])
-            ]
-            drawn.append(f'<polyline points="{" ".join(points)}"/>')
-    label, bits = escape(q.labels[row]), q.bits[row]
-    short = label.removeprefix(f"{escape(block_of(q.layers[row]))}.").replace(".", ".<wbr>")
-    extremes = "" if not seen.size else f"; seen {seen.min():.3g} .. {seen.max():.3g}"
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="ranges of {label}">{"".join(drawn)}</svg>'
-        f"<figcaption>{short}<small>{bits} bits{extremes}</small></figcaption></figure>"
-    )
+    for values in lines:
+        points = [
+            f"{round((place + 0.5) * step, 1)},{y(values[column])}"
+            for place, column in enumerate(order)
+            if np.isfinite(values[column])
+        ]
+        drawn.append(f'<polyline points="{" ".join(points)}"/>')
+    return "".join(drawn)

@@ -191,7 +191,8 @@ def speed_section(run: Run) -> Section:
     for images, label in ((run.full, "full precision"), (run.quantized, "quantized")):
         report = None if images is None else images.report
         if report is None:
-            parts.append(missing(f"the report of the {label} images.", "sample_diffusion.py."))
+            lack = f"how fast the {label} images were made."
+            parts.append(missing(lack, "sample_diffusion.py writes it beside them."))
             continue
         rows.append(
             (
