@@ -15,6 +15,7 @@ KINDS = {
     "layers.w_scale": "weight scales",
     "layers.w_zero_point": "weight zero points",
     "layers.bias": "biases",
+    "layers.channel_scale": "scales of input channels",
     "activations.scale": "activation scales and zero points",
     "activations.zero_point": "activation scales and zero points",
     "activations.group": "groups of timesteps",
@@ -59,7 +60,16 @@ def read_quantizers(path: Path) -> Quantizers:
     rows = np.arange(len(bits))[:, None]
     scale, zero = scale[rows, group], zero[rows, group]  # (L, S)
     top = 2.0 ** np.array(bits, dtype=np.float64)[:, None] - 1
-    return Quantizers(layers, operands, bits, timesteps, rank, -zero * scale, (top - zero) * scale)
+    # Logarithmic codes reach from 0 to the scale itself.
+    log2 = np.array([b for entry in metadata["layers"] for b in _logarithmic(entry)])[:, None]
+    low = np.where(log2, 0.0, -zero * scale)
+    high = np.where(log2, scale, (top - zero) * scale)
+    return Quantizers(layers, operands, bits, timesteps, rank, low, high)
+
+
+def _logarithmic(entry: dict[str, Any]) -> list[bool]:
+    """Of each input: attention's probabilities, a left operand, can be."""
+    return [i == 0 and bool(entry.get("log2")) for i in range(len(entry["inputs"]))]
 
 
 def _operands(entry: dict[str, Any]) -> list[str]:
