@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.quantizer import ActivationQuantizer
+from quant.quantizer import ActivationQuantizer, fake_quantize_parts
 from quant.weights import WeightQuantizer, dequantize
 
 
@@ -163,10 +163,24 @@ class QuantLayer(nn.Module):
         return self._weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.inputs):
-            x = scale_channels(x, self.channel_scale, self.op.channel_dim)
-            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
-        return self.op(x, self.weight(), self.bias)
+        return self.op(self.quantized_input(x), self.weight(), self.bias)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        dim, bins = self.op.channel_dim, self.inputs[0].context.bins
+        if isinstance(bins, int):
+            ends = [0, self.split, x.shape[dim]] if self.split else [0, x.shape[dim]]
+            parts = []
+            for start, end, quantizer in zip(ends, ends[1:], self.inputs, strict=False):
+                factors = self.channel_scale
+                factors = None if factors is None else factors[start:end]
+                parts.append((slice(start, end), factors, *quantizer.step(bins)))
+            quantized = fake_quantize_parts(x, parts, dim)
+            if quantized is not None:
+                return quantized
+        x = scale_channels(x, self.channel_scale, dim)
+        return quantize_input(x, self.inputs, self.split, dim)
 
 
 class TimestepLayer(nn.Module):
