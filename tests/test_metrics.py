@@ -18,6 +18,7 @@ from pytorch_fid import fid_score
 from tqdm import tqdm
 
 from scripts import evaluate as cli
+from scripts.common.cli import run
 from scripts.metrics import Pass, evaluate, inception, inputs, paired_psnr, scores
 from scripts.metrics.inputs import MetricError
 
@@ -434,7 +435,14 @@ def test_evaluate_and_stored_statistics(network, folders, tmp_path):
 
 
 def run_cli(*arguments: str | Path) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    """Exit code of the command, run in this process through the script's own wrapper."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run(lambda: cli.main([str(argument) for argument in arguments]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return int(caught.value.code or 0)
 
 
 def test_statistics_files_need_no_network(tmp_path, capsys):

@@ -25,6 +25,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
 
     The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
+    An OSError without a file name (a full disk) gets that of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +35,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
