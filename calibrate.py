@@ -162,6 +162,16 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(lines))
 
 
+def check_finite(deployed: torch.nn.Module) -> None:
+    """Raises RunError, with the layer, if something that was learned is NaN or infinite."""
+    for name, value in deployed.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise RunError(
+                f"calibration ran away: {name} is not finite; lower quant.reconstruct.lr_scale "
+                "or quant.search.lr_scale, then --overwrite"
+            )
+
+
 def calibrate_config(
     config: Config,
     assembly: Assembly,
@@ -230,6 +240,7 @@ def calibrate_config(
         state,
         save,
     )
+    check_finite(deployed)
     roles = roles_of(assembly.denoiser)
     x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
     macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))

@@ -3,22 +3,38 @@
 python -m pytest tests/test_processes.py
 """
 
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
+import calibrate
+import sample_diffusion
 from models.pipeline import build_denoiser
-from scripts.common.processes import rank_and_world
+from scripts.common.files import save_tensors
+from scripts.common.processes import rank_and_world, team_of_processes
 from scripts.common.strict import ConfigError
-from tests.test_metrics import needs_package, weights, write_images  # noqa: F401 (a fixture)
+from scripts.metrics import Pass
+from scripts.metrics.inception import InceptionFeatures
+from scripts.metrics.inputs import open_source, save_statistics
+from tests import forks
+from tests.test_metrics import (  # noqa: F401 (fixtures)
+    load_folder,
+    needs_package,
+    network,
+    weights,
+    write_images,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
@@ -43,19 +59,30 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def torchrun(world: int, script: str, *arguments: object) -> list[str]:
+def torchrun(world: int, script: str | Path, *arguments: object) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={world}", str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(
+        [*launcher, f"--nproc-per-node={world}", str(ROOT / script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def port() -> int:
+    """A free one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def done(command: list[str]) -> str:
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def together(world: int, main: Callable, *arguments: object) -> list[str]:
+    """What the ranks of a job print, each of which must succeed."""
+    with forks.ended(forks.team(world, main, *arguments, port=port())) as team:
+        for rank in team:
+            assert rank.wait() == 0, rank.text()
+        return [rank.text() for rank in team]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -67,8 +94,8 @@ def test_any_number_of_processes_gives_the_same_images(room: Path, tmp_path: Pat
     for world in (1, 2, 4):
         folders[world] = tmp_path / f"images-{world}"
         arguments = ("--config", room / "tiny.yaml", "--out", folders[world])
-        out = done(torchrun(world, "sample_diffusion.py", *arguments))
-        assert out.count("images made") == 1  # rank 0 speaks
+        printed = together(world, sample_diffusion.main, *arguments)
+        assert ["images made" in text for text in printed] == [True] + [False] * (world - 1)
     assert set(files_of(folders[1])) == {f"{i:06d}.png" for i in range(11)}
     assert files_of(folders[1]) == files_of(folders[2]) == files_of(folders[4])
     assert not list(tmp_path.glob("*.lock"))
@@ -78,43 +105,49 @@ def test_any_number_of_processes_calibrates_to_the_same_file(room: Path, tmp_pat
     """10 trajectories in calls of 2: five blocks, so that no world size divides them."""
     contents = []
     for world in (1, 2, 4):
-        folder = tmp_path / f"run-{world}"
-        arguments = ("--config", room / "tiny.yaml", "--out", folder)
-        done(torchrun(world, "calibrate.py", *arguments))
-        contents.append((folder / "quantized.safetensors").read_bytes())
+        arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / f"run-{world}")
+        together(world, calibrate.main, *arguments)
+        contents.append((tmp_path / f"run-{world}" / "quantized.safetensors").read_bytes())
     assert contents[0] == contents[1] == contents[2]
-    out = done(torchrun(2, "calibrate.py", "--config", room / "tiny.yaml", "--out", folder))
-    assert "is there already" in out
+    printed = together(2, calibrate.main, *arguments)
+    assert "is there already" in printed[0] and printed[1] == ""
 
 
 @needs_package
-def test_any_number_of_processes_scores_the_same(weights: Path, tmp_path: Path) -> None:  # noqa: F811
-    ref, gen = write_images(tmp_path / "ref", 5, 0), write_images(tmp_path / "gen", 7, 1)
-    results = []
-    for world in (1, 2, 4):
-        out = tmp_path / f"{world}.json"
-        arguments = (ref, gen, "--inception", weights, "--batch-size", 2, "--device", "cpu")
-        scores = ("--metrics", "fid,sfid,precision,recall", "--json", out)
-        done(torchrun(world, "scripts/evaluate.py", *arguments, *scores))
-        result = json.loads(out.read_text())
-        results.append({k: v for k, v in result.items() if "second" not in k})
-    assert results[0] == results[1] == results[2]
-    assert results[0]["images"] == {"reference": 5, "generated": 7}
+def test_any_number_of_processes_scores_the_same(
+    network: InceptionFeatures,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Everything that the scores are made of; the scores themselves see rank 0 alone."""
+    folder = write_images(tmp_path / "images", 7, 1)
+    np.savez(tmp_path / "images.npz", x=load_folder(folder))
+
+    def gather(arguments: list[str]) -> None:
+        source, out = arguments
+        found = Pass({"pool", "spatial", "features"})
+        with team_of_processes() as team:
+            found.run(open_source(source), network, 2, tqdm(disable=True), team)
+        if team.rank == 0:
+            save_statistics(out, found.statistics("pytorch-fid"))
+            save_tensors(f"{out}.pt", torch.cat(found.features))
+
+    made = []
+    for number, (world, name) in enumerate([(1, "images"), (2, "images.npz"), (4, "images")]):
+        out = tmp_path / f"{number}.npz"
+        together(world, gather, tmp_path / name, out)
+        made.append((vars(open_source(out).statistics), torch.load(f"{out}.pt", weights_only=True)))
+    for statistics, features in made[1:]:
+        assert torch.equal(features, made[0][1]) and features.shape == (7, 2048)
+        for name, value in made[0][0].items():
+            np.testing.assert_array_equal(statistics[name], value)
 
 
 def test_a_rank_that_dies_stops_the_job_and_the_rest_resumes(room: Path, tmp_path: Path) -> None:
+    """Under torchrun itself; then 4 processes go on where its 2 stopped."""
     whole, out = tmp_path / "whole", tmp_path / "images"
     arguments = ("--config", room / "tiny.yaml", "--steps", 40, "-n", 60, "--batch_size", 2)
-    done(
-        [sys.executable, str(ROOT / "sample_diffusion.py"), *map(str, (*arguments, "--out", whole))]
-    )
-    process = subprocess.Popen(
-        torchrun(2, "sample_diffusion.py", *arguments, "--out", out),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    together(1, sample_diffusion.main, *arguments, "--out", whole)
+    process = torchrun(2, "sample_diffusion.py", *arguments, "--out", out)
     victim = None
     limit = time.monotonic() + 120
     while (victim is None or len(list(out.glob("*.png"))) < 4) and time.monotonic() < limit:
@@ -125,7 +158,7 @@ def test_a_rank_that_dies_stops_the_job_and_the_rest_resumes(room: Path, tmp_pat
     assert process.returncode != 0
     assert "rank      : 1" in stderr and "SIGKILL" in stderr, stderr
     assert 4 <= len(list(out.glob("*.png"))) < 60
-    done(torchrun(2, "sample_diffusion.py", *arguments, "--out", out))
+    together(4, sample_diffusion.main, *arguments, "--out", out)
     assert files_of(out) == files_of(whole)
 
 
@@ -142,55 +175,38 @@ def rank_process(parent: int, rank: int) -> int | None:
 
 
 def test_a_rank_that_fails_says_why(room: Path, tmp_path: Path) -> None:
-    """Rank 1 meets a full disk (a limit on the size of files): the reason and the rank are told."""
+    """Only its machine lacks the checkpoint: torchrun's summary has the rank and the reason."""
     starter = tmp_path / "starter.py"
     starter.write_text(
-        "import os, resource, runpy, sys\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "import os, runpy, sys\n"
         "sys.argv = sys.argv[1:]\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv += ['--ckpt', 'gone.pt']\n"
         "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     arguments = (ROOT / "sample_diffusion.py", "--config", room / "tiny.yaml")
-    command = torchrun(2, str(starter), *arguments, "--out", tmp_path / "images")
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    line = next(li for li in result.stderr.splitlines() if li.startswith("error: rank 1: "))
-    assert "000001.png: File too large; make room" in line
-    assert "rank      : 1" in result.stderr
-    assert result.stderr.count("File too large") == 2  # and in torchrun's summary
+    process = torchrun(2, starter, *arguments, "--out", tmp_path / "images")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    before, _, summary = stderr.partition("Root Cause")
+    assert "error: rank 1: gone.pt: no such file" in before
+    assert "rank      : 1" in summary and "gone.pt: no such file" in summary, summary
 
 
 def test_calibration_without_its_helper_ends_with_one_line(room: Path, tmp_path: Path) -> None:
     """Without torchrun nobody stops rank 0: it must notice by itself."""
-    ranks = []
-    for rank in range(2):
-        values = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
-        keys = ("--set", "calibration.trajectories=4000", "sampler.steps=20")
-        arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", *keys)
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "calibrate.py"), *map(str, arguments)],
-                env=environment() | {k: str(v) for k, v in values.items()},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    seen = ""
-    while "image/s" not in seen and ranks[0].poll() is None:  # the trajectories have begun
-        seen += ranks[0].stderr.read(20)
-    ranks[1].kill()
-    _, stderr = ranks[0].communicate(timeout=120)
-    ranks[1].communicate()
-    assert ranks[0].returncode == 2
-    assert stderr.splitlines()[-1].startswith("error: rank 0: rank 1 is gone")
-    assert "Traceback" not in stderr
-
-
-def port() -> int:
-    return 20000 + os.getpid() % 20000
+    keys = ("--set", "calibration.trajectories=4000", "sampler.steps=20")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", *keys)
+    started = forks.team(2, calibrate.main, *arguments, port=port())
+    with forks.ended(started) as (first, helper):
+        while "image/s" not in first.text():  # the trajectories have begun
+            assert first.running(), first.text()
+            time.sleep(0.01)
+        helper.send(signal.SIGKILL)
+        assert first.wait() == 2
+        assert first.errors() == [first.text().splitlines()[-1]]
+        assert first.errors()[0].startswith("error: rank 0: rank 1 is gone")
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1"), ("0", "0")])

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from models.checkpoint import CheckpointError
 from models.samplers import SamplingError
 from quant.packed import PackedFileError
+from quant.statistics import StatisticsError
 from scripts.common.config import Override
 from scripts.common.files import write_json
 from scripts.common.images import ImageError, MetricError
@@ -37,6 +39,7 @@ USER_ERRORS = (
     MetricError,
     ImageError,
     SamplingError,
+    StatisticsError,
     RunError,
 )
 # How the allocators of PyTorch and oneDNN say it where they raise a RuntimeError.
@@ -199,7 +202,8 @@ def _tell_torchrun(line: str) -> None:
     """torchrun ends with a summary; this puts the reason in it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:
-        write_json(file, {"message": line, "timestamp": int(time.time())})
+        with suppress(OSError):  # the disk may be what is full
+            write_json(file, {"message": line, "timestamp": int(time.time())})
 
 
 def _terminate(signum: int, frame: Any) -> None:
