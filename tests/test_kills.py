@@ -37,18 +37,19 @@ def fatal(calls: int, after: bool) -> Callable[[], None]:
 
     def arm() -> None:
         left = [calls]
-        for name in ("fsync", "replace"):
 
-            def wrapped(*args: object, real: Callable = getattr(os, name)) -> object:
+        def deadly(real: Callable) -> Callable:
+            def operation(*args: object) -> None:
                 left[0] -= 1
                 if left[0] == 0 and not after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                result = real(*args)
+                real(*args)
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return result
 
-            setattr(os, name, wrapped)
+            return operation
+
+        os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
 
     return arm
 
