@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
+import glob
 import io
 import json
 import os
@@ -43,15 +44,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale(folder: str | Path) -> int:
+def remove_stale(folder: str | Path, name: str = "") -> int:
     """Remove the temporaries that killed processes left in a folder; returns how many.
 
-    Those of a living process of this machine stay, as do those of other machines for an hour.
+    name: what the files begin with. Those of a living process of this machine stay, as do those of
+    other machines for an hour.
     """
     removed = 0
-    for path in Path(folder).glob(".*.tmp"):
-        *_, host, pid, _ = path.name.rsplit(".", 3)
-        if host == _host() and pid.isdecimal():
+    for path in Path(folder).glob(f".{glob.escape(name)}*.tmp"):
+        *_, host, pid, _ = ["", "", *path.name.rsplit(".", 3)]
+        if not pid.isdecimal():
+            continue  # not one of ours
+        if host == _host():
             stale = not _is_other_process(int(pid))
         else:
             stale = time.time() - path.stat().st_mtime > STALE_SECONDS

@@ -115,6 +115,7 @@ def claim(
         for path in images:
             path.unlink()
     remove_stale(folder)
+    remove_stale(note.parent, note.name.removesuffix("identity.json"))
     if not same:
         write_json(note, dict(identity))
 
