@@ -199,6 +199,7 @@ def calibrate_config(
     saved = None if done else load_state(folder, identity, resume)
     wanted = team.agree(not done and saved is None and bank is None)
     if done:
+        (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
     write_text(folder / "config.yaml", resolved_yaml(config))
     state = CalibrationState()

@@ -170,13 +170,14 @@ def fill(
     say(f"{folder}: {len(todo)} images made{by} in {seconds:.1f} s{rate}")
     with beside(folder, "log.txt").open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in log)
-    if todo:
+    note = beside(folder, "report.json")
+    if todo or not note.exists():  # killed between the last image and its report
         backend = args.backend if args.quantized else None
         report = report_of(config, assembly, backend, device, world)
         report["images"] = {"count": sampling.count, "made": len(todo), "found": found}
         report["seconds"] = {"load": loaded, "sample": seconds}
-        report["images_per_second"] = len(todo) / seconds
-        write_json(beside(folder, "report.json"), report)
+        report["images_per_second"] = len(todo) / seconds if todo else None
+        write_json(note, report)
 
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:
