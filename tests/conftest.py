@@ -4,5 +4,5 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=6, help="processes killed in test_kills.py")
-    parser.addoption("--fuzz", type=int, default=150, help="files mutated in test_fuzz.py")
+    parser.addoption("--kills", type=int, default=5, help="processes killed in test_kills.py")
+    parser.addoption("--fuzz", type=int, default=100, help="files mutated in test_fuzz.py")

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -188,6 +189,26 @@ def test_psnr():
     assert scores.psnr(255.0**2) == 0
     assert scores.psnr(1) == pytest.approx(48.1308, abs=1e-4)
     assert scores.psnr(0) == math.inf
+
+
+def test_scores_need_bounded_memory(tmp_path):
+    """400 MB of images in an archive, and 60,000 features, within the memory that is promised."""
+    source = tmp_path / "x.npz"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("x.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (20_000, 84, 84, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(20):
+                file.write(bytes(1000 * 84 * 84 * 3))
+    moments = scores.Moments(64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = 0
+    for batch in inputs.open_source(source).images.batches(50):
+        images += len(batch)
+        moments.update(torch.randn(150, 64))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images == 20_000 and moments.count == 60_000
+    assert after - before < 100 * 1024  # kB
 
 
 # --- Inception ----------------------------------------------------------------------------------
