@@ -242,6 +242,22 @@ def calibrate_config(
         save,
     )
     check_finite(deployed)
+    lines = write_result(folder, config, assembly, bank, deployed, phases, began, identity)
+    (folder / STATE).unlink(missing_ok=True)
+    return lines
+
+
+def write_result(
+    folder: Path,
+    config: Config,
+    assembly: Assembly,
+    bank: Bank,
+    deployed: torch.nn.Module,
+    phases: dict[str, Any],
+    began: float,
+    identity: str,
+) -> list[str]:
+    """The reports, then the quantized file, by which the run is done; the lines of the log."""
     roles = roles_of(assembly.denoiser)
     x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
     macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
@@ -258,7 +274,6 @@ def calibrate_config(
     seconds = time.perf_counter() - began
     lines = write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
     write_bytes(folder / RESULT, data)
-    (folder / STATE).unlink(missing_ok=True)
     return lines
 
 

@@ -507,6 +507,24 @@ def test_bad_commands_give_one_line_and_exit_2(tmp_path, capsys, arguments, mess
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
 
 
+def test_hostile_statistics_give_one_line(tmp_path, capsys):
+    """An array that claims 8 TB, and an array that is no archive."""
+    vast = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**20)}
+    np.lib.format.write_array_header_1_0(vast, header)
+    for name, keys in (("vast.npz", ("mu", "sigma")), ("compact.npz", ("mu", "triangle", "n"))):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for key in keys:
+                archive.writestr(f"{key}.npy", vast.getvalue())
+        assert run_cli(tmp_path / name, tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: claims more than memory holds" in error and error.count("\n") == 1
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
+    assert run_cli(tmp_path / "plain.npz", tmp_path) == 2
+    assert "plain.npz: not a readable npz file" in capsys.readouterr().err
+
+
 def test_paired_alone_needs_no_network(folders, tmp_path, capsys):
     out = tmp_path / "m.json"
     options = ("--metrics", "none", "--paired", folders[0], "--json", out)

@@ -212,6 +212,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, LookupError, EOFError, TypeError, SyntaxError) as error:
         raise MetricError(f"{path}: not a readable npz file ({_line(error)})") from error
+    except MemoryError as error:
+        raise MetricError(f"{path}: claims more than memory holds ({_line(error)})") from error
     except (RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise MetricError(f"{path}: damaged npz file ({_line(error)})") from error
 
