@@ -8,41 +8,50 @@ sampler itself visits, with the full-precision noise there as the target (TCAQ-D
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from quant.bank import Bank
 from quant.model import QuantDenoiser, activation_quantizers, weight_layers
+from quant.quantizer import rate_of_scale, scale_groups
 from quant.timesteps import all_steps, tuples_of_steps
 
 LR_LATENT = 0.01  # in units of a weight's scale: a hundred steps move a weight by one code
-LR_FLOAT = 1e-3  # biases, norms
+LR_FLOAT = 1e-3  # biases and norms, at 4 bits; each bit more halves it
 LR_ZERO_POINT = 0.02  # in codes
 
 
 def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
-    """Makes the latent weights and marks what learns; returns the optimizer's groups."""
+    """Makes the latent weights, unless they were restored, and marks what learns; returns the
+    optimizer's groups."""
+    groups: list[dict] = []
+    taken = set()
+    layers = [layer for _, layer in weight_layers(model)]
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer.log_gain is None:
+            quantizer.start_latent(layer.weight.detach())
+        groups.append({"params": [quantizer.latent], "lr": LR_LATENT})
+        rate = rate_of_scale(lr_scale, quantizer.bits)
+        groups.append({"params": [quantizer.log_gain], "lr": rate})
+        taken.add(id(layer.weight))
+    quantizers = [q for _, q in activation_quantizers(model)]
+    groups += scale_groups(quantizers, lr_scale)
+    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
+    groups.append({"params": zero_points, "lr": LR_ZERO_POINT})
+    taken |= {id(p) for q in quantizers for p in q.parameters()}
+    taken |= {id(p) for group in groups for p in group["params"]}
+    floats = [p for p in model.parameters() if id(p) not in taken]
+    fewest = min(module.bits for module in [*quantizers, *(v.weight_quantizer for v in layers)])
+    groups.append({"params": floats, "lr": rate_of_scale(LR_FLOAT, fewest)})
     for p in model.parameters():
         p.requires_grad_(False)
-    latents, taken = [], set()
-    for _, layer in weight_layers(model):
-        layer.weight_quantizer.start_latent(layer.weight.detach())
-        latents.append(layer.weight_quantizer.latent)
-        taken |= {id(layer.weight), id(layer.weight_quantizer.latent)}
-    quantizers = [q for _, q in activation_quantizers(model)]
-    scales = [q.log_scale for q in quantizers]
-    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
-    taken |= {id(p) for q in quantizers for p in q.parameters()}
-    floats = [p for p in model.parameters() if id(p) not in taken]
-    for p in [*latents, *scales, *zero_points, *floats]:
-        p.requires_grad_(True)
-    return [
-        {"params": latents, "lr": LR_LATENT},
-        {"params": scales, "lr": lr_scale},
-        {"params": zero_points, "lr": LR_ZERO_POINT},
-        {"params": floats, "lr": LR_FLOAT},
-    ]
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(True)
+    return groups
 
 
 def finetune(
@@ -56,18 +65,26 @@ def finetune(
     visit: Callable[[nn.Module], Bank] | None = None,
     on_iteration: Callable[[int, float], None] = lambda i, loss: None,
     step_weight: torch.Tensor | None = None,
+    on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
+    progress: dict[str, Any] | None = None,
 ) -> None:
     """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
     the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
-    the eps error of each sampling step.
+    the eps error of each sampling step. on_checkpoint(progress) comes after each iteration; an
+    interrupted run goes on when it is given that `progress` beside the model's state of the moment.
     """
     if iterations == 0:
         return
     groups = parameter_groups(model, lr_scale)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    start = 0
+    if progress is not None:
+        start = progress["iterations"]
+        optimizer.load_state_dict(progress["optimizer"])
+        generator.set_state(progress["generator"])
     rounds_of_visits = {iterations // 3, 2 * iterations // 3} if visit is not None else set()
-    for i in range(iterations):
+    for i in range(start, iterations):
         if i in rounds_of_visits and i > 0:
             seen = visit(model.deploy())
             extra = tuples_of_steps(
@@ -83,13 +100,22 @@ def finetune(
         loss = (
             error if step_weight is None else error * step_weight[index[:, 0]].to(error.device)
         ).mean()
-        progress = i / iterations
+        done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
-            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.zero_grad(set_to_none=True)
         (loss * 100).backward()  # Adam is scale free; this keeps tiny gradients above its epsilon
         optimizer.step()
         for _, layer in weight_layers(model):
             layer.weight_quantizer.clamp_latent()
         on_iteration(i, float(loss.detach()))
+        on_checkpoint(
+            {
+                "iterations": i + 1,
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }
+        )
+    for _, layer in weight_layers(model):
+        layer.weight_quantizer.fix_scale()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.quantizer import ActivationQuantizer
+from quant.quantizer import ActivationQuantizer, fake_quantize_parts
 from quant.weights import WeightQuantizer, dequantize
 
 
@@ -48,11 +48,23 @@ def quantize_input(
     return torch.cat([quantizers[0](first), quantizers[1](second)], dim=channel_dim)
 
 
+def scale_channels(
+    x: torch.Tensor, channel_scale: torch.Tensor | None, channel_dim: int
+) -> torch.Tensor:
+    """r x with r (C,) along the channels; x itself without r."""
+    if channel_scale is None:
+        return x
+    if channel_dim == -1:
+        return x * channel_scale
+    return x * channel_scale.view(-1, *(1,) * (x.dim() - 2))
+
+
 class CalibLayer(nn.Module):
     """A convolution or linear layer under calibration.
 
     weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
-    learned. Either can be None / empty: then that operand stays in floating point.
+    learned. Either can be None / empty: then that operand stays in floating point. channel_scale
+    (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
     """
 
     def __init__(
@@ -69,10 +81,24 @@ class CalibLayer(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.inputs = nn.ModuleList(inputs)
         self.split = split
+        self.register_buffer("channel_scale", None)
+
+    def set_channel_scale(
+        self, channel_scale: torch.Tensor, weight: torch.Tensor, quantizer: WeightQuantizer
+    ) -> None:
+        """weight: already divided by channel_scale; quantizer: of that weight."""
+        self.channel_scale = channel_scale
+        self.weight.data.copy_(weight)
+        self.weight_quantizer = quantizer
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
+        return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.inputs):
-            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
+        x = self.quantized_input(x)
         weight = self.weight
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
@@ -87,12 +113,13 @@ class CalibLayer(nn.Module):
         return QuantLayer(
             self.op,
             codes,
-            quantizer.scale,
+            quantizer.current_scale().detach(),
             quantizer.zero_point.to(torch.uint8),
             None if self.bias is None else self.bias.detach(),
             quantizer.bits,
             [q.deploy() for q in self.inputs],
             self.split,
+            self.channel_scale,
         )
 
 
@@ -100,7 +127,8 @@ class QuantLayer(nn.Module):
     """A deployed layer: nothing but plain buffers.
 
     qweight uint8 (O, I, ...) codes 0..2^bits-1, w_scale float32 (O,), w_zero_point uint8 (O,),
-    bias float32 (O,) or None; `inputs` are ActivationQuantizers.
+    bias float32 (O,) or None; `inputs` are ActivationQuantizers; channel_scale float32 (C,), exact
+    in float16, multiplies the input channels before they are quantized, or None.
     """
 
     def __init__(
@@ -113,9 +141,11 @@ class QuantLayer(nn.Module):
         bits: int,
         inputs: list[ActivationQuantizer],
         split: int,
+        channel_scale: torch.Tensor | None = None,
     ):
         super().__init__()
         self.op, self.bits, self.split = op, bits, split
+        self.register_buffer("channel_scale", channel_scale)
         self.register_buffer("qweight", qweight)
         self.register_buffer("w_scale", w_scale.float())
         self.register_buffer("w_zero_point", w_zero_point)
@@ -133,9 +163,24 @@ class QuantLayer(nn.Module):
         return self._weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.inputs):
-            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
-        return self.op(x, self.weight(), self.bias)
+        return self.op(self.quantized_input(x), self.weight(), self.bias)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        dim, bins = self.op.channel_dim, self.inputs[0].context.bins
+        if isinstance(bins, int):
+            ends = [0, self.split, x.shape[dim]] if self.split else [0, x.shape[dim]]
+            parts = []
+            for start, end, quantizer in zip(ends, ends[1:], self.inputs, strict=False):
+                factors = self.channel_scale
+                factors = None if factors is None else factors[start:end]
+                parts.append((slice(start, end), factors, *quantizer.step(bins)))
+            quantized = fake_quantize_parts(x, parts, dim)
+            if quantized is not None:
+                return quantized
+        x = scale_channels(x, self.channel_scale, dim)
+        return quantize_input(x, self.inputs, self.split, dim)
 
 
 class TimestepLayer(nn.Module):
@@ -170,14 +215,29 @@ class TimestepLayer(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M)."""
+    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M).
 
-    def __init__(self, left: nn.Module, right: nn.Module):
+    by_row: the left operand, probabilities, is quantized relative to the largest value of each row,
+    which multiplies the row of the product afterwards. That is softmax quantized before it is
+    normalised: exp(s - max s) always reaches 1, while a probability among K = 256 keys can be as
+    small as one code of a scale for all rows. The integer product stays as it is.
+    """
+
+    def __init__(self, left: nn.Module, right: nn.Module, by_row: bool = False):
         super().__init__()
-        self.left, self.right = left, right
+        self.left, self.right, self.by_row = left, right, by_row
+
+    def left_operand(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the left quantizer sees, and the factor (B, N, 1) of the product's rows."""
+        if not self.by_row:
+            return left, None
+        top = left.amax(-1, keepdim=True)
+        return left / top, top
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.left(left), self.right(right))
+        left, top = self.left_operand(left)
+        out = torch.matmul(self.left(left), self.right(right))
+        return out if top is None else out * top
 
     def deploy(self) -> "QuantMatMul":
-        return QuantMatMul(self.left.deploy(), self.right.deploy())
+        return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

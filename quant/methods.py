@@ -22,7 +22,7 @@ def bounded(default: Any, low: float, high: float) -> Any:
 class WeightSettings:
     bits: int = bounded(4, 2, 8)
     scale: str = choice("mse", "mse", "minmax")
-    rounding: str = choice("adaround", "nearest", "adaround")
+    rounding: str = choice("adaround", "nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,12 @@ class ActivationSettings:
     groups: int = bounded(8, 1, 255)
     search: str = choice("differentiable", "differentiable", "kmeans", "dp", "uniform", "none")
     scale: str = choice("mse", "mse", "minmax", "percentile")
+    symmetric: bool = False  # ranges around zero everywhere, as PTQ4DM has them
     learned: bool = True  # learn scales and zero points with the reconstruction (LSQ)
     softmax_bits: int = bounded(8, 2, 8)
+    # Codes of attention probabilities: one scale for all rows, relative to each row's largest
+    # value (layers.py, QuantMatMul), or powers of two.
+    softmax: str = choice("uniform", "uniform", "row", "log2")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class SearchSettings:
 
     rounds: int = bounded(24, 1, 1_000_000)
     batch_size: int = bounded(16, 1, 4096)
-    lr_logits: float = bounded(0.05, 0.0, 10.0)
-    lr_scale: float = bounded(1e-3, 0.0, 10.0)
+    lr_logits: float = bounded(0.2, 0.0, 10.0)
+    lr_scale: float = bounded(1e-2, 0.0, 10.0)
     entropy: float = bounded(0.8, 0.0, 1000.0)  # lambda
     exploration: float = bounded(1.5, 0.0, 1000.0)  # eta of the count bonus
     error_weight: float = bounded(1.0, 0.0, 1000.0)  # rho; 0 is the paper's rule
@@ -78,6 +82,7 @@ class QuantSettings:
     time_bits: int = bounded(8, 2, 8)  # layers of the timestep alone, when cached
     time_embedding: str = choice("cached", "cached", "quantized")
     split_skip: bool = True
+    equivalent_scaling: bool = False  # of input channels, see equivalent.py
     quantize_matmuls: bool = True
     correction: str = choice("none", "none", "ptqd")
 
@@ -100,8 +105,14 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
-        learned = replace(base.reconstruct, iterations=0, finetune_iterations=500)
-        return replace(base, reconstruct=learned), calibration
+        learned = replace(base.reconstruct, iterations=0, finetune_iterations=180, lr_scale=5e-3)
+        return replace(
+            base,
+            weight=replace(base.weight, rounding="gptq"),
+            activation=replace(base.activation, softmax="row"),
+            equivalent_scaling=True,
+            reconstruct=learned,
+        ), calibration
     plain = replace(
         base,
         method=method,
@@ -117,7 +128,9 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
         split_skip=False,
     )
     if method == "ptq4dm":
-        return unlearned, replace(calibration, timesteps="normal")
+        return replace(
+            unlearned, activation=replace(unlearned.activation, symmetric=True)
+        ), replace(calibration, timesteps="normal")
     if method == "minmax":
         return replace(
             unlearned,
