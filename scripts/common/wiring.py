@@ -112,7 +112,7 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         state, source = files.state(name, stage.checkpoint or model.checkpoint)
         _fill(first_stage, state, stage.prefix, source)
         if model.scale_factor is None and "scale_factor" in state:
-            scale_factor = float(state["scale_factor"])
+            scale_factor = _scale_factor(state["scale_factor"], source)
     if model.conditioning is not None:
         sizes = (model.conditioning.n_classes, model.conditioning.embed_dim)
         embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
@@ -128,6 +128,13 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
     )
+
+
+def _scale_factor(value: torch.Tensor, source: Path) -> float:
+    """Of the latents. Raises CheckpointError unless it is one positive number."""
+    if value.numel() != 1 or not (torch.isfinite(value) & (value > 0)).all():
+        raise CheckpointError(f"{source}: scale_factor is not one positive number; set it by hand")
+    return float(value)
 
 
 def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
