@@ -104,7 +104,7 @@ def load_state(folder: Path, identity: str, resume: bool) -> dict[str, Any] | No
     if not path.exists():
         return None
     try:
-        value = torch.load(path, weights_only=True)
+        value = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch has many exceptions for a damaged file
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
     if not isinstance(value, dict) or value.get("identity") != identity:

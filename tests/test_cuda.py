@@ -81,13 +81,6 @@ def test_the_device_is_strict() -> None:
 # ---- the project ----
 
 
-on_the_cpu = pytest.mark.xfail(
-    raises=RuntimeError,
-    reason="quant.model.quantize leaves its activation quantizers on the CPU",
-)
-
-
-@on_the_cpu
 @pytest.mark.parametrize(
     ("method", "key"),
     [
@@ -134,7 +127,6 @@ def test_sampling_in_full_precision_and_quantized(
             assert torch.equal(images.cpu(), expected)
 
 
-@on_the_cpu
 def test_latent_diffusion_with_classes_and_guidance(tmp_path: Path) -> None:
     """A denoiser with context, a class embedder and a first stage, calibrated and sampled."""
     config = latent_room(tmp_path)
