@@ -140,8 +140,9 @@ def quantize(
             )
             right = LearnedQuantizer(context, bits, symmetric=True, unsigned=False)
             replace_module(clone, name, QuantMatMul(left, right, by_row=codes == "row"))
-    device = next(denoiser.parameters()).device  # where the new quantizers belong as well
-    return QuantDenoiser(clone, context).to(device)
+    model = QuantDenoiser(clone, context)
+    first = next(denoiser.parameters(), None)
+    return model if first is None else model.to(first.device)  # the new quantizers as well
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

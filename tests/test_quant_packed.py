@@ -182,7 +182,8 @@ def test_metadata_tells_what_the_file_is(content: bytes, tmp_path: Path) -> None
     assert table["time"]["time"] and table["time"]["inputs"] == [] and table["time"]["bits"] == 8
     assert table["join"]["split"] == 4 and table["join"]["inputs"] == [6, 6]
     assert table["join"]["bits"] == 3 and table["first"]["bits"] == 8
-    assert table["scores"] == {"name": "scores", "kind": "matmul", "inputs": [6, 6]}
+    plain = {"by_row": False, "log2": False}
+    assert table["scores"] == {"name": "scores", "kind": "matmul", "inputs": [6, 6]} | plain
 
 
 # ---- size, and levels of the embedded checkpoint ----
