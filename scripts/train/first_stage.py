@@ -1,6 +1,6 @@
-"""Training of a small VQ first stage (Rombach et al. 2022, appendix G), without adversary or LPIPS.
+"""Training of a small VQ first stage (Rombach et al. 2022, appendix G), without its adversary.
 
-Two runs of the shared loop: a plain autoencoder first, on quarters of the images (more steps for the
+Two runs of the shared loop: a plain autoencoder first, on quarters of the images (more steps in the
 same time), then whole images with the codebook, which starts as latents that the encoder already
 gives, so that no code is dead from the beginning.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from models.autoencoder import VQAutoencoder
 from models.checkpoint import State

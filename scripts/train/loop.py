@@ -72,7 +72,7 @@ class LoopState:
 
 
 def add_loop_options(parser: argparse.ArgumentParser, prefix: str = "", **defaults: Any) -> None:
-    """--PREFIX + an option for each field of LoopSettings; `defaults` replace those of the class."""
+    """An option for each field of LoopSettings; `defaults` replace those of the class."""
     for field in fields(LoopSettings):
         kind, word = (int, "N") if field.type is int else (float, "X")
         default = defaults.get(field.name, field.default)
