@@ -2,8 +2,8 @@
 
     python scripts/train_ldm.py --config configs/emoji64.yaml --data DATA.npz --out runs/train
 
-DATA.npz holds x (N, H, W, 3) uint8 and y (N,) class numbers. Architectures and schedule are those of
-the configuration. Writes OUT/model.pt, which sample_diffusion.py reads (--ckpt): the averaged
+DATA.npz holds x (N, H, W, 3) uint8 and y (N,) class numbers. Architectures and schedule are those
+of the configuration. Writes OUT/model.pt, which sample_diffusion.py reads (--ckpt): the averaged
 weights of both in float16, names as in latent diffusion's files. OUT/autoencoder,
 OUT/first_stage and OUT/denoiser hold what the loop writes: the same command continues where a
 killed run stopped. The latents are computed once (OUT/latents.pt).
