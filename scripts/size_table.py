@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.autoencoder import first_stage_from_upstream  # noqa: E402
-from models.conditioning import TEXT_TOKENS, ClassEmbedder  # noqa: E402
+from models.conditioning import TEXT_TOKENS, VIT_L_14, ClassEmbedder, CLIPTextTower  # noqa: E402
 from models.pipeline import sampling_plan  # noqa: E402
 from quant.calibration import bit_policy, calibrated_timesteps  # noqa: E402
 from quant.context import TimestepContext  # noqa: E402
@@ -40,7 +40,7 @@ from quant.model import (  # noqa: E402
 )
 from quant.packed import to_bytes  # noqa: E402
 from scripts.common.cli import make_parser, run  # noqa: E402
-from scripts.common.config import Config, load_config, number_of_classes, resolved_yaml  # noqa: E402
+from scripts.common.config import Config, load_config, resolved_yaml  # noqa: E402
 from scripts.common.files import write_json  # noqa: E402
 from scripts.common.wiring import empty_denoiser  # noqa: E402
 
@@ -57,7 +57,7 @@ class Row:
     bits: str
     parameters: int
     bytes: int
-    beside: int  # first stage and class embedder, float32
+    beside: int  # first stage and conditioning, float32
     macs: int
     bops: int
 
@@ -74,12 +74,14 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def bytes_beside(config: Config) -> int:
-    """Float32 bytes of what stays in full precision: first stage and class embedder."""
+    """Float32 bytes of what stays in full precision: first stage and conditioning."""
     model, count = config.model, 0
     with torch.device("meta"):
         if model.first_stage is not None:
             count += parameters_of(first_stage_from_upstream(vars(model.first_stage)))
-        if model.conditioning is not None:
+        if model.conditioning is not None and model.conditioning.prompts is not None:
+            count += parameters_of(CLIPTextTower({**VIT_L_14, **model.conditioning.text_params}))
+        elif model.conditioning is not None:
             sizes = (model.conditioning.n_classes, model.conditioning.embed_dim)
             count += parameters_of(ClassEmbedder(*sizes))
     return 4 * count
@@ -92,15 +94,11 @@ def example_call(config: Config) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
     given = {}
     with torch.device("meta"):
         if params.get("context_dim") is not None:
-            given["context"] = torch.zeros(1, context_tokens(config), params["context_dim"])
+            texts = config.model.conditioning is not None and config.model.conditioning.prompts
+            given["context"] = torch.zeros(1, TEXT_TOKENS if texts else 1, params["context_dim"])
         if params.get("num_classes") is not None:
             given["y"] = torch.zeros(1, dtype=torch.long)
         return torch.zeros(1, channels, side, side), torch.zeros(1, dtype=torch.long), given
-
-
-def context_tokens(config: Config) -> int:
-    """1 for a class, 77 for a text."""
-    return TEXT_TOKENS if number_of_classes(config.model) is None else 1
 
 
 def own_roles(name: str, roles: Any) -> GenericRoles:

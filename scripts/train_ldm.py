@@ -167,8 +167,8 @@ def write_model(path: Path, first_stage: VQAutoencoder, trained: State, scale: f
 def build(config: Config, device: torch.device) -> tuple[VQAutoencoder, ConditionalDenoiser]:
     """Both networks, not trained. Raises ConfigError for a configuration without them."""
     model = config.model
-    if model.first_stage is None or model.conditioning is None:
-        raise ConfigError(f"{config.name}: model.first_stage and model.conditioning are needed")
+    if model.first_stage is None or model.conditioning is None or model.conditioning.prompts:
+        raise ConfigError(f"{config.name}: model.first_stage and conditioning.n_classes are needed")
     first_stage = first_stage_from_upstream(vars(model.first_stage))
     if not isinstance(first_stage, VQAutoencoder):
         raise ConfigError(f"{config.name}: only VQ first stages are trained here")

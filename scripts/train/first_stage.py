@@ -106,7 +106,7 @@ def train_first_stage(
         """Images above their reconstructions."""
         raw = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(ema)
-        x = _pixels(images, torch.arange(0, len(images), len(images) // 16)[:16], device)
+        x = _pixels(images, torch.linspace(0, len(images) - 1, 16).long(), device)
         with torch.no_grad():
             found = model.decode(model.encode(x), force_not_quantize=not codebook)
         model.load_state_dict(raw)
