@@ -170,14 +170,22 @@ class TimestepLayer(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M)."""
+    """A matrix product of attention with both operands quantized, (B*h, N, K) @ (B*h, K, M).
+
+    The h heads of a sample lie beside each other. In a batch of mixed timesteps its scales belong
+    to the sample, hence to all of its heads.
+    """
 
     def __init__(self, left: nn.Module, right: nn.Module):
         super().__init__()
         self.left, self.right = left, right
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(self.left(left), self.right(right))
+        bins = self.left.context.bins
+        if isinstance(bins, int):
+            return torch.matmul(self.left(left), self.right(right))
+        left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
+        return torch.matmul(self.left(left), self.right(right)).flatten(0, 1)
 
     def deploy(self) -> "QuantMatMul":
         return QuantMatMul(self.left.deploy(), self.right.deploy())

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from models.autoencoder import first_stage_from_upstream  # noqa: E402
 from models.conditioning import TEXT_TOKENS, VIT_L_14, ClassEmbedder, CLIPTextTower  # noqa: E402
@@ -44,7 +45,7 @@ from scripts.common.config import Config, load_config, resolved_yaml  # noqa: E4
 from scripts.common.files import write_json  # noqa: E402
 from scripts.common.wiring import empty_denoiser  # noqa: E402
 
-DEFAULT = ("configs/imagenet256.yaml", "configs/lsun_bedroom.yaml")
+DEFAULT = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("imagenet256", "lsun_bedroom"))
 MB = 2**20
 FLOAT_BITS = 32
 

@@ -80,12 +80,12 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert torch.allclose(ema["weight"], torch.ones(1, 3), atol=0.2)
 
 
-def test_reconstruction_loss_counts_outlines() -> None:
+def test_reconstruction_loss_counts_outlines_and_colours() -> None:
     image = torch.zeros(1, 3, 4, 4)
     flat, striped = image + 0.5, image.clone()
     striped[:, :, :, ::2], striped[:, :, :, 1::2] = 0.5, -0.5
     assert reconstruction_loss(image, image) == 0
-    assert reconstruction_loss(flat, image) == pytest.approx(0.5)
+    assert reconstruction_loss(flat, image) == pytest.approx(0.5 + 2 * 0.5)
     assert reconstruction_loss(striped, image) == pytest.approx(1.0)
 
 
