@@ -19,7 +19,7 @@ from models.checkpoint import State
 from scripts.common.images import grid, to_uint8
 from scripts.train.loop import LoopSettings, fit
 
-PLAIN_SHARE = 0.7  # of the first stage's training: without the codebook
+PLAIN_SHARE = 0.6  # of the first stage's training: without the codebook
 EDGE_WEIGHT = 0.5  # of the differences between neighbouring pixels, which keep outlines sharp
 COLOUR_WEIGHT = 2.0  # of the means of 4 x 4 pixels: outlines alone come first, colours much later
 CELLS = 24  # per standard deviation, where distinct latents are looked for
