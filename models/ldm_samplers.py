@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.samplers import Denoiser, Noise, StepHook, _batch_t, _check_finite
+from models.samplers import (
+    Denoiser,
+    Noise,
+    NoiseScale,
+    StepHook,
+    _batch_t,
+    _check_finite,
+    scaled_sigma,
+)
 
 # Adams-Bashforth weights of eps, newest first, by the number of earlier predictions.
 ADAMS_BASHFORTH = {
@@ -73,6 +81,7 @@ def ldm_ddim(
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
+    noise_scale: NoiseScale | None = None,
     on_step: StepHook | None = None,
 ) -> torch.Tensor:
     """DDIM of latent diffusion. eta 0 is deterministic and needs no noise.
@@ -87,7 +96,7 @@ def ldm_ddim(
         eps = model(x, _batch_t(x, t))
         x_prev, x0 = _step(x, eps, a_t, a_prev, sigma)
         if sigma > 0:
-            x_prev = x_prev + sigma * noise(k)
+            x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
         _check_finite(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)

@@ -25,7 +25,7 @@ from models.dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
 from models.guided_samplers import guided_ddim, guided_ddpm, space_timesteps
 from models.ldm_samplers import ldm_ddim, ldm_timesteps, plms
 from models.ldm_unet import TRAINING_ONLY, LDMUNet
-from models.samplers import Denoiser, StepHook, ddim, ddpm
+from models.samplers import Denoiser, NoiseScale, StepHook, ddim, ddpm
 from models.schedule import SKIPS as DDIM_SKIPS
 from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
 
@@ -230,7 +230,9 @@ class Pipeline:
         labels = self.labels(indices, seed, classes)
         model = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
-        return self._run(model, noise(), noise, on_step)
+        # Declared by a denoiser whose eps brings noise of its own.
+        noise_scale = getattr(denoiser, "noise_scale", None)
+        return self._run(model, noise(), noise, noise_scale, on_step)
 
     def labels(
         self, indices: Sequence[int], seed: int, classes: Sequence[int] | None = None
@@ -265,17 +267,18 @@ class Pipeline:
         model: Denoiser,
         x: torch.Tensor,
         noise: Callable[[int], torch.Tensor],
+        noise_scale: NoiseScale | None,
         on_step: StepHook | None,
     ) -> torch.Tensor:
         start = (model, x, self.timesteps, self.alphas_cumprod)
         drawn = {"noise": noise, "on_step": on_step}
         clip = {"clip_denoised": self.clip_denoised}
         if self.sampler == "ddim":
-            return ddim(*start, eta=self.eta, **clip, **drawn)
+            return ddim(*start, eta=self.eta, noise_scale=noise_scale, **clip, **drawn)
         if self.sampler == "ddpm":
             return ddpm(*start, **drawn)
         if self.sampler == "ldm_ddim":
-            return ldm_ddim(*start, eta=self.eta, **drawn)
+            return ldm_ddim(*start, eta=self.eta, noise_scale=noise_scale, **drawn)
         if self.sampler == "plms":
             return plms(*start, on_step=on_step)
         if self.sampler == "dpmpp":

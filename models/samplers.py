@@ -15,6 +15,9 @@ import torch
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Noise = Callable[[int], torch.Tensor]
+# (t, sigma_t, coefficient of eps in the step) -> the standard deviation that is still to be added
+# where the denoiser's eps brings some of the step's noise itself.
+NoiseScale = Callable[[int, float, float], float]
 
 
 class StepHook(Protocol):
@@ -48,6 +51,16 @@ def _check_finite(x: torch.Tensor, t: int) -> None:
         raise SamplingError(f"the sample is not finite after timestep {t}: NaN or infinity")
 
 
+def scaled_sigma(
+    noise_scale: NoiseScale | None, t: int, sigma: float, a_t: float, a_prev: float
+) -> float:
+    """sigma of a DDIM step, or what noise_scale leaves of it; the mean of the step stays."""
+    if noise_scale is None:
+        return sigma
+    of_eps = max(1 - a_prev - sigma**2, 0.0) ** 0.5 - (a_prev * (1 - a_t) / a_t) ** 0.5
+    return noise_scale(t, sigma, of_eps)
+
+
 def ddim(
     model: Denoiser,
     x: torch.Tensor,
@@ -57,6 +70,7 @@ def ddim(
     eta: float = 0.0,
     clip_denoised: bool = False,
     noise: Noise | None = None,
+    noise_scale: NoiseScale | None = None,
     on_step: StepHook | None = None,
 ) -> torch.Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16). eta 0 is deterministic and needs no noise.
@@ -81,7 +95,7 @@ def ddim(
         sigma = eta * ((1 - a_t / a_prev) * (1 - a_prev) / (1 - a_t)) ** 0.5
         x_prev = a_prev**0.5 * x0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * direction
         if sigma > 0:
-            x_prev = x_prev + sigma * noise(k)
+            x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
         _check_finite(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)

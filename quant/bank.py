@@ -50,6 +50,15 @@ class Bank:
             for start in range(0, min(limit, self.trajectories), batch_size):
                 yield self._part(k, slice(start, min(start + batch_size, limit)))
 
+    def tuples_by_timestep(
+        self, tuples: torch.Tensor, batch_size: int
+    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+        """Batches of one timestep each: the samples tuples (n, 2), in the order of the steps."""
+        for k in tuples[:, 0].unique().tolist():
+            for part in tuples[tuples[:, 0] == k].split(batch_size):
+                x, _, _, conditioning = self.gather(part)
+                yield x, self.timesteps[k], conditioning
+
     def at_step(
         self, k: int, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:

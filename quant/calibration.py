@@ -1,35 +1,42 @@
 """The phases of calibration in their order, each resumable.
 
+    equivalent   scaling of input channels (equivalent.py)
     ranges       activation statistics, grouping by error table (grouping.py)
+    rounding     second-order rounding of the weights (gptq.py)
     search       differentiable groups with active timestep selection (search.py)
     reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
     correction   PTQD's tables (correction.py)
 
-After each phase `save(state)` gets everything that a later run needs to go on with the next one.
+After each phase, each chunk of blocks and every CHECKPOINT end-to-end steps, `save(state)` gets
+everything that a later run needs to go on from there.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from quant import correction, grouping, statistics, timesteps
+from quant import correction, gptq, grouping, statistics, timesteps
 from quant.bank import Bank
 from quant.context import TimestepContext
+from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
+from quant.layers import CalibLayer
 from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
 from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names
-from quant.search import search
+from quant.search import SearchResult, search
 from quant.weights import WeightQuantizer
 
-PHASES = ("ranges", "search", "reconstruct", "finetune", "correction")
-STATISTICS_TRAJECTORIES = 16
+PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
+STATISTICS_TRAJECTORIES = 8
+CHECKPOINT = 100
+PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
 class Progress(Protocol):
@@ -42,12 +49,14 @@ class Progress(Protocol):
 
 @dataclass
 class CalibrationState:
-    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values."""
+    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values;
+    partial: what the phase after `done` has finished so far, its own business."""
 
     done: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     tuples: torch.Tensor | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    partial: dict[str, Any] | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts and tensors only, for torch.save and weights_only loading."""
@@ -55,7 +64,7 @@ class CalibrationState:
 
     @classmethod
     def from_plain(cls, value: dict[str, Any]) -> "CalibrationState":
-        return cls(value["done"], value["tensors"], value["tuples"], value["report"])
+        return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 
 def bit_policy(settings: QuantSettings) -> BitPolicy:
@@ -69,6 +78,8 @@ def bit_policy(settings: QuantSettings) -> BitPolicy:
         split_skip=settings.split_skip,
         quantize_matmuls=settings.quantize_matmuls,
         cache_timestep=settings.time_embedding == "cached",
+        symmetric=settings.activation.symmetric,
+        log2_softmax=settings.activation.softmax == "log2",
         weight_scale=settings.weight.scale,
     )
 
@@ -91,10 +102,13 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
                 value = tensors[f"{name}.{key}"].to(old.device)
                 setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
             module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
+            module.group_error = tensors.get(f"{name}.group_error")
         elif isinstance(module, WeightQuantizer):
-            for key in ("alpha", "latent"):
+            for key in ("alpha", "latent", "log_gain"):
                 value = tensors.get(f"{name}.{key}")
                 setattr(module, key, None if value is None else nn.Parameter(value))
+        elif isinstance(module, CalibLayer):
+            module.channel_scale = tensors.get(f"{name}.channel_scale")
     tables = {
         k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
     }
@@ -126,16 +140,26 @@ def calibrate(
     )
     model = quantize(denoiser, context, bit_policy(settings))
     state = CalibrationState() if state is None else state
-    if state.done:
+    if state.tensors:
         restore(model, state.tensors)
     phases = {
+        "equivalent": _equivalent,
         "ranges": _ranges,
+        "rounding": _rounding,
         "search": _search,
         "reconstruct": _reconstruct,
         "finetune": _finetune,
         "correction": _correction,
     }
-    job = _Job(denoiser, model, bank, visit, settings, calibration, importance, progress, state)
+
+    def keep(partial: dict[str, Any] | None) -> None:
+        state.partial = partial
+        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        save(state)
+
+    job = _Job(
+        denoiser, model, bank, visit, settings, calibration, importance, progress, state, keep
+    )
     for phase in PHASES:
         if phase in state.done:
             continue
@@ -144,8 +168,7 @@ def calibrate(
         if report is not None:
             state.report[phase] = report | {"seconds": round(time.perf_counter() - began, 2)}
         state.done.append(phase)
-        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        save(state)
+        keep(None)
     return model.deploy(), state.report
 
 
@@ -160,50 +183,69 @@ class _Job:
     importance: torch.Tensor
     progress: Progress
     state: CalibrationState
+    keep: Callable[[dict[str, Any]], None]
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
         return torch.Generator().manual_seed(self.calibration.seed * 1009 + PHASES.index(phase))
 
 
+def _probes(job: _Job) -> torch.Tensor:
+    """Samples (n, 2) of all steps alike, in random order."""
+    generator, count = job.generator("equivalent"), len(job.bank.timesteps)
+    steps = timesteps.all_steps(PROBES, count)[torch.randperm(PROBES, generator=generator)]
+    return timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
+
+
+def _equivalent(job: _Job) -> dict[str, Any] | None:
+    if not job.settings.equivalent_scaling:
+        return None
+    size = job.calibration.batch_size
+    job.progress.begin("equivalent scaling", -(-PROBES // size) + 1)
+    relative = scale_equivalently(
+        job.denoiser, job.model, job.bank, _probes(job), size, lambda: job.progress.step("")
+    )
+    job.progress.end()
+    return {"relative_errors": relative}
+
+
 def _ranges(job: _Job) -> dict[str, Any]:
-    activation = job.settings.activation
+    """Methods without groups see what their own calibration samples see, the others all steps."""
+    activation, bank = job.settings.activation, job.bank
     quantizers = list(activation_quantizers(job.model))
-    limit = min(STATISTICS_TRAJECTORIES, job.bank.trajectories)
+    size = job.calibration.batch_size
+    if activation.search == "none":
+        _select(job, None)
+        batches = bank.tuples_by_timestep(job.state.tuples, size)
+    else:
+        batches = bank.by_timestep(min(STATISTICS_TRAJECTORIES, bank.trajectories), size)
     job.progress.begin("activation ranges", len(quantizers))
-    batches = job.bank.by_timestep(limit, job.calibration.batch_size)
     stats = statistics.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
-    groups = 1 if activation.search == "none" else activation.groups
     for name, quantizer in quantizers:
-        grouping.assign(quantizer, stats[name], groups, activation.search, activation.scale)
+        grouping.assign(
+            quantizer, stats[name], activation.groups, activation.search, activation.scale
+        )
         job.progress.step("")
     job.progress.end()
-    return {"quantizers": len(quantizers), "trajectories": limit}
+    return {"quantizers": len(quantizers)}
 
 
-def _search(job: _Job) -> dict[str, Any] | None:
-    """Also chooses the calibration tuples, since active selection is part of the search."""
-    calibration, settings = job.calibration, job.settings.search
-    generator, samples = job.generator("search"), calibration.samples
-    count, trajectories = len(job.bank.timesteps), job.bank.trajectories
-    report, tuples, result = None, torch.zeros(0, 2, dtype=torch.long), None
-    if job.settings.activation.search == "differentiable":
-        job.progress.begin("group search", settings.rounds)
-        result = search(
-            job.model,
-            job.bank,
-            settings,
-            generator,
-            job.importance,
-            lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
-        )
-        job.progress.end()
-        report = {
-            "decided": result.decided,
-            "moved": result.moved,
-            "error_start": result.error_start,
-            "error_end": result.error_end,
-        }
+def _rounding(job: _Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding != "gptq":
+        return None
+    job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
+    gains = gptq.compensate(
+        job.model, job.bank, _probes(job), job.calibration.batch_size, job.progress.step
+    )
+    job.progress.end()
+    return {"relative_errors": gains}
+
+
+def _select(job: _Job, result: SearchResult | None) -> None:
+    """Chooses the calibration tuples. result: of the search, for active selection."""
+    calibration, generator = job.calibration, job.generator("search")
+    samples, count = calibration.samples, len(job.bank.timesteps)
+    tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
         tuples = result.tuples[:samples]
         steps = result.selector.pick(samples - len(tuples))
@@ -214,24 +256,52 @@ def _search(job: _Job) -> dict[str, Any] | None:
     else:
         steps = timesteps.all_steps(samples, count)
     if len(steps):
-        more = timesteps.tuples_of_steps(steps, trajectories, generator)
+        more = timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
         tuples = torch.cat([tuples, more])
     job.state.tuples = tuples
     job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
-    return report
+
+
+def _search(job: _Job) -> dict[str, Any] | None:
+    """Also chooses the calibration tuples, since active selection is part of the search."""
+    settings, activation = job.settings.search, job.settings.activation
+    if activation.search == "none":
+        return None  # chosen already, for the ranges
+    if activation.search != "differentiable":
+        _select(job, None)
+        return None
+    job.progress.begin("group search", settings.rounds)
+    result = search(
+        job.model,
+        job.bank,
+        settings,
+        job.generator("search"),
+        job.importance,
+        lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
+    )
+    job.progress.end()
+    _select(job, result)
+    return {
+        "decided": result.decided,
+        "moved": result.moved,
+        "error_start": result.error_start,
+        "error_end": result.error_end,
+    }
 
 
 def _reconstruct(job: _Job) -> dict[str, Any] | None:
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
     units = unit_names(job.model, roles_of(job.denoiser).units)
-    errors: dict[str, tuple[float, float]] = {}
+    errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
 
     def on_unit(name: str, before: float, after: float) -> None:
         errors[name] = (before, after)
         job.progress.step(name)
 
     job.progress.begin("block reconstruction", len(units))
+    for name in errors:
+        job.progress.step(name)
     reconstruct(
         job.denoiser,
         job.model,
@@ -243,6 +313,8 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
         job.calibration.memory_gb,
         job.calibration.seed,
         on_unit,
+        on_chunk=lambda: job.keep(dict(errors)),
+        finished=frozenset(errors),
     )
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())
@@ -253,12 +325,17 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None
-    losses: list[float] = []
+    partial = job.state.partial or {}
+    losses: list[float] = list(partial.get("losses", ()))
 
     def on_iteration(i: int, loss: float) -> None:
         losses.append(loss)
         recent = losses[-20:]
         job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
+
+    def on_checkpoint(progress: dict[str, Any]) -> None:
+        if not settings.progressive and len(losses) % CHECKPOINT == 0:  # visits would be lost
+            job.keep({"losses": list(losses), "progress": progress})
 
     visits = [0]
 
@@ -267,6 +344,8 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         return job.visit(model, visits[0])
 
     job.progress.begin("end-to-end steps", settings.finetune_iterations)
+    for _ in losses:
+        job.progress.step("")
     finetune(
         job.model,
         job.bank,
@@ -278,6 +357,8 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         visit if settings.progressive else None,
         on_iteration,
         job.importance if settings.weigh_steps else None,
+        on_checkpoint,
+        partial.get("progress"),
     )
     job.progress.end()
     tenth = max(1, len(losses) // 10)

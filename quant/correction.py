@@ -39,6 +39,11 @@ class OutputCorrection(nn.Module):
             raise ValueError("the correction tables are out of range")
         return cls(context, k, mu, sigma)
 
+    def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
+        """See corrected_variance."""
+        sigma_q = float(self.sigma[int(self.context.bin_of_t[t])])
+        return corrected_variance(sigma_t, direction, sigma_q)
+
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
         bins = torch.as_tensor(self.context.bins, device=eps.device)
         shape = (-1, eps.shape[1], 1, 1)
@@ -90,4 +95,5 @@ def corrected_variance(sigma_t: float, direction: float, sigma_q: float) -> floa
     sigma_t^2 - c_t^2 sigma_q^2, not below zero; c_t is the coefficient of eps in the step, which
     stays the one of the original schedule. Zero for eta = 0.
     """
-    return max(0.0, sigma_t**2 - direction**2 * sigma_q**2) ** 0.5
+    left = max(0.0, sigma_t**2 - direction**2 * sigma_q**2) ** 0.5
+    return min(left, sigma_t)  # squares of subnormal numbers round up

@@ -8,6 +8,7 @@ sampler itself visits, with the full-precision noise there as the target (TCAQ-D
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +23,27 @@ LR_ZERO_POINT = 0.02  # in codes
 
 
 def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
-    """Makes the latent weights and marks what learns; returns the optimizer's groups."""
+    """Makes the latent weights, unless they were restored, and marks what learns; returns the
+    optimizer's groups."""
     for p in model.parameters():
         p.requires_grad_(False)
-    latents, taken = [], set()
+    latents, gains, taken = [], [], set()
     for _, layer in weight_layers(model):
-        layer.weight_quantizer.start_latent(layer.weight.detach())
+        if layer.weight_quantizer.log_gain is None:
+            layer.weight_quantizer.start_latent(layer.weight.detach())
         latents.append(layer.weight_quantizer.latent)
-        taken |= {id(layer.weight), id(layer.weight_quantizer.latent)}
+        gains.append(layer.weight_quantizer.log_gain)
+        taken |= {id(layer.weight), id(latents[-1]), id(gains[-1])}
     quantizers = [q for _, q in activation_quantizers(model)]
     scales = [q.log_scale for q in quantizers]
     zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
     taken |= {id(p) for q in quantizers for p in q.parameters()}
     floats = [p for p in model.parameters() if id(p) not in taken]
-    for p in [*latents, *scales, *zero_points, *floats]:
+    for p in [*latents, *gains, *scales, *zero_points, *floats]:
         p.requires_grad_(True)
     return [
         {"params": latents, "lr": LR_LATENT},
-        {"params": scales, "lr": lr_scale},
+        {"params": [*scales, *gains], "lr": lr_scale},
         {"params": zero_points, "lr": LR_ZERO_POINT},
         {"params": floats, "lr": LR_FLOAT},
     ]
@@ -56,18 +60,26 @@ def finetune(
     visit: Callable[[nn.Module], Bank] | None = None,
     on_iteration: Callable[[int, float], None] = lambda i, loss: None,
     step_weight: torch.Tensor | None = None,
+    on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
+    progress: dict[str, Any] | None = None,
 ) -> None:
     """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
     the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
-    the eps error of each sampling step.
+    the eps error of each sampling step. on_checkpoint(progress) comes after each iteration; an
+    interrupted run goes on when it is given that `progress` beside the model's state of the moment.
     """
     if iterations == 0:
         return
     groups = parameter_groups(model, lr_scale)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    start = 0
+    if progress is not None:
+        start = progress["iterations"]
+        optimizer.load_state_dict(progress["optimizer"])
+        generator.set_state(progress["generator"])
     rounds_of_visits = {iterations // 3, 2 * iterations // 3} if visit is not None else set()
-    for i in range(iterations):
+    for i in range(start, iterations):
         if i in rounds_of_visits and i > 0:
             seen = visit(model.deploy())
             extra = tuples_of_steps(
@@ -83,13 +95,22 @@ def finetune(
         loss = (
             error if step_weight is None else error * step_weight[index[:, 0]].to(error.device)
         ).mean()
-        progress = i / iterations
+        done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
-            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.zero_grad(set_to_none=True)
         (loss * 100).backward()  # Adam is scale free; this keeps tiny gradients above its epsilon
         optimizer.step()
         for _, layer in weight_layers(model):
             layer.weight_quantizer.clamp_latent()
         on_iteration(i, float(loss.detach()))
+        on_checkpoint(
+            {
+                "iterations": i + 1,
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }
+        )
+    for _, layer in weight_layers(model):
+        layer.weight_quantizer.fix_scale()

@@ -9,6 +9,7 @@ Legend: S bins (calibrated timesteps), C candidate ranges, G groups, N sampled v
 
 import torch
 
+from quant.log2 import LearnedLog2Quantizer
 from quant.quantizer import LearnedQuantizer, range_to_scale
 from quant.statistics import Statistics
 
@@ -123,18 +124,24 @@ def assign(
 ) -> None:
     """Sets the quantizer's ranges and groups from the statistics.
 
-    search: uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable
-    search goes on from there). scale: mse | minmax | percentile (both without clipping search).
+    search: none (one range by the error over all samples, power 2.4 as in the literature) |
+    uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
+    goes on from there). scale: mse | minmax | percentile (both without clipping search).
     """
     if quantizer.bits > 8:  # codes abound: one range with room to spare, so that nothing clips
         bound = ROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
         quantizer.set_ranges(-bound, bound, torch.zeros(len(stats.low)))
+        return
+    if isinstance(quantizer, LearnedLog2Quantizer):
+        quantizer.set_tops(stats.high.max()[None], torch.zeros(len(stats.high)))
         return
     if scale in ("minmax", "percentile"):
         q = 0.0 if scale == "minmax" else 1e-3
         low, high = stats.values.quantile(q, dim=1), stats.values.quantile(1 - q, dim=1)
         if scale == "minmax":
             low, high = stats.low, stats.high
+        if search == "none":
+            groups = 1
         group_of_bin = torch.arange(len(low)) * min(groups, len(low)) // len(low)
         count = int(group_of_bin.max()) + 1
         quantizer.set_ranges(
@@ -145,8 +152,12 @@ def assign(
         return
     symmetric = quantizer.symmetric
     low, high = candidate_ranges(stats, symmetric, quantizer.unsigned)
-    table = error_table(stats, low, high, quantizer.bits, symmetric)
-    if search == "uniform":
+    power = 2.4 if search == "none" else 2.0
+    table = error_table(stats, low, high, quantizer.bits, symmetric, power)
+    if search == "none":
+        group_of_bin = torch.zeros(len(table), dtype=torch.long)
+        chosen = (stats.weight @ table).argmin()[None]
+    elif search == "uniform":
         group_of_bin, chosen = uniform_groups(table, groups)
     else:
         # Relative to each bin's own best range: every timestep counts alike, however large its
@@ -155,4 +166,5 @@ def assign(
         group_of_bin, chosen = contiguous_groups(table, groups)
         if search != "dp":
             group_of_bin, chosen = refine(table, group_of_bin, chosen)
+        quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
     quantizer.set_ranges(low[chosen], high[chosen], group_of_bin)

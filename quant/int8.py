@@ -13,6 +13,7 @@ from torch import nn
 
 from quant.int8_layers import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
 from quant.layers import QuantLayer, QuantMatMul, TimestepLayer
+from quant.log2 import Log2Quantizer
 from quant.model import QuantDenoiser, replace_module
 
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -71,6 +72,8 @@ def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
 def _obstacle(module: QuantLayer | QuantMatMul) -> str | None:
     """Why this layer cannot run in integers."""
     if isinstance(module, QuantMatMul):
+        if isinstance(module.left, Log2Quantizer):
+            return "its left operand has logarithmic codes"
         if module.left.bits > 8:
             return f"its left operand has {module.left.bits} bits"
         return None if fits_int8(module.right) else "its right operand does not fit int8"

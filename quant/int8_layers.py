@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.layers import Operation, QuantLayer, QuantMatMul
+from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
 
@@ -169,8 +169,10 @@ class Int8Layer(nn.Module):
         parts = [codes[:, : self.split], codes[:, self.split :]] if self.split else [codes]
         self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale) for p in parts)
         self.register_buffer("bias", layer.bias)
+        self.register_buffer("channel_scale", layer.channel_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
         bins = self.inputs[0].context.bins
         if isinstance(bins, int):
             return self._shared(x, bins)

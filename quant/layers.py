@@ -48,11 +48,23 @@ def quantize_input(
     return torch.cat([quantizers[0](first), quantizers[1](second)], dim=channel_dim)
 
 
+def scale_channels(
+    x: torch.Tensor, channel_scale: torch.Tensor | None, channel_dim: int
+) -> torch.Tensor:
+    """r x with r (C,) along the channels; x itself without r."""
+    if channel_scale is None:
+        return x
+    if channel_dim == -1:
+        return x * channel_scale
+    return x * channel_scale.view(-1, *(1,) * (x.dim() - 2))
+
+
 class CalibLayer(nn.Module):
     """A convolution or linear layer under calibration.
 
     weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
-    learned. Either can be None / empty: then that operand stays in floating point.
+    learned. Either can be None / empty: then that operand stays in floating point. channel_scale
+    (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
     """
 
     def __init__(
@@ -69,10 +81,24 @@ class CalibLayer(nn.Module):
         self.weight_quantizer = weight_quantizer
         self.inputs = nn.ModuleList(inputs)
         self.split = split
+        self.register_buffer("channel_scale", None)
+
+    def set_channel_scale(
+        self, channel_scale: torch.Tensor, weight: torch.Tensor, quantizer: WeightQuantizer
+    ) -> None:
+        """weight: already divided by channel_scale; quantizer: of that weight."""
+        self.channel_scale = channel_scale
+        self.weight.data.copy_(weight)
+        self.weight_quantizer = quantizer
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
+        return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.inputs):
-            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
+        x = self.quantized_input(x)
         weight = self.weight
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight)
@@ -87,12 +113,13 @@ class CalibLayer(nn.Module):
         return QuantLayer(
             self.op,
             codes,
-            quantizer.scale,
+            quantizer.current_scale().detach(),
             quantizer.zero_point.to(torch.uint8),
             None if self.bias is None else self.bias.detach(),
             quantizer.bits,
             [q.deploy() for q in self.inputs],
             self.split,
+            self.channel_scale,
         )
 
 
@@ -100,7 +127,8 @@ class QuantLayer(nn.Module):
     """A deployed layer: nothing but plain buffers.
 
     qweight uint8 (O, I, ...) codes 0..2^bits-1, w_scale float32 (O,), w_zero_point uint8 (O,),
-    bias float32 (O,) or None; `inputs` are ActivationQuantizers.
+    bias float32 (O,) or None; `inputs` are ActivationQuantizers; channel_scale float32 (C,), exact
+    in float16, multiplies the input channels before they are quantized, or None.
     """
 
     def __init__(
@@ -113,9 +141,11 @@ class QuantLayer(nn.Module):
         bits: int,
         inputs: list[ActivationQuantizer],
         split: int,
+        channel_scale: torch.Tensor | None = None,
     ):
         super().__init__()
         self.op, self.bits, self.split = op, bits, split
+        self.register_buffer("channel_scale", channel_scale)
         self.register_buffer("qweight", qweight)
         self.register_buffer("w_scale", w_scale.float())
         self.register_buffer("w_zero_point", w_zero_point)
@@ -134,6 +164,7 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.inputs):
+            x = scale_channels(x, self.channel_scale, self.op.channel_dim)
             x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
         return self.op(x, self.weight(), self.bias)
 

@@ -22,7 +22,7 @@ def bounded(default: Any, low: float, high: float) -> Any:
 class WeightSettings:
     bits: int = bounded(4, 2, 8)
     scale: str = choice("mse", "mse", "minmax")
-    rounding: str = choice("adaround", "nearest", "adaround")
+    rounding: str = choice("adaround", "nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class ActivationSettings:
     groups: int = bounded(8, 1, 255)
     search: str = choice("differentiable", "differentiable", "kmeans", "dp", "uniform", "none")
     scale: str = choice("mse", "mse", "minmax", "percentile")
+    symmetric: bool = False  # ranges around zero everywhere, as PTQ4DM has them
     learned: bool = True  # learn scales and zero points with the reconstruction (LSQ)
     softmax_bits: int = bounded(8, 2, 8)
+    softmax: str = choice("uniform", "uniform", "log2")  # codes of attention probabilities
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class SearchSettings:
 
     rounds: int = bounded(24, 1, 1_000_000)
     batch_size: int = bounded(16, 1, 4096)
-    lr_logits: float = bounded(0.05, 0.0, 10.0)
-    lr_scale: float = bounded(1e-3, 0.0, 10.0)
+    lr_logits: float = bounded(0.2, 0.0, 10.0)
+    lr_scale: float = bounded(1e-2, 0.0, 10.0)
     entropy: float = bounded(0.8, 0.0, 1000.0)  # lambda
     exploration: float = bounded(1.5, 0.0, 1000.0)  # eta of the count bonus
     error_weight: float = bounded(1.0, 0.0, 1000.0)  # rho; 0 is the paper's rule
@@ -78,6 +80,7 @@ class QuantSettings:
     time_bits: int = bounded(8, 2, 8)  # layers of the timestep alone, when cached
     time_embedding: str = choice("cached", "cached", "quantized")
     split_skip: bool = True
+    equivalent_scaling: bool = False  # of input channels, see equivalent.py
     quantize_matmuls: bool = True
     correction: str = choice("none", "none", "ptqd")
 
@@ -101,7 +104,12 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
         learned = replace(base.reconstruct, iterations=0, finetune_iterations=500)
-        return replace(base, reconstruct=learned), calibration
+        return replace(
+            base,
+            weight=replace(base.weight, rounding="gptq"),
+            equivalent_scaling=True,
+            reconstruct=learned,
+        ), calibration
     plain = replace(
         base,
         method=method,
@@ -117,7 +125,9 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
         split_skip=False,
     )
     if method == "ptq4dm":
-        return unlearned, replace(calibration, timesteps="normal")
+        return replace(
+            unlearned, activation=replace(unlearned.activation, symmetric=True)
+        ), replace(calibration, timesteps="normal")
     if method == "minmax":
         return replace(
             unlearned,

@@ -14,6 +14,7 @@ from torch import nn
 
 from quant.context import TimestepContext
 from quant.layers import CalibLayer, QuantLayer, QuantMatMul, TimestepLayer
+from quant.log2 import LearnedLog2Quantizer
 from quant.quantizer import ActivationQuantizer, LearnedQuantizer
 from quant.weights import WeightQuantizer
 
@@ -27,7 +28,8 @@ class BitPolicy:
     edge: weights of the first and last layer, which see the image; edge_activation: their inputs
     (16 bits are two 8-bit products, on less than one percent of the MACs); time: layers of the
     timestep alone, whose activations are never quantized when `cache_timestep` is true; softmax:
-    attention probabilities.
+    attention probabilities; symmetric: activation ranges around zero (queries, keys and values
+    always have them, probabilities never).
     """
 
     weight: int = 4
@@ -39,6 +41,8 @@ class BitPolicy:
     split_skip: bool = True
     quantize_matmuls: bool = True
     cache_timestep: bool = True
+    symmetric: bool = False
+    log2_softmax: bool = False
     weight_scale: str = "mse"
 
 
@@ -70,6 +74,13 @@ class QuantDenoiser(nn.Module):
         self.context.set(t)
         eps = self.denoiser(x, t, *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
+
+    def noise_scale(self, t: int, sigma: float, direction: float) -> float:
+        """What is left of a sampler's noise sigma at t, where eps enters the step with the factor
+        `direction`: all of it without a correction, see correction.py."""
+        if self.correction is None:
+            return sigma
+        return self.correction.noise_scale(t, sigma, direction)
 
     def deploy(self) -> "QuantDenoiser":
         """A copy whose layers are integers. The layers under calibration are left as they are."""
@@ -105,7 +116,10 @@ def quantize(
             inputs = []
             if act_bits is not None:
                 count = 2 if split else 1
-                inputs = [LearnedQuantizer(context, act_bits, False, False) for _ in range(count)]
+                inputs = [
+                    LearnedQuantizer(context, act_bits, policy.symmetric, False)
+                    for _ in range(count)
+                ]
             try:
                 weight = WeightQuantizer(layer.weight, bits, policy.weight_scale)
                 replacement: nn.Module = CalibLayer(layer, weight, inputs, split)
@@ -117,7 +131,8 @@ def quantize(
         elif name in roles.matmuls and policy.quantize_matmuls and policy.activation is not None:
             bits = policy.activation
             probabilities = roles.matmuls[name] == "values"
-            left = LearnedQuantizer(
+            kind = LearnedLog2Quantizer if probabilities and policy.log2_softmax else None
+            left = (kind or LearnedQuantizer)(
                 context,
                 policy.softmax if probabilities else bits,
                 symmetric=not probabilities,

@@ -5,6 +5,7 @@ Tensors
     layers.w_scale         float32 (sum O,) \\
     layers.w_zero_point    uint8 (sum O,)    | all layers one after the other, in table order
     layers.bias            float32 (sum,)   /
+    layers.channel_scale   float16 (sum C,) of the layers whose input channels are scaled
     activations.scale      float32 (L, G)   one row per activation quantizer, padded with 1
     activations.zero_point int32 (L, G)
     activations.group      uint8 (L, S)     group of each calibrated timestep
@@ -31,10 +32,11 @@ from torch import nn
 from quant.context import TimestepContext
 from quant.correction import OutputCorrection
 from quant.layers import Operation, QuantLayer, QuantMatMul, TimestepLayer
+from quant.log2 import Log2Quantizer
 from quant.model import LAYER_TYPES, QuantDenoiser, replace_module
 from quant.quantizer import ActivationQuantizer
 
-FORMAT, VERSION = "tinydm-quantized", "1"
+FORMAT, VERSION = "tinydm-quantized", "2"
 CHUNK = 1 << 20  # codes handled at a time when packing, a multiple of 8
 MOST_TIMESTEPS, MOST_BINS = 100_000, 255  # as the configuration allows them
 
@@ -100,7 +102,8 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
     for name, time, module in _deployed(model):
         inputs = [q.bits for q in _layer_quantizers(module)]
         if isinstance(module, QuantMatMul):
-            table.append({"name": name, "kind": "matmul", "inputs": inputs})
+            log2 = isinstance(module.left, Log2Quantizer)
+            table.append({"name": name, "kind": "matmul", "inputs": inputs, "log2": log2})
             continue
         table.append(
             {
@@ -111,6 +114,7 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
                 "inputs": inputs,
                 "split": module.split,
                 "bias": module.bias is not None,
+                "scaled": module.channel_scale is not None,
                 "time": time,
             }
         )
@@ -121,6 +125,7 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     """The file's content. model: deployed (QuantDenoiser.deploy)."""
     tensors: dict[str, torch.Tensor] = {}
     scales, zero_points, biases, quantizers = [], [], [], []
+    channel_scales = [torch.zeros(0)]
     shapes, covered = {}, set()
     for name, _, module in _deployed(model):
         quantizers += _layer_quantizers(module)
@@ -130,6 +135,8 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
         tensors[f"{name}.qweight"] = pack(module.qweight, module.bits)
         scales.append(module.w_scale)
         zero_points.append(module.w_zero_point)
+        if module.channel_scale is not None:
+            channel_scales.append(module.channel_scale.cpu())
         shapes[f"{name}.weight"] = list(module.qweight.shape)
         if module.bias is not None:
             biases.append(module.bias)
@@ -140,6 +147,7 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     tensors["layers.w_scale"] = torch.cat(scales).cpu()
     tensors["layers.w_zero_point"] = torch.cat(zero_points).cpu()
     tensors["layers.bias"] = torch.cat(biases).cpu() if biases else torch.zeros(0)
+    tensors["layers.channel_scale"] = torch.cat(channel_scales).half()
     bins = len(model.context.timesteps)
     width = max((len(q.scale) for q in quantizers), default=1)
     scale = torch.ones(len(quantizers), width)
@@ -273,7 +281,9 @@ class _Builder:
         self, tensors: dict[str, torch.Tensor], context: TimestepContext, denoiser: nn.Module
     ):
         self.tensors, self.context, self.denoiser = tensors, context, denoiser
-        self.channel = self.bias = self.row = 0  # what the concatenated tensors gave so far
+        self.channel = self.bias = self.row = self.scaled = (
+            0  # what the concatenated tensors gave so far
+        )
         scale = self._get("activations.scale", torch.float32)
         self._check(scale.dim() == 2, "the activation scales' shape")
         zero_point = self._get("activations.zero_point", torch.int32)
@@ -285,6 +295,9 @@ class _Builder:
         self._check(w_zero_point.shape == w_scale.shape, "the weight zero points' shape")
         self._check(self._get("layers.bias", torch.float32).dim() == 1, "the biases' shape")
         self._check(bool((torch.isfinite(w_scale) & (w_scale > 0)).all()), "a weight scale <= 0")
+        channel_scale = self._get("layers.channel_scale", torch.float16)
+        self._check(channel_scale.dim() == 1, "the channel scales' shape")
+        self._check(bool((channel_scale > 0).all()), "a channel scale <= 0")
         group = self._get("activations.group", torch.uint8)
         self._check(group.shape == (len(scale), len(context.timesteps)), "the group table's shape")
         self._check(not group.numel() or int(group.max()) < scale.shape[1], "a group out of range")
@@ -308,13 +321,14 @@ class _Builder:
         self._check(len(part) == count, f"{name} is too short")
         return part.clone()
 
-    def _quantizer(self, bits: int) -> ActivationQuantizer:
+    def _quantizer(self, bits: int, log2: bool = False) -> ActivationQuantizer:
         self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
         row, self.row = self.row, self.row + 1
         zero_point = self._get("activations.zero_point", torch.int32)[row]
         good = 0 <= int(zero_point.min()) and int(zero_point.max()) < 2**bits
         self._check(good, "an activation zero point out of range")
-        return ActivationQuantizer(
+        kind = Log2Quantizer if log2 else ActivationQuantizer
+        return kind(
             self.context,
             self.tensors["activations.scale"][row].clone(),
             zero_point,
@@ -343,9 +357,22 @@ class _Builder:
         if entry["bias"]:
             bias = self._take("layers.bias", torch.float32, self.bias, out)
             self.bias += out
-        quantizers = [self._quantizer(b) for b in inputs]
+        channel_scale = None
+        if entry["scaled"]:
+            self._check(bool(inputs), f"{name} scales channels that it does not quantize")
+            given = self._take("layers.channel_scale", torch.float16, self.scaled, shape[1])
+            channel_scale = given.float()
+            self.scaled += shape[1]
         return QuantLayer(
-            Operation(layer), codes.view(shape), scale, zero_point, bias, bits, quantizers, split
+            Operation(layer),
+            codes.view(shape),
+            scale,
+            zero_point,
+            bias,
+            bits,
+            [self._quantizer(b) for b in inputs],
+            split,
+            channel_scale,
         )
 
     def build(self, table: list[dict[str, Any]]) -> QuantDenoiser:
@@ -355,7 +382,9 @@ class _Builder:
             original = self.denoiser.get_submodule(name)
             if entry["kind"] == "matmul":
                 self._check(not original.state_dict(), f"{name} is not a matrix product")
-                replacement: nn.Module = QuantMatMul(*(self._quantizer(b) for b in entry["inputs"]))
+                left, right = entry["inputs"]
+                left = self._quantizer(left, bool(entry["log2"]))
+                replacement: nn.Module = QuantMatMul(left, self._quantizer(right))
             else:
                 replacement = self._layer(entry, original)
                 if entry["time"]:
@@ -368,6 +397,8 @@ class _Builder:
         self._check(self.row == len(self.tensors["activations.scale"]), "unused activation rows")
         self._check(self.channel == len(self.tensors["layers.w_scale"]), "unused weight scales")
         self._check(self.bias == len(self.tensors["layers.bias"]), "unused biases")
+        unused = self.scaled != len(self.tensors["layers.channel_scale"])
+        self._check(not unused, "unused channel scales")
         for name, target in rest.items():
             value = self._get(f"float.{name}", torch.float32)
             self._check(value.shape == target.shape, f"{name} has shape {tuple(value.shape)}")

@@ -18,37 +18,89 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Quantize and dequantize; scale and zero_point broadcast against x, top = 2^b - 1.
 
-    Three passes over one new buffer: the clamp works on q - z, which saves adding and removing z.
+    The clamp works on q - z, which saves adding and removing z. On a CPU the passes go sample by
+    sample, so that a sample stays in the cache between them; the result is the same bit by bit.
     """
-    q = torch.mul(x, scale.reciprocal()).round_()
-    return torch.clamp(q, -zero_point, top - zero_point).mul_(scale)
+    inverse, low, high = scale.reciprocal(), -zero_point, top - zero_point
+    rows = _rows(x)
+    if rows is None:
+        return torch.clamp(torch.mul(x, inverse).round_(), low, high).mul_(scale)
+    out = torch.empty_like(x)
+    parts = zip(
+        rows, _rows(out), *(_per_row(v, len(x)) for v in (inverse, low, high, scale)), strict=True
+    )
+    for row, out_row, i, a, b, s in parts:
+        torch.mul(row, i, out=out_row).round_().clamp_(a, b).mul_(s)
+    return out
+
+
+SMALL = 4096  # values per sample, below which one pass over the batch is quicker
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor | None:
+    """x (B, ...) as a view (B, N) in the order of its memory; None where rows do not pay."""
+    if x.device.type != "cpu" or x.dim() < 2 or x.numel() < SMALL * len(x):
+        return None
+    if x.is_contiguous():
+        return x.view(len(x), -1)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).view(len(x), -1)
+    return None
+
+
+def _per_row(value: torch.Tensor, count: int) -> list[float]:
+    """A scalar or (B, 1, ...) tensor as `count` floats."""
+    values = value.flatten().tolist()
+    return values * count if len(values) == 1 else values
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
     """fake_quantize with straight-through gradients for x, LSQ gradients for scale and zero_point.
 
-    Nothing but x is kept for the backward pass. Inside the range the gradient of the scale is
-    round(x/s) - x/s, outside it is the clamped integer (Esser et al. 2020); the gradient of the
-    zero point is -s where x is clipped (Bhalgat et al. 2020).
+    Inside the range the gradient of the scale is round(x/s) - x/s, outside it is the clamped
+    integer (Esser et al. 2020); the gradient of the zero point is -s where x is clipped (Bhalgat et
+    al. 2020). With g the incoming gradient and g_x the part of it inside, they are sums,
+    (<g, x_hat> - <g_x, x>) / s  and  -s (<g, 1> - <g_x, 1>), that need no tensor of their own.
     """
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, top):
-        ctx.save_for_backward(x, scale, zero_point)
+        x_hat = fake_quantize(x, scale, zero_point, top)
+        ctx.save_for_backward(x, x_hat, scale, zero_point)
         ctx.top = top
-        return fake_quantize(x, scale, zero_point, top)
+        return x_hat
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, zero_point = ctx.saved_tensors
-        v = torch.mul(x, scale.reciprocal())
-        rounded = v.round()
-        q = torch.clamp(rounded, -zero_point, ctx.top - zero_point)
-        inside = q == rounded
-        grad_x = grad * inside
-        grad_scale = _sum_like(q.sub_(v.mul_(inside)).mul_(grad), scale)
-        grad_zero = _sum_like((grad - grad_x).mul_(scale).neg_(), zero_point)
-        return grad_x, grad_scale, grad_zero, None
+        x, x_hat, scale, zero_point = ctx.saved_tensors
+        low, high = (-zero_point - 0.5) * scale, (ctx.top - zero_point + 0.5) * scale
+        x_rows = _rows(x)
+        if x_rows is None or scale.numel() not in (1, len(x)):
+            grad_x = grad * ((x >= low) & (x <= high))
+            product = _sum_like(grad * x_hat, scale) - _sum_like(grad_x * x, scale)
+            clipped = _sum_like(grad - grad_x, zero_point)
+        else:
+            grad_x, product, clipped = _backward_by_row(grad, x, x_hat, low, high)
+            if scale.numel() == 1:
+                product, clipped = product.sum(), clipped.sum()
+            product, clipped = product.view_as(scale), clipped.view_as(scale)
+        return grad_x, product / scale, -clipped * scale, None
+
+
+def _backward_by_row(
+    grad: torch.Tensor, x: torch.Tensor, x_hat: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of x, and per sample (B,) <g, x_hat> - <g_x, x> and <g, 1> - <g_x, 1>."""
+    grad_x = torch.empty_like(x)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    grad, x_hat = (v.contiguous(memory_format=layout) for v in (grad, x_hat))
+    products, clipped = [], []
+    bounds = zip(_per_row(low, len(x)), _per_row(high, len(x)), strict=True)
+    for g, v, q, out, (a, b) in zip(*map(_rows, (grad, x, x_hat, grad_x)), bounds, strict=True):
+        torch.ops.aten.hardtanh_backward.grad_input(g, v, a, b, grad_input=out)
+        products.append(torch.dot(g, q) - torch.dot(out, v))
+        clipped.append(g.sum() - out.sum())
+    return grad_x, torch.stack(products), torch.stack(clipped)
 
 
 def _sum_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -132,6 +184,8 @@ class LearnedQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=not (symmetric or unsigned))
         self.register_buffer("group_of_bin", torch.zeros(len(context.timesteps), dtype=torch.long))
+        # Error of each bin under each group's range, relative to the bin's best; until the search.
+        self.register_buffer("group_error", None)  # (S, G)
         self.logits: nn.Parameter | None = None  # (S, G) during the search
         self.temperature = 1.0
 

@@ -109,10 +109,14 @@ def reconstruct(
     memory_gb: float,
     seed: int,
     on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
+    on_chunk: Callable[[], None] = lambda: None,
+    finished: frozenset[str] = frozenset(),
 ) -> None:
     """Reconstructs the units in place; on_unit(name, error before, error after) after each.
 
     tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
+    on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
+    names of the units that are `finished`, and ends as an uninterrupted one.
     """
     order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
 
@@ -128,6 +132,8 @@ def reconstruct(
     }
     t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
     for chunk in _chunks(units, sizes, int(memory_gb * 2**30)):
+        if finished.issuperset(chunk):
+            continue
         full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches(), True)
         inside = {n: model.denoiser.get_submodule(n) for n in chunk}
         prefix = _record(model, inside, batches(), False)
@@ -139,6 +145,7 @@ def reconstruct(
             )
             on_unit(name, before, after)
             del full[name], prefix[name]
+        on_chunk()
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -19,6 +19,8 @@ from quant.model import QuantDenoiser, activation_quantizers
 from quant.quantizer import LearnedQuantizer
 from quant.timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 
+EXCESS, FAR = 10.0, 4.0
+
 
 @dataclass
 class SearchResult:
@@ -34,14 +36,22 @@ class SearchResult:
     error_end: float
 
 
-def start(quantizers: list[LearnedQuantizer], confidence: float = 0.9) -> list[nn.Parameter]:
-    """Gives each quantizer its logits (S, G): `confidence` on the assigned group."""
+def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
+    """Gives each quantizer its logits (S, G), from its error table.
+
+    A group whose range costs a bin a tenth more than its best one starts one unit of logit lower,
+    so that sigma is undecided just where groups are nearly as good. Without a table the assigned
+    group starts at FAR above the others.
+    """
     logits = []
     for q in quantizers:
-        rest = (1 - confidence) / max(q.groups - 1, 1)
-        sigma = torch.full((len(q.group_of_bin), q.groups), rest, device=q.log_scale.device)
-        sigma.scatter_(1, q.group_of_bin[:, None], confidence if q.groups > 1 else 1.0)
-        q.logits = nn.Parameter(sigma.log())
+        if q.group_error is None:
+            value = torch.full((len(q.group_of_bin), q.groups), -FAR, device=q.log_scale.device)
+            value.scatter_(1, q.group_of_bin[:, None], 0.0)
+        else:
+            best = q.group_error.amin(1, keepdim=True)
+            value = (EXCESS * (1 - q.group_error / best)).clamp(min=-FAR)
+        q.logits = nn.Parameter(value)
         logits.append(q.logits)
     return logits
 
@@ -55,7 +65,7 @@ def harden(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
         decided += int((best > 0.95).sum())
         moved += int((group != q.group_of_bin).sum())
         total += len(group)
-        q.group_of_bin, q.logits, q.temperature = group, None, 1.0
+        q.group_of_bin, q.group_error, q.logits, q.temperature = group, None, None, 1.0
     return decided / max(total, 1), moved / max(total, 1)
 
 
@@ -87,7 +97,8 @@ def search(
         [
             {"params": logits, "lr": settings.lr_logits},
             {"params": scales, "lr": settings.lr_scale},
-        ]
+        ],
+        fused=True,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     bin_of_step = model.context.bin_of_t[torch.tensor(bank.timesteps)]

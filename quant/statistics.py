@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.layers import CalibLayer, QuantMatMul
+from quant.layers import CalibLayer, QuantMatMul, scale_channels
 from quant.model import QuantDenoiser
 
 
 @dataclass
 class Statistics:
     """values (S, N) float32: a sample of the activation per bin, extremes included;
-    low, high (S,): exact minimum and maximum."""
+    low, high (S,): exact minimum and maximum; weight (S,): samples seen in the bin, 0 for a bin
+    whose row is that of the nearest one which was reached."""
 
     values: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    weight: torch.Tensor
 
 
 def quantizer_operands(model: QuantDenoiser) -> dict[str, tuple[str, Callable]]:
@@ -31,22 +33,23 @@ def quantizer_operands(model: QuantDenoiser) -> dict[str, tuple[str, Callable]]:
     for name, module in model.denoiser.named_modules():
         if isinstance(module, CalibLayer):
             original = name.removesuffix(".layer")  # inside a TimestepLayer
-            split, dim = module.split, module.op.channel_dim
             for i in range(len(module.inputs)):
-                part = None if len(module.inputs) == 1 else i
-                operands[f"denoiser.{name}.inputs.{i}"] = (original, _operand(0, part, split, dim))
+                operands[f"denoiser.{name}.inputs.{i}"] = (original, _input_part(module, i))
         elif isinstance(module, QuantMatMul):
-            operands[f"denoiser.{name}.left"] = (name, _operand(0, None, 0, 0))
-            operands[f"denoiser.{name}.right"] = (name, _operand(1, None, 0, 0))
+            operands[f"denoiser.{name}.left"] = (name, lambda args: args[0])
+            operands[f"denoiser.{name}.right"] = (name, lambda args: args[1])
     return operands
 
 
-def _operand(index: int, part: int | None, split: int, dim: int) -> Callable:
+def _input_part(layer: CalibLayer, part: int) -> Callable:
+    """What quantizer `part` of the layer sees, from the arguments of the original layer."""
+
     def take(args: tuple) -> torch.Tensor:
-        x = args[index]
-        if part is None:
+        dim = layer.op.channel_dim
+        x = scale_channels(args[0], layer.channel_scale, dim)
+        if len(layer.inputs) == 1:
             return x
-        return x.split([split, x.shape[dim] - split], dim=dim)[part]
+        return x.split([layer.split, x.shape[dim] - layer.split], dim=dim)[part]
 
     return take
 
@@ -73,6 +76,7 @@ def collect(
         by_layer.setdefault(layer, []).append((name, take))
     kept: dict[str, list[list[torch.Tensor]]] = {n: [[] for _ in range(bins)] for n in operands}
     generator = torch.Generator().manual_seed(seed)
+    seen = torch.zeros(bins)
     current = 0
 
     def hook_of(layer: str):
@@ -92,14 +96,17 @@ def collect(
     try:
         for x, t, conditioning in batches:
             current = int(context.bin_of_t[t])
+            seen[current] += len(x)
             denoiser(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), **conditioning)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _merge(lists, values_per_bin, generator) for name, lists in kept.items()}
+    return {name: _merge(lists, seen, values_per_bin, generator) for name, lists in kept.items()}
 
 
-def _merge(lists: list[list[torch.Tensor]], count: int, generator: torch.Generator) -> Statistics:
+def _merge(
+    lists: list[list[torch.Tensor]], seen: torch.Tensor, count: int, generator: torch.Generator
+) -> Statistics:
     """Draws of all batches of a bin -> `count` values with the extremes among them."""
     reached = [i for i, draws in enumerate(lists) if draws]
     if not reached:
@@ -116,4 +123,6 @@ def _merge(lists: list[list[torch.Tensor]], count: int, generator: torch.Generat
                 [everything[index.to(everything.device)], low[-1:][0][None], high[-1:][0][None]]
             )
         )
-    return Statistics(torch.stack(rows).cpu(), torch.stack(low).cpu(), torch.stack(high).cpu())
+    return Statistics(
+        torch.stack(rows).cpu(), torch.stack(low).cpu(), torch.stack(high).cpu(), seen
+    )

@@ -68,7 +68,7 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bits: int, scale_search: str):
         super().__init__()
-        self.bits = bits
+        self.bits, self.scale_search = bits, scale_search
         search = {"mse": mse_scale, "minmax": minmax_scale}[scale_search]
         scale, zero_point = search(weight, bits)
         self.register_buffer("scale", scale)
@@ -76,6 +76,7 @@ class WeightQuantizer(nn.Module):
         self.alpha: nn.Parameter | None = None
         self.soft = False  # while learning; afterwards h is rounded to 0 or 1
         self.latent: nn.Parameter | None = None
+        self.log_gain: nn.Parameter | None = None  # (O,) learned factor of the scale
 
     def start_rounding(self, weight: torch.Tensor) -> None:
         fraction = weight / per_channel(self.scale, weight)
@@ -83,6 +84,10 @@ class WeightQuantizer(nn.Module):
         stretched = (fraction - GAMMA) / (ZETA - GAMMA)
         self.alpha = nn.Parameter(torch.logit(stretched))
         self.soft = True
+
+    def fix_codes(self, codes: torch.Tensor) -> None:
+        """Codes 0..2^b-1 chosen elsewhere, as floats shaped like the weight."""
+        self.latent, self.alpha, self.soft = nn.Parameter(codes), None, False
 
     def start_latent(self, weight: torch.Tensor) -> None:
         """Starts at the weight itself, moved into the cell of the code chosen so far."""
@@ -93,8 +98,15 @@ class WeightQuantizer(nn.Module):
             exact = exact + per_channel(self.zero_point, weight)
             latent = torch.minimum(torch.maximum(exact, codes - 0.45), codes + 0.45)
         self.latent = nn.Parameter(latent)
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         self.alpha = None
         self.clamp_latent()
+
+    @torch.no_grad()
+    def fix_scale(self) -> None:
+        """Folds what was learned of the scale into it."""
+        self.scale.mul_(self.log_gain.exp())
+        self.log_gain = None
 
     @torch.no_grad()
     def clamp_latent(self) -> None:
@@ -119,5 +131,9 @@ class WeightQuantizer(nn.Module):
         q = floor + up + per_channel(self.zero_point, weight)
         return q.clamp(0, 2**self.bits - 1)
 
+    def current_scale(self) -> torch.Tensor:
+        """(O,), with what was learned of it."""
+        return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return dequantize(self.codes(weight), self.scale, self.zero_point)
+        return dequantize(self.codes(weight), self.current_scale(), self.zero_point)

@@ -123,7 +123,9 @@ class Silent:
         self.open = ""
 
 
-def tiny(method: str = "tinydm", **calibration: object) -> tuple[QuantSettings, object]:
+def tiny(
+    method: str = "tinydm", progressive: bool = True, **calibration: object
+) -> tuple[QuantSettings, object]:
     """Settings of a method in seconds instead of minutes."""
     quant, calib = preset(method)
     finetune = 30 if quant.reconstruct.finetune_iterations else 0
@@ -135,7 +137,7 @@ def tiny(method: str = "tinydm", **calibration: object) -> tuple[QuantSettings, 
             quant.reconstruct,
             iterations=25,
             finetune_iterations=finetune,
-            progressive=bool(finetune),  # off by default; here it must work too
+            progressive=progressive and bool(finetune),  # off by default; it must work too
         ),
     )
     values = {"samples": 64, "trajectories": 12, "batch_size": 8} | calibration
@@ -212,7 +214,7 @@ def test_uniform_groups_are_equal_runs(bins: int, groups: int) -> None:
 def statistics_of(spreads: list[float], seed: int = 0) -> Statistics:
     g = torch.Generator().manual_seed(seed)
     values = torch.randn(len(spreads), 500, generator=g) * torch.tensor(spreads)[:, None]
-    return Statistics(values, values.amin(1), values.amax(1))
+    return Statistics(values, values.amin(1), values.amax(1), torch.ones(len(values)))
 
 
 def assigned(stats: Statistics, groups: int, how: str, scale: str = "mse") -> LearnedQuantizer:
@@ -256,7 +258,7 @@ def test_more_groups_never_raise_the_error() -> None:
 def test_ranges_of_dead_and_constant_activations_are_finite(scale: str, kind: str) -> None:
     values = torch.zeros(4, 100)
     values[1], values[2] = 3.0, -2.0
-    stats = Statistics(values, values.amin(1), values.amax(1))
+    stats = Statistics(values, values.amin(1), values.amax(1), torch.ones(len(values)))
     context = TimestepContext([0, 1, 2, 3], 10)
     quantizer = LearnedQuantizer(context, 8, kind == "symmetric", kind == "unsigned")
     assign(quantizer, stats, 4, "kmeans", scale)
@@ -309,9 +311,10 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
     logits = start(quantizers)
     sigma = [torch.softmax(p, -1) for p in logits]
     for s, q in zip(sigma, quantizers, strict=True):
-        best, group = s.max(-1)
-        assert torch.allclose(best, torch.tensor(0.9), atol=1e-4)
-        assert torch.equal(group, q.group_of_bin)
+        cost = q.group_error / q.group_error.amin(1, keepdim=True)
+        assert torch.equal(s.max(-1).values, s.gather(1, q.group_of_bin[:, None])[:, 0])
+        worse = cost > 1.4  # hopeless ranges start far behind, near ties start undecided
+        assert (s[worse] < 0.05).all() and s[(cost < 1.02) & (s < 1)].min() > 0.1
     entropy = torch.stack([normalised_entropy(s) for s in sigma]).mean()
     rounds: list[int] = []
     result = search(
@@ -347,6 +350,8 @@ def test_search_repairs_a_wrong_group() -> None:
     wrong = right.clone()
     wrong[-1] = 1 - wrong[-1]
     quantizer.group_of_bin = wrong
+    for _, q in activation_quantizers(model):
+        q.group_error = None  # which would say so at once
     hurt = eps_error(model, bank)
     search(
         model,
@@ -399,7 +404,8 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     original = copy.deepcopy(denoiser.state_dict())
     model, report, progress, saved = run(denoiser, method)
     assert all(torch.equal(v, original[k]) for k, v in denoiser.state_dict().items())
-    assert [state["done"][-1] for state in saved] == list(PHASES)
+    whole = [state["done"][-1] for state in saved if state["partial"] is None]
+    assert whole == list(PHASES)
     for phase, (announced, done) in progress.phases.items():
         assert announced == done, phase
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
@@ -408,13 +414,13 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     error, power = eps_error(model, fresh), float(fresh.eps.square().mean())
     assert math.isfinite(error) and error < 0.1 * power
     assert report["tuples_per_step"] and sum(report["tuples_per_step"]) == 64
-    learned = method in ("tinydm", "qdiffusion", "ptqd")
-    assert ("reconstruct" in report) == learned
+    assert ("reconstruct" in report) == (method in ("qdiffusion", "ptqd"))
     assert ("finetune" in report) == ("search" in report) == (method == "tinydm")
     assert (model.correction is not None) == (method == "ptqd")
     if method == "tinydm":
         assert report["finetune"]["visited"] == 2
-        assert report["reconstruct"]["units"] == 4
+        assert len(report["rounding"]["relative_errors"]) == 4
+        assert len(report["equivalent"]["relative_errors"]) == 4
 
 
 def test_tinydm_beats_the_naive_floor() -> None:
@@ -425,16 +431,26 @@ def test_tinydm_beats_the_naive_floor() -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["tinydm", "ptqd"])
-def test_calibration_resumed_after_any_phase_gives_the_same_bytes(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "progressive", "parts"),
+    [("tinydm", True, 0), ("tinydm", False, 2), ("ptqd", False, 4)],
+)
+def test_calibration_resumed_anywhere_gives_the_same_bytes(
+    method: str, progressive: bool, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any phase, after each block, between end-to-end steps."""
+    monkeypatch.setattr("quant.calibration.CHECKPOINT", 12)
     denoiser = Toy()
-    model, _, _, saved = run(denoiser, method)
+    limits = {"progressive": progressive, "memory_gb": 1e-6}  # a block a chunk
+    model, _, _, saved = run(denoiser, method, **limits)
     whole = to_bytes(model, {})
+    assert sum(plain["partial"] is not None for plain in saved) == parts
     for plain in saved:
         state = CalibrationState.from_plain(copy.deepcopy(plain))
-        resumed, report, _, _ = run(denoiser, method, state)
+        resumed, report, progress, _ = run(denoiser, method, state, **limits)
+        assert all(announced == done for announced, done in progress.phases.values())
         assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
-        assert ("reconstruct" in report) and report["tuples_per_step"]
+        assert report["tuples_per_step"]
 
 
 @pytest.mark.parametrize("kind", ["active", "uniform", "normal", "all"])

@@ -350,7 +350,7 @@ TAMPERED = {
     "no training timesteps": metadata_edit(train_timesteps="0"),
     "training timesteps of many digits": metadata_edit(train_timesteps="9" * 6000),
     "training timesteps in words": metadata_edit(train_timesteps="many"),
-    "another version": metadata_edit(version="2"),
+    "another version": metadata_edit(version="99"),
     "another format": metadata_edit(format="gguf"),
     "another architecture": metadata_edit(architecture="0" * 64),
     "no architecture": lambda t, m: m.pop("architecture"),

@@ -416,3 +416,45 @@ def test_noise_of_the_sampler_gives_room_to_the_quantization_noise(
     assert corrected_variance(sigma_t, direction, 0.0) == pytest.approx(sigma_t)
     if left > 1e-3:
         assert left**2 + (direction * sigma_q) ** 2 == pytest.approx(sigma_t**2)
+
+
+class NoisyDenoiser:
+    """eps of Gaussian data of standard deviation one half, plus noise that depends on t alone."""
+
+    def __init__(self, std: float, betas: np.ndarray):
+        self.std, self.abar = std, alphas_cumprod(betas)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = float(self.abar[int(t[0])])
+        exact = x * (1 - a) ** 0.5 / (a * 0.25 + 1 - a)
+        return exact + self.std * torch.randn(x.shape, generator=self.generator)
+
+
+def test_variance_correction_takes_the_quantization_noise_out_of_the_samplers_own() -> None:
+    """With eta 1 the samples of a noisy denoiser get the spread of those of the exact one back."""
+    betas = make_betas("linear", 0.0001, 0.02, 1000)
+    steps = sampling_timesteps(20, "uniform", 1000)
+    context = TimestepContext(steps, 1000)
+    table = OutputCorrection(
+        context, torch.zeros(20, 1), torch.zeros(20, 1), torch.full((20,), 0.35)
+    )
+    start = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def spread(std: float, **arguments: object) -> float:
+        g = torch.Generator().manual_seed(2)
+        x = ddim(
+            NoisyDenoiser(std, betas),
+            start,
+            steps,
+            alphas_cumprod(betas),
+            eta=1.0,
+            noise=lambda k: torch.randn(start.shape, generator=g),
+            **arguments,
+        )
+        return float(x.std())
+
+    exact, noisy = spread(0.0), spread(0.35)
+    corrected = spread(0.35, noise_scale=table.noise_scale)
+    assert noisy > 1.02 * exact
+    assert abs(corrected - exact) < 0.5 * (noisy - exact)

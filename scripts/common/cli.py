@@ -23,6 +23,7 @@ from models.samplers import SamplingError
 from quant.packed import PackedFileError
 from scripts.common.config import Override
 from scripts.common.images import ImageError, MetricError
+from scripts.common.memory import keep_freed_memory
 from scripts.common.runs import RunError
 from scripts.common.strict import ConfigError, printable
 
@@ -161,6 +162,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Anything else is a defect of the program and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:

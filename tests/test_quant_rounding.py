@@ -1,0 +1,162 @@
+"""Second-order rounding and equivalent scaling, alone and on toys.
+
+python -m pytest tests/test_quant_rounding.py
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from quant.equivalent import candidate, scale_equivalently, scaled_layers, unscaled_weight
+from quant.gptq import compensate, input_rows, second_order_codes
+from quant.grouping import assign
+from quant.layers import CalibLayer, scale_channels
+from quant.model import BitPolicy, activation_quantizers, quantize
+from quant.packed import load_quantized, to_bytes
+from quant.statistics import collect
+from quant.timesteps import all_steps, tuples_of_steps
+from tests.test_quant_grouping import Toy, eps_error, toy_bank, toy_model
+from tests.test_quant_packed import TIMESTEPS, meta, quantized
+from tests.test_quant_quantizer import narrow_unet
+from tests.test_quant_reconstruct import Block, block_bank, block_model
+
+
+def every_state(bank, count: int | None = None) -> torch.Tensor:
+    steps = all_steps(len(bank.timesteps) * bank.trajectories, len(bank.timesteps))[:count]
+    return tuples_of_steps(steps, bank.trajectories, torch.Generator().manual_seed(0))
+
+
+# ---- second-order rounding ----
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 200), st.integers(2, 4), st.integers(0, 1000))
+def test_codes_lower_the_output_error(columns: int, bits: int, seed: int) -> None:
+    """Correlated inputs, more than one block of columns among the cases."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, 6, generator=g) @ torch.randn(6, columns, generator=g)
+    hessian = x.T @ x
+    top = 2**bits - 1
+    weight = torch.randn(8, columns, generator=g) * top / 4
+    low, high = torch.full((8, 1), -float(top // 2)), torch.full((8, 1), float(top - top // 2))
+    codes = second_order_codes(weight, hessian, low, high)
+    assert torch.equal(codes, codes.round())
+    assert (codes >= low).all() and (codes <= high).all()
+    nearest = torch.clamp(weight.round(), low, high)
+    error = [float(((q - weight) @ x.T).square().sum()) for q in (codes, nearest)]
+    assert error[0] <= error[1] * (1.2 if columns < 16 else 1.0)
+
+
+def test_independent_inputs_are_rounded_to_nearest() -> None:
+    weight = torch.randn(5, 150, generator=torch.Generator().manual_seed(3)) * 4
+    codes = second_order_codes(
+        weight, torch.eye(150), torch.full((5, 1), -8.0), torch.full((5, 1), 7.0)
+    )
+    assert torch.equal(codes, weight.round().clamp(-8, 7))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=2),
+        nn.Conv1d(3, 5, 3, padding=1),
+        nn.Linear(3, 5),
+    ],
+)
+def test_rows_times_weight_are_outputs_of_the_layer(layer: nn.Module) -> None:
+    shape = {nn.Conv2d: (2, 3, 10, 10), nn.Conv1d: (2, 3, 20)}.get(type(layer), (2, 7, 3))
+    x = torch.randn(shape)
+    rows = input_rows(CalibLayer(layer, None, [], 0), x)
+    made = rows @ layer.weight.flatten(1).T + layer.bias
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    everything = layer(x).transpose(dim, -1).reshape(-1, 5)
+    for row in made[:: max(1, len(made) // 7)]:
+        assert (everything - row).abs().amax(1).min() < 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
+    denoiser = Block()
+    bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
+    model = block_model(denoiser, bank, bits)
+    before = eps_error(model, fresh)
+    gains = compensate(model, bank, every_state(bank), 16)
+    assert gains["conv"] < 0.9
+    assert eps_error(model, fresh) < 0.9 * before  # on samples that it never saw
+    codes = model.deploy().denoiser.conv.qweight
+    assert int(codes.max()) < 2**bits
+    for channel in codes.flatten(1):
+        assert len(channel.unique()) <= 2**bits
+
+
+# ---- equivalent scaling ----
+
+
+def test_scaled_layers_compute_the_same_in_floating_point() -> None:
+    layer = nn.Conv2d(6, 4, 3, padding=1)
+    x = torch.randn(2, 6, 8, 8) * torch.logspace(-1, 1, 6).view(1, -1, 1, 1)
+    r = candidate(x.abs().amax((0, 2, 3)), layer.weight, 0.5)
+    assert torch.equal(r, r.half().float())
+    out = nn.functional.conv2d(
+        scale_channels(x, r, 1), unscaled_weight(layer.weight, r), layer.bias, padding=1
+    )
+    assert torch.allclose(out, layer(x), atol=1e-4)
+    assert (r[:-1] > r[1:]).float().mean() > 0.7  # large channels are scaled down
+
+
+def test_a_silent_channel_and_a_zero_weight_stay_finite() -> None:
+    weight = torch.zeros(4, 3, 1, 1)
+    weight[:, 0] = 1
+    r = candidate(torch.tensor([0.0, 5.0, 0.0]), weight, 0.5)
+    assert torch.isfinite(r).all() and (r > 0).all()
+
+
+class Uneven(Toy):
+    """Some channels of the second layer's input are thirty times as large as the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm.weight.data[::4] = 30.0
+        self.second.weight.data[:, ::4] /= 30.0
+
+
+def test_scaling_helps_uneven_channels_and_never_hurts_by_its_own_measure() -> None:
+    denoiser = Uneven()
+    bank, fresh = toy_bank(denoiser), toy_bank(denoiser, 6, seed=9)
+    policy = BitPolicy(weight=8, activation=4, edge_activation=4)
+    errors = []
+    for scaled in (False, True):
+        model = quantize(denoiser, toy_model(denoiser, bank, 2, policy).context, policy)
+        if scaled:
+            relative = scale_equivalently(denoiser, model, bank, every_state(bank, 48), 16)
+            assert set(relative) == set(scaled_layers(model))
+            assert all(0 < v <= 1 for v in relative.values())
+            assert relative["second"] < 0.7
+        stats = collect(denoiser, model, bank.by_timestep(bank.trajectories, 8))
+        for name, quantizer in activation_quantizers(model):
+            assign(quantizer, stats[name], 2, "kmeans", "mse")
+        errors.append(eps_error(model, fresh))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_channel_scales_survive_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    denoiser = narrow_unet().eval()
+    model = quantized(denoiser, BitPolicy(weight=4, activation=8), TIMESTEPS, 2)
+    layers = [m for m in model.modules() if hasattr(m, "qweight") and len(m.inputs)]
+    for layer in layers[::2]:
+        scale = torch.rand(layer.qweight.shape[1]) + 0.5
+        layer.channel_scale = scale.half().float()
+    path = tmp_path / "quantized.safetensors"
+    path.write_bytes(to_bytes(model, {}))
+    loaded = load_quantized(path, meta(narrow_unet))
+    x = torch.randn(2, 3, 16, 16)
+    for t in (0, 12, 57):
+        step = torch.full((2,), t)
+        assert torch.equal(loaded(x, step), copy.deepcopy(model)(x, step))
