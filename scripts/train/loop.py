@@ -8,9 +8,7 @@ is whole at any moment, so that a run killed anywhere continues from the last on
 """
 
 import argparse
-import ctypes
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -31,8 +29,6 @@ from scripts.common.images import write_png
 # (generator of all draws) -> loss of one fresh batch
 Loss = Callable[[torch.Generator], torch.Tensor]
 Grid = Callable[[State], np.ndarray]  # averaged weights -> picture (H, W, 3) uint8
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -85,15 +81,6 @@ def settings_of(args: argparse.Namespace, prefix: str = "") -> LoopSettings:
     return LoopSettings(**{name: getattr(args, prefix + name) for name in names})
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees: without it each step asks the system for its pages anew,
-    which took most of the time of small models. Elsewhere nothing happens."""
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-
-
 def profits_from_bfloat16(device: torch.device) -> bool:
     """CPUs without the instructions emulate them, ten times slower than float32."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
@@ -123,7 +110,6 @@ def fit(
     info: goes into training.json. warm: the model is trained already, the average starts from it.
     Raises CheckpointError for a damaged state and SamplingError when the loss is not finite.
     """
-    keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     state = LoopState(ema, torch.Generator().manual_seed(settings.seed))
