@@ -29,6 +29,7 @@ from models.pipeline import sampling_plan  # noqa: E402
 from quant.calibration import bit_policy, calibrated_timesteps  # noqa: E402
 from quant.context import TimestepContext  # noqa: E402
 from quant.coverage import LayerRow, count_macs, layer_rows  # noqa: E402
+from quant.methods import QuantSettings  # noqa: E402
 from quant.model import (  # noqa: E402
     LAYER_TYPES,
     BitPolicy,
@@ -173,26 +174,32 @@ def bops_of(rows: list[LayerRow]) -> int:
     return total
 
 
-def rows_of(config: Config, bit_widths: list[int]) -> Iterator[Row]:
-    """Full precision, then each of the weight widths."""
-    empty = empty_denoiser(config)
-    roles, name = roles_of(empty), config.name
-    macs = count_macs(empty, tuple(roles.matmuls), example_call(config))
-    parameters, beside, total = parameters_of(empty), bytes_beside(config), sum(macs.values())
-    full = total * FLOAT_BITS**2
-    yield Row(name, "32/32", parameters, 4 * parameters, beside, total, full)
+def packed(
+    config: Config, settings: QuantSettings, empty: nn.Module, macs: dict[str, int]
+) -> tuple[int, int]:
+    """Bytes of the quantized file and BOPs of one call. empty: full precision, on no device."""
     sampler, schedule = config.sampler, config.schedule
     steps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
     steps = calibrated_timesteps(steps, config.calibration.bins)
     context = TimestepContext(steps, schedule.train_timesteps)
+    policy = replace(bit_policy(settings), weight_scale="minmax")  # random: nothing to search
+    deployed = random_deployed(config, policy, context)
+    rows = layer_rows(empty, deployed, roles_of(empty), macs)
+    return len(to_bytes(deployed, {"config": resolved_yaml(config)})), bops_of(rows)
+
+
+def rows_of(config: Config, bit_widths: list[int]) -> Iterator[Row]:
+    """Full precision, then each of the weight widths."""
+    empty, name = empty_denoiser(config), config.name
+    macs = count_macs(empty, tuple(roles_of(empty).matmuls), example_call(config))
+    parameters, beside, total = parameters_of(empty), bytes_beside(config), sum(macs.values())
+    full = total * FLOAT_BITS**2
+    yield Row(name, "32/32", parameters, 4 * parameters, beside, total, full)
     for bits in bit_widths:
         settings = replace(config.quant, weight=replace(config.quant.weight, bits=bits))
-        policy = replace(bit_policy(settings), weight_scale="minmax")  # random: nothing to search
-        deployed = random_deployed(config, policy, context)
-        rows = layer_rows(empty, deployed, roles, macs)
-        size = len(to_bytes(deployed, {"config": resolved_yaml(config)}))
         label = f"{bits}/{settings.activation.bits}"
-        yield Row(name, label, parameters, size, beside, total, bops_of(rows))
+        size, bops = packed(config, settings, empty, macs)
+        yield Row(name, label, parameters, size, beside, total, bops)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
