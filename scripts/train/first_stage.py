@@ -19,19 +19,22 @@ from models.checkpoint import State
 from scripts.common.images import grid, to_uint8
 from scripts.train.loop import LoopSettings, fit
 
-PLAIN_SHARE = 0.4  # of the first stage's training: without the codebook
+PLAIN_SHARE = 0.35  # of the first stage's training: without the codebook
 EDGE_WEIGHT = 0.5  # of the differences between neighbouring pixels, which keep outlines sharp
 COLOUR_WEIGHT = 2.0  # of the means of 4 x 4 pixels: outlines alone come first, colours much later
+HUE_WEIGHT = 6.0  # of their differences to grey: two latents of brightness leave one for all hues
 CELLS = 24  # per standard deviation, where distinct latents are looked for
 ENCODED_TOGETHER = 32
 
 
 def reconstruction_loss(found: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """L1 of the pixels, of their differences to the next ones, and of means of 4 x 4 pixels."""
+    """L1 of the pixels, of their differences to the next ones, of means of 4 x 4 and of hues."""
     error = found - image  # (B, 3, R, R); differences and means are linear
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    colours = F.avg_pool2d(error, 4).abs().mean()
-    return error.abs().mean() + EDGE_WEIGHT * edges + COLOUR_WEIGHT * colours
+    colours = F.avg_pool2d(error, 4)  # (B, 3, R/4, R/4)
+    hues = colours - colours.mean(dim=1, keepdim=True)
+    coarse = COLOUR_WEIGHT * colours.abs().mean() + HUE_WEIGHT * hues.abs().mean()
+    return error.abs().mean() + EDGE_WEIGHT * edges + coarse
 
 
 def _pixels(images: torch.Tensor, index: torch.Tensor, device: torch.device) -> torch.Tensor:
