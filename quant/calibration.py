@@ -68,18 +68,20 @@ class CalibrationState:
 
 
 def bit_policy(settings: QuantSettings) -> BitPolicy:
+    activation = settings.activation
+    log2 = activation.softmax == "log2"  # whose codes may be fewer than those of the other tensors
     return BitPolicy(
         weight=settings.weight.bits,
-        activation=settings.activation.bits,
+        activation=activation.bits,
         edge=max(settings.edge_bits, settings.weight.bits),
         edge_activation=settings.edge_activation_bits,
         time=max(settings.time_bits, settings.weight.bits),
-        softmax=max(settings.activation.softmax_bits, settings.activation.bits),
+        softmax=activation.softmax_bits if log2 else max(activation.softmax_bits, activation.bits),
         split_skip=settings.split_skip,
         quantize_matmuls=settings.quantize_matmuls,
         cache_timestep=settings.time_embedding == "cached",
-        symmetric=settings.activation.symmetric,
-        log2_softmax=settings.activation.softmax == "log2",
+        symmetric=activation.symmetric,
+        softmax_codes=activation.softmax,
         weight_scale=settings.weight.scale,
     )
 

@@ -15,38 +15,43 @@ from torch import nn
 
 from quant.bank import Bank
 from quant.model import QuantDenoiser, activation_quantizers, weight_layers
+from quant.quantizer import rate_of_scale, scale_groups
 from quant.timesteps import all_steps, tuples_of_steps
 
 LR_LATENT = 0.01  # in units of a weight's scale: a hundred steps move a weight by one code
-LR_FLOAT = 1e-3  # biases, norms
+LR_FLOAT = 1e-3  # biases and norms, at 4 bits; each bit more halves it
 LR_ZERO_POINT = 0.02  # in codes
 
 
 def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     """Makes the latent weights, unless they were restored, and marks what learns; returns the
     optimizer's groups."""
+    groups: list[dict] = []
+    taken = set()
+    layers = [layer for _, layer in weight_layers(model)]
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer.log_gain is None:
+            quantizer.start_latent(layer.weight.detach())
+        groups.append({"params": [quantizer.latent], "lr": LR_LATENT})
+        rate = rate_of_scale(lr_scale, quantizer.bits)
+        groups.append({"params": [quantizer.log_gain], "lr": rate})
+        taken.add(id(layer.weight))
+    quantizers = [q for _, q in activation_quantizers(model)]
+    groups += scale_groups(quantizers, lr_scale)
+    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
+    groups.append({"params": zero_points, "lr": LR_ZERO_POINT})
+    taken |= {id(p) for q in quantizers for p in q.parameters()}
+    taken |= {id(p) for group in groups for p in group["params"]}
+    floats = [p for p in model.parameters() if id(p) not in taken]
+    fewest = min(module.bits for module in [*quantizers, *(v.weight_quantizer for v in layers)])
+    groups.append({"params": floats, "lr": rate_of_scale(LR_FLOAT, fewest)})
     for p in model.parameters():
         p.requires_grad_(False)
-    latents, gains, taken = [], [], set()
-    for _, layer in weight_layers(model):
-        if layer.weight_quantizer.log_gain is None:
-            layer.weight_quantizer.start_latent(layer.weight.detach())
-        latents.append(layer.weight_quantizer.latent)
-        gains.append(layer.weight_quantizer.log_gain)
-        taken |= {id(layer.weight), id(latents[-1]), id(gains[-1])}
-    quantizers = [q for _, q in activation_quantizers(model)]
-    scales = [q.log_scale for q in quantizers]
-    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
-    taken |= {id(p) for q in quantizers for p in q.parameters()}
-    floats = [p for p in model.parameters() if id(p) not in taken]
-    for p in [*latents, *gains, *scales, *zero_points, *floats]:
-        p.requires_grad_(True)
-    return [
-        {"params": latents, "lr": LR_LATENT},
-        {"params": [*scales, *gains], "lr": lr_scale},
-        {"params": zero_points, "lr": LR_ZERO_POINT},
-        {"params": floats, "lr": LR_FLOAT},
-    ]
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(True)
+    return groups
 
 
 def finetune(

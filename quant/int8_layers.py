@@ -43,37 +43,24 @@ class CodeQuantizer(ActivationQuantizer):
             quantizer.bits,
         )
         self.top = 2**self.bits - 1
-        self._steps: list[tuple[float, float, int]] | None = None  # from the buffers, when asked
 
-    def step(self, index: int) -> tuple[float, float, int]:
+    def code_step(self, index: int) -> tuple[float, float, int]:
         """1 / scale, scale and zero point of a bin of timesteps."""
-        if self._steps is None:
-            inverse = self.scale.reciprocal().tolist()  # rounded to float32 as in fake_quantize
-            self._steps = list(
-                zip(inverse, self.scale.tolist(), self.zero_point.tolist(), strict=True)
-            )
-        return self._steps[self._groups[index]]
+        inverse, scale, low, _ = self.step(index)
+        return inverse, scale, -low
 
     def codes(self, x: torch.Tensor, index: int) -> list[tuple[torch.Tensor, float, int]]:
         """uint8 codes shaped like x, their scale and their zero point, for a bin of timesteps.
 
         More than 8 bits give two, of the low and the high byte: s (q - z) is the sum of both.
         """
-        inverse, scale, zero_point = self.step(index)
+        inverse, scale, zero_point = self.code_step(index)
         q = shifted_codes(x, inverse, zero_point, self.top)
         if self.bits <= 8:
             return [(q.to(torch.uint8).add_(zero_point), scale, zero_point)]
         q.add_(zero_point)
         low, high = q.to(torch.uint8), q.bitwise_right_shift_(8).to(torch.uint8)
         return [(low, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "CodeQuantizer":
-        self._steps = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._steps = None
-        super()._load_from_state_dict(*args)
 
 
 class IntegerWeight(nn.Module):
@@ -211,14 +198,16 @@ class Int8MatMul(QuantMatMul):
     """
 
     def __init__(self, product: QuantMatMul):
-        super().__init__(CodeQuantizer(product.left), CodeQuantizer(product.right))
+        left, right = CodeQuantizer(product.left), CodeQuantizer(product.right)
+        super().__init__(left, right, product.by_row)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
         if not isinstance(bins, int):
             return super().forward(left, right)
-        inverse, scale, z = self.left.step(bins)
-        right_inverse, right_scale, right_z = self.right.step(bins)
+        left, top = self.left_operand(left)
+        inverse, scale, z = self.left.code_step(bins)
+        right_inverse, right_scale, right_z = self.right.code_step(bins)
         k = shifted_codes(right, right_inverse, right_z, self.right.top).to(torch.int8)
         out = torch.empty(*left.shape[:-1], right.shape[-1])
         total = torch.empty(out.shape[1:], dtype=torch.int32)
@@ -230,7 +219,7 @@ class Int8MatMul(QuantMatMul):
             if z and not signed:
                 total.sub_(k[i].sum(0, dtype=torch.int32), alpha=z)
             torch.mul(total, scale * right_scale, out=result)
-        return out
+        return out if top is None else out.mul_(top)
 
 
 def fits_int8(quantizer: ActivationQuantizer) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.quantizer import ActivationQuantizer
+from quant.quantizer import ActivationQuantizer, fake_quantize_parts
 from quant.weights import WeightQuantizer, dequantize
 
 
@@ -163,10 +163,24 @@ class QuantLayer(nn.Module):
         return self._weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.inputs):
-            x = scale_channels(x, self.channel_scale, self.op.channel_dim)
-            x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
-        return self.op(x, self.weight(), self.bias)
+        return self.op(self.quantized_input(x), self.weight(), self.bias)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        dim, bins = self.op.channel_dim, self.inputs[0].context.bins
+        if isinstance(bins, int):
+            ends = [0, self.split, x.shape[dim]] if self.split else [0, x.shape[dim]]
+            parts = []
+            for start, end, quantizer in zip(ends, ends[1:], self.inputs, strict=False):
+                factors = self.channel_scale
+                factors = None if factors is None else factors[start:end]
+                parts.append((slice(start, end), factors, *quantizer.step(bins)))
+            quantized = fake_quantize_parts(x, parts, dim)
+            if quantized is not None:
+                return quantized
+        x = scale_channels(x, self.channel_scale, dim)
+        return quantize_input(x, self.inputs, self.split, dim)
 
 
 class TimestepLayer(nn.Module):
@@ -205,18 +219,33 @@ class QuantMatMul(nn.Module):
 
     The h heads of a sample lie beside each other. In a batch of mixed timesteps its scales belong
     to the sample, hence to all of its heads.
+
+    by_row: the left operand, probabilities, is quantized relative to the largest value of each row,
+    which multiplies the row of the product afterwards. That is softmax quantized before it is
+    normalised: exp(s - max s) always reaches 1, while a probability among K = 256 keys can be as
+    small as one code of a scale for all rows. The integer product stays as it is.
     """
 
-    def __init__(self, left: nn.Module, right: nn.Module):
+    def __init__(self, left: nn.Module, right: nn.Module, by_row: bool = False):
         super().__init__()
-        self.left, self.right = left, right
+        self.left, self.right, self.by_row = left, right, by_row
+
+    def left_operand(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the left quantizer sees, and the factor (B, N, 1) of the product's rows."""
+        if not self.by_row:
+            return left, None
+        top = left.amax(-1, keepdim=True)
+        return left / top, top
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
-        if isinstance(bins, int):
-            return torch.matmul(self.left(left), self.right(right))
-        left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
-        return torch.matmul(self.left(left), self.right(right)).flatten(0, 1)
+        mixed = not isinstance(bins, int)
+        if mixed:
+            left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
+        left, top = self.left_operand(left)
+        out = torch.matmul(self.left(left), self.right(right))
+        out = out if top is None else out * top
+        return out.flatten(0, 1) if mixed else out
 
     def deploy(self) -> "QuantMatMul":
-        return QuantMatMul(self.left.deploy(), self.right.deploy())
+        return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

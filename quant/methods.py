@@ -36,7 +36,9 @@ class ActivationSettings:
     symmetric: bool = False  # ranges around zero everywhere, as PTQ4DM has them
     learned: bool = True  # learn scales and zero points with the reconstruction (LSQ)
     softmax_bits: int = bounded(8, 2, 8)
-    softmax: str = choice("uniform", "uniform", "log2")  # codes of attention probabilities
+    # Codes of attention probabilities: one scale for all rows, relative to each row's largest
+    # value (layers.py, QuantMatMul), or powers of two.
+    softmax: str = choice("uniform", "uniform", "row", "log2")
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,11 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
-        learned = replace(base.reconstruct, iterations=0, finetune_iterations=500)
+        learned = replace(base.reconstruct, iterations=0, finetune_iterations=180, lr_scale=5e-3)
         return replace(
             base,
             weight=replace(base.weight, rounding="gptq"),
+            activation=replace(base.activation, softmax="row"),
             equivalent_scaling=True,
             reconstruct=learned,
         ), calibration

@@ -42,7 +42,7 @@ class BitPolicy:
     quantize_matmuls: bool = True
     cache_timestep: bool = True
     symmetric: bool = False
-    log2_softmax: bool = False
+    softmax_codes: str = "uniform"  # row or log2, see methods.ActivationSettings
     weight_scale: str = "mse"
 
 
@@ -131,15 +131,15 @@ def quantize(
         elif name in roles.matmuls and policy.quantize_matmuls and policy.activation is not None:
             bits = policy.activation
             probabilities = roles.matmuls[name] == "values"
-            kind = LearnedLog2Quantizer if probabilities and policy.log2_softmax else None
-            left = (kind or LearnedQuantizer)(
+            codes = policy.softmax_codes if probabilities else "uniform"
+            left = (LearnedLog2Quantizer if codes == "log2" else LearnedQuantizer)(
                 context,
                 policy.softmax if probabilities else bits,
                 symmetric=not probabilities,
                 unsigned=probabilities,
             )
             right = LearnedQuantizer(context, bits, symmetric=True, unsigned=False)
-            replace_module(clone, name, QuantMatMul(left, right))
+            replace_module(clone, name, QuantMatMul(left, right, by_row=codes == "row"))
     return QuantDenoiser(clone, context)
 
 

@@ -102,8 +102,8 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
     for name, time, module in _deployed(model):
         inputs = [q.bits for q in _layer_quantizers(module)]
         if isinstance(module, QuantMatMul):
-            log2 = isinstance(module.left, Log2Quantizer)
-            table.append({"name": name, "kind": "matmul", "inputs": inputs, "log2": log2})
+            row = {"name": name, "kind": "matmul", "inputs": inputs, "by_row": module.by_row}
+            table.append(row | {"log2": isinstance(module.left, Log2Quantizer)})
             continue
         table.append(
             {
@@ -384,7 +384,9 @@ class _Builder:
                 self._check(not original.state_dict(), f"{name} is not a matrix product")
                 left, right = entry["inputs"]
                 left = self._quantizer(left, bool(entry["log2"]))
-                replacement: nn.Module = QuantMatMul(left, self._quantizer(right))
+                replacement: nn.Module = QuantMatMul(
+                    left, self._quantizer(right), bool(entry["by_row"])
+                )
             else:
                 replacement = self._layer(entry, original)
                 if entry["time"]:

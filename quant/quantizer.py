@@ -5,6 +5,9 @@
 Legend: B batch, G groups of timesteps, S calibrated timesteps (bins), O output channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -52,6 +55,37 @@ def _per_row(value: torch.Tensor, count: int) -> list[float]:
     """A scalar or (B, 1, ...) tensor as `count` floats."""
     values = value.flatten().tolist()
     return values * count if len(values) == 1 else values
+
+
+def fake_quantize_parts(
+    x: torch.Tensor,
+    parts: list[tuple[slice, torch.Tensor | None, float, float, int, int]],
+    channel_dim: int,
+) -> torch.Tensor | None:
+    """fake_quantize of an input whose channels may have factors and several quantizers, in one go.
+
+    parts: (channels, factors (C,) or None, 1 / scale, scale, lowest and highest q - z). Returns
+    None where going row by row does not pay, else what scaling, splitting, quantizing and joining
+    give, bit by bit, without the copies between them.
+    """
+    rows = _rows(x)
+    if rows is None:
+        return None
+    out = torch.empty_like(x)
+    channels = x.shape[channel_dim]
+    last = x.stride(channel_dim) == 1 and channels > 1  # channels are neighbours in memory
+    for row, out_row in zip(rows, _rows(out), strict=True):
+        row, out_row = (
+            v.view(-1, channels) if last else v.view(channels, -1).T for v in (row, out_row)
+        )
+        for part, factors, inverse, scale, low, high in parts:
+            source, target = row[:, part], out_row[:, part]
+            if factors is None:
+                torch.mul(source, inverse, out=target)
+            else:
+                torch.mul(source, factors, out=target).mul_(inverse)
+            target.round_().clamp_(low, high).mul_(scale)
+    return out
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
@@ -133,6 +167,12 @@ def range_to_scale(
     return scale, (-low / scale).round().clamp(0, top)
 
 
+def rate_of_scale(lr: float, bits: int) -> float:
+    """Learning rate of a log-scale. lr is that of 4 bits: each bit more halves the change of the
+    range that moves an outer value by one code."""
+    return lr * 2.0 ** (4 - bits)
+
+
 class ActivationQuantizer(nn.Module):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
@@ -153,6 +193,25 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
         self.register_buffer("group_of_bin", group_of_bin.to(torch.uint8))
         self._groups = [int(g) for g in self.group_of_bin]  # look-ups without a tensor per call
+        self._steps: list[tuple[float, float, int, int]] | None = None  # from the buffers
+
+    def step(self, index: int) -> tuple[float, float, int, int]:
+        """1 / scale, scale, and the lowest and highest code minus z, of a bin of timesteps."""
+        if self._steps is None:
+            top = 2**self.bits - 1
+            inverse = self.scale.reciprocal().tolist()  # rounded to float32 as in fake_quantize
+            zero_points = self.zero_point.tolist()
+            ends = [-z for z in zero_points], [top - z for z in zero_points]
+            self._steps = list(zip(inverse, self.scale.tolist(), *ends, strict=True))
+        return self._steps[self._groups[index]]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "ActivationQuantizer":
+        self._steps = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._steps = None
+        super()._load_from_state_dict(*args)
 
     def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""
@@ -238,3 +297,11 @@ class LearnedQuantizer(nn.Module):
             self.group_of_bin,
             self.bits,
         )
+
+
+def scale_groups(quantizers: list[LearnedQuantizer], lr: float) -> list[dict]:
+    """Optimizer groups of the quantizers' log-scales; lr as in rate_of_scale."""
+    by_bits: dict[int, list[nn.Parameter]] = {}
+    for q in quantizers:
+        by_bits.setdefault(q.bits, []).append(q.log_scale)
+    return [{"params": v, "lr": rate_of_scale(lr, bits)} for bits, v in sorted(by_bits.items())]

@@ -16,7 +16,7 @@ from torch import nn
 from quant.bank import Bank
 from quant.methods import SearchSettings
 from quant.model import QuantDenoiser, activation_quantizers
-from quant.quantizer import LearnedQuantizer
+from quant.quantizer import LearnedQuantizer, scale_groups
 from quant.timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 
 EXCESS, FAR = 10.0, 4.0
@@ -88,18 +88,13 @@ def search(
     if not quantizers:
         return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
     logits = start(quantizers)
-    scales = [q.log_scale for q in quantizers]
+    groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}]
+    groups += scale_groups(quantizers, settings.lr_scale)
     for p in model.parameters():
         p.requires_grad_(False)
-    for p in [*logits, *scales]:
+    for p in [p for group in groups for p in group["params"]]:
         p.requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": logits, "lr": settings.lr_logits},
-            {"params": scales, "lr": settings.lr_scale},
-        ],
-        fused=True,
-    )
+    optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     bin_of_step = model.context.bin_of_t[torch.tensor(bank.timesteps)]
     tuples, errors, normaliser = [], [], None

@@ -36,9 +36,13 @@ def quantizer_operands(model: QuantDenoiser) -> dict[str, tuple[str, Callable]]:
             for i in range(len(module.inputs)):
                 operands[f"denoiser.{name}.inputs.{i}"] = (original, _input_part(module, i))
         elif isinstance(module, QuantMatMul):
-            operands[f"denoiser.{name}.left"] = (name, lambda args: args[0])
+            operands[f"denoiser.{name}.left"] = (name, _left_part(module))
             operands[f"denoiser.{name}.right"] = (name, lambda args: args[1])
     return operands
+
+
+def _left_part(product: QuantMatMul) -> Callable:
+    return lambda args: product.left_operand(args[0])[0]
 
 
 def _input_part(layer: CalibLayer, part: int) -> Callable:

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from quant.context import TimestepContext
 from quant.equivalent import candidate, scale_equivalently, scaled_layers, unscaled_weight
 from quant.gptq import compensate, input_rows, second_order_codes
 from quant.grouping import assign
-from quant.layers import CalibLayer, scale_channels
+from quant.layers import CalibLayer, quantize_input, scale_channels
 from quant.model import BitPolicy, activation_quantizers, quantize
 from quant.packed import load_quantized, to_bytes
+from quant.quantizer import ActivationQuantizer
 from quant.statistics import collect
 from quant.timesteps import all_steps, tuples_of_steps
+from quant.weights import WeightQuantizer
 from tests.test_quant_grouping import Toy, eps_error, toy_bank, toy_model
 from tests.test_quant_packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import narrow_unet
@@ -160,3 +163,32 @@ def test_channel_scales_survive_the_file(tmp_path: Path) -> None:
     for t in (0, 12, 57):
         step = torch.full((2,), t)
         assert torch.equal(loaded(x, step), copy.deepcopy(model)(x, step))
+
+
+@pytest.mark.parametrize("split", [0, 5])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["channels_last", "contiguous", "linear", "small"])
+def test_the_quick_way_to_quantize_an_input_is_exact(split: int, scaled: bool, kind: str) -> None:
+    """Row by row in the cache, and plainly, give the same bits."""
+    context = TimestepContext([0, 50], 100)
+    side = 4 if kind == "small" else 24
+    layer = nn.Linear(16, 3) if kind == "linear" else nn.Conv2d(16, 3, 1)
+    shape = (3, side * side, 16) if kind == "linear" else (3, 16, side, side)
+    x = torch.randn(shape)
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    inputs = []
+    for _ in range(2 if split else 1):
+        zero_point = torch.tensor([3, 120], dtype=torch.int32)
+        scale = torch.rand(2) * 0.05 + 0.01
+        inputs.append(ActivationQuantizer(context, scale, zero_point, torch.tensor([1, 0]), 8))
+    given = CalibLayer(layer, WeightQuantizer(layer.weight, 8, "mse"), [], split).deploy()
+    given.inputs = nn.ModuleList(inputs)
+    given.channel_scale = torch.rand(16) + 0.5 if scaled else None
+    context.set(torch.tensor([50, 50, 50]))
+    quick = given.quantized_input(x)
+    dim = given.op.channel_dim
+    plain = quantize_input(scale_channels(x, given.channel_scale, dim), given.inputs, split, dim)
+    assert torch.equal(quick, plain)
+    context.bins = torch.tensor([1, 1, 1])  # as a mixed batch
+    assert torch.equal(given.quantized_input(x), plain)

@@ -47,7 +47,14 @@ PARTS: dict[str, tuple[Variant, ...]] = {
     ),
     "timesteps": (*_selection(256), *_selection(512), *_selection(1024)),
     "time_embedding": _each("quant.time_embedding", "quantized", "cached"),
-    "rounding": _each("quant.weight.rounding", "nearest", "adaround"),
+    "rounding": (
+        *_each("quant.weight.rounding", "nearest", "gptq"),
+        Variant(
+            "adaround, 200 iterations a block",
+            ("quant.weight.rounding=adaround", "quant.reconstruct.iterations=200"),
+        ),
+    ),
+    "equivalent_scaling": _each("quant.equivalent_scaling", "false", "true"),
     "end_to_end": (
         Variant("none", ("quant.reconstruct.finetune_iterations=0",)),
         Variant("as the preset", ()),
@@ -55,7 +62,23 @@ PARTS: dict[str, tuple[Variant, ...]] = {
     "progressive": _each("quant.reconstruct.progressive", "false", "true"),
     "step_weights": _each("quant.reconstruct.weigh_steps", "false", "true"),
     "split": _each("quant.split_skip", "false", "true"),
-    # Only below the bits of the activations: the larger of the two numbers counts.
-    "softmax": _each("quant.activation.softmax_bits", 4, 6, 8, name="{} bits"),
+    # Uniform codes have at least the bits of the activations, logarithmic ones may have fewer.
+    "softmax": (
+        *(
+            Variant(
+                f"{codes}, {bits} bits",
+                (f"quant.activation.softmax={codes}", f"quant.activation.softmax_bits={bits}"),
+            )
+            for codes in ("uniform", "row")
+            for bits in (4, 8)
+        ),
+        *(
+            Variant(
+                f"log2, {bits} bits",
+                ("quant.activation.softmax=log2", f"quant.activation.softmax_bits={bits}"),
+            )
+            for bits in (4, 5)
+        ),
+    ),
     "correction": _each("quant.correction", "none", "ptqd"),
 }

@@ -1,0 +1,83 @@
+"""The paper's two benchmark tables from what scripts/benchmark.py measured.
+
+    python scripts/fill_tables.py runs/bench-lsun/results.json runs/bench-imagenet/results.json
+    python scripts/fill_tables.py --published --out tables.md
+
+Each results.json belongs to the table of its configuration (configs/lsun_bedroom.yaml,
+configs/imagenet256.yaml); several of one configuration fill one table, the later file wins. What
+was not measured stays empty. --published adds what other papers printed, in tables of their own
+with their sources.
+
+Exit codes: 0 done, 2 bad input.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.bench.paper import TITLES, section  # noqa: E402
+from scripts.bench.plan import Cell  # noqa: E402
+from scripts.common.cli import make_parser, run  # noqa: E402
+from scripts.common.files import write_text  # noqa: E402
+from scripts.common.runs import RunError  # noqa: E402
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="of benchmark.py")
+    parser.add_argument("--published", action="store_true", help="also what others published")
+    parser.add_argument("--out", metavar="FILE", help="Markdown file, instead of printing")
+    return parser.parse_args(argv)
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """A results.json of one of the tables' configurations. Raises RunError."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        name, rows = result["name"], result["rows"]
+        for row in rows:
+            Cell.from_plain(row["cell"]), row["sampler"]["name"], row["calibrated"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path}: not a results.json of benchmark.py ({error})") from error
+    if name not in TITLES:
+        known = " and ".join(TITLES)
+        raise RunError(f"{path}: measured on '{name}', the tables are of {known}")
+    return result
+
+
+def merged(results: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The same without rows that a later file has again."""
+    seen: set[Any] = set()
+    kept = []
+    for path, result in reversed(results):
+        rows = []
+        for row in result["rows"]:
+            key = (Cell.from_plain(row["cell"]).key, *row["sampler"].values())
+            if key not in seen:
+                rows.append(row)
+            seen.add(key)
+        kept.append((path, result | {"rows": rows}))
+    return kept[::-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    results = [(path, read_results(path)) for path in args.results]
+    parts = []
+    for name in TITLES:
+        own = [(path, result) for path, result in results if result["name"] == name]
+        parts.append(section(name, merged(own), args.published))
+    text = "\n\n".join(parts) + "\n"
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_text(args.out, text)
+        print(args.out)
+
+
+if __name__ == "__main__":
+    run(main)

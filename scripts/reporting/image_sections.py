@@ -1,0 +1,89 @@
+"""The sections about images: both sides, the worst pairs, PSNR."""
+
+import base64
+import io
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from scripts.bench.measure import decibels, median_psnr, pooled_psnr
+from scripts.common.images import grid
+from scripts.metrics.inputs import MetricError, read_image
+from scripts.reporting.figures import data_uri, sorted_psnr
+from scripts.reporting.page import Section, missing, paragraph, picture
+from scripts.reporting.run_folder import Run
+
+SHOWN, COLUMNS = 64, 8
+LARGEST_SIDE = 96  # of an image in a grid, in pixels
+REMEDY = "sample_diffusion.py makes it (with and without --quantized, --out RUN/NAME)."
+
+
+def errors_of(run: Run, names: Sequence[str]) -> np.ndarray:
+    """Mean squared error of each pair of images, (N,). Raises MetricError."""
+    errors = []
+    for name in names:
+        a, b = (read_image(s.folder / name).astype(np.int32) for s in (run.full, run.quantized))
+        if a.shape != b.shape:
+            raise MetricError(f"{run.quantized.folder / name}: another size than in full precision")
+        errors.append(np.mean((a - b) ** 2, dtype=np.float64))
+    return np.array(errors)
+
+
+def images_section(run: Run, names: Sequence[str], errors: np.ndarray) -> Section:
+    body = []
+    for images, title in ((run.full, "full precision"), (run.quantized, "quantized")):
+        if images is None:
+            body.append(missing(f"images of the {title} model.", REMEDY))
+            continue
+        shown = (names or images.names)[:SHOWN]
+        words = f"{title}: {images.folder.name}, {len(shown)} of {len(images.names)} images"
+        body.append(picture(_grid_uri(images.folder, shown), words, "pixels"))
+    parts = [f'<div class="pair">{"".join(body)}</div>']
+    if len(names):
+        worst = np.argsort(-errors, kind="stable")[:COLUMNS]
+        parts.append(_worst(run, [names[i] for i in worst], decibels(errors[worst])))
+    return Section("images", "Images", "".join(parts))
+
+
+def _worst(run: Run, names: Sequence[str], psnr: np.ndarray) -> str:
+    rows = [
+        picture(_grid_uri(images.folder, names), title, "pixels")
+        for images, title in ((run.full, "full precision"), (run.quantized, "quantized"))
+    ]
+    values = ", ".join(
+        f"{Path(name).stem} ({v:.1f} dB)" for name, v in zip(names, psnr, strict=True)
+    )
+    return f"<h3>The most different pairs</h3>{paragraph(values)}{''.join(rows)}"
+
+
+def _grid_uri(folder: Path, names: Sequence[str]) -> str:
+    images = [Image.fromarray(read_image(folder / name)) for name in names]
+    side = min(LARGEST_SIDE, *(max(image.size) for image in images))
+    if any(image.size != (side, side) for image in images):
+        images = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
+    stacked = np.stack([np.asarray(image) for image in images])
+    buffer = io.BytesIO()
+    Image.fromarray(grid(stacked, COLUMNS)).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def psnr_section(names: Sequence[str], errors: np.ndarray) -> Section:
+    if not len(names):
+        lack = "a folder of full-precision and one of quantized images from the same noise."
+        return Section("psnr", "PSNR per image", missing(lack, REMEDY))
+    psnr, pooled = decibels(errors), pooled_psnr(errors[None])
+    median = median_psnr(errors[None])
+    words = (
+        f"PSNR of {len(names)} quantized images to the full-precision images of the same noise: "
+        f"pooled {pooled:.2f} dB, median {median:.2f} dB, worst {psnr.min():.2f} dB, "
+        f"best {psnr.max():.2f} dB."
+    )
+    uri = data_uri(partial(sorted_psnr, psnr=psnr, pooled=pooled))
+    hint = (
+        "The pooled value averages the squared error first, so the few images that turned into "
+        "another picture rule it."
+    )
+    return Section("psnr", "PSNR per image", picture(uri, words) + paragraph(hint, "soft"))

@@ -1,0 +1,312 @@
+"""scripts/report.py as a command line on a small run: a page that needs nothing but itself, that
+shows what was measured and says what is missing.
+
+python -m pytest tests/test_report.py
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import calibrate
+import sample_diffusion
+from models.ddim_unet import DDIMUNet
+from quant.packed import load_quantized
+from scripts import compare, report
+from scripts.metrics import paired_psnr
+from scripts.reporting.contents import bytes_by_kind, read_quantizers
+from scripts.reporting.measurements import FILE, Networks
+from tests.test_calibrate import CONFIG, command, done, refusal
+from tests.test_calibrate import QUICK as QUICK_CALIBRATION
+
+SECTIONS = {"summary", "images", "psnr", "eps", "groups", "ranges", "timesteps", "layers"}
+SECTIONS |= {"size", "speed", "config", "versions"}
+PARAMS = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
+PARAMS |= {"image_size": 16, "norm_groups": 4}
+QUICK = ["--trajectories", "2", "--states", "3"]
+VOID = {"meta", "img", "br", "wbr"}
+
+
+class Page(HTMLParser):
+    """Sections with their text and what they say is missing, every attribute, every style."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: dict[str, str] = {}
+        self.lacks: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        self.style = self.section = self.kind = ""
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        values = dict(attrs)
+        if tag == "section":
+            self.section = values["id"]
+            self.text[self.section], self.lacks[self.section] = "", []
+        self.kind = values.get("class") if tag == "p" else ("style" if tag == "style" else "")
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag  # well formed
+        self.kind = ""
+        if tag == "section":
+            self.section = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.kind == "style":
+            self.style += data
+        elif self.kind == "missing":
+            self.lacks[self.section].append(data)
+        elif self.kind == "note":
+            self.notes.append(data)
+        if self.section:
+            self.text[self.section] += data
+
+    @property
+    def pictures(self) -> list[bytes]:
+        uris = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
+        return [base64.b64decode(uri.partition(";base64,")[2], validate=True) for uri in uris]
+
+    def missing(self) -> dict[str, str]:
+        return {name: " ".join(said) for name, said in self.lacks.items() if said}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """narrow.yaml, its checkpoint, and `run`: calibrated, sampled, compared."""
+    folder = tmp_path_factory.mktemp("report")
+    torch.manual_seed(0)
+    torch.save(DDIMUNet(**PARAMS).state_dict(), folder / "narrow.pt")
+    (folder / "narrow.yaml").write_text(CONFIG)
+    config, run = str(folder / "narrow.yaml"), folder / "run"
+    brief = (*QUICK_CALIBRATION, "quant.reconstruct.iterations=0")
+    brief += ("quant.reconstruct.finetune_iterations=4",)
+    calibrate.main(["--config", config, "--out", str(run), "--set", *brief])
+    sample_diffusion.main(["--config", config, "--out", str(run / "images-fp")])
+    quantized = ["--config", config, "--quantized", str(run / "quantized.safetensors")]
+    sample_diffusion.main([*quantized, "--out", str(run / "images-w4a8")])
+    compare.main(["--run", str(run), "--full", "images-fp", "--quantized", "images-w4a8"])
+    done(command("scripts/report.py", folder, "run", *QUICK, "--figures", "figures"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(home: Path) -> Page:
+    return Page(home / "run" / "report.html")
+
+
+@pytest.fixture
+def copy(home: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(home / "run", tmp_path / "copy"))
+
+
+def reported(run: Path, *arguments: str) -> Page:
+    report.main([str(run), *(arguments or QUICK)])
+    return Page(run / "report.html")
+
+
+def test_every_section_is_there_and_nothing_is_missing(page: Page) -> None:
+    assert set(page.text) == SECTIONS and not page.open
+    assert page.missing() == {} and page.notes == []
+    links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
+    assert links == {f"#{name}" for name in SECTIONS}
+    assert ("meta", "name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in page.style
+
+
+def test_the_page_is_self_contained(page: Page) -> None:
+    tags = {tag for tag, _, _ in page.attributes}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "video", "source"}
+    for tag, name, value in page.attributes:
+        assert not re.match(r"\s*(https?:|//|file:)", value), (tag, name)
+        assert name not in ("srcset", "data") and not name.startswith("on")
+        if name == "src":
+            assert value.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
+    assert "@import" not in page.style and "url(" not in page.style
+    assert len(page.pictures) >= 8
+    for data in page.pictures:
+        if data.startswith(b"\x89PNG"):
+            Image.open(io.BytesIO(data)).load()
+            continue
+        links = re.findall(r'href="([^"]*)"|url\(([^)]*)\)', data.decode())
+        assert data.startswith(b"<svg")
+        assert all((a or b).startswith(("#", "data:")) for a, b in links)
+
+
+def test_numbers_are_those_of_the_run(home: Path, page: Page) -> None:
+    run = home / "run"
+    pairs = paired_psnr(run / "images-w4a8", run / "images-fp")
+    assert (
+        f"pooled {pairs['psnr']:.2f} dB, median {pairs['psnr_median']:.2f} dB"
+        in (page.text["psnr"])
+    )
+    told = json.loads((run / "report.json").read_text())
+    assert f"{told['size_mb']:.3f} MB" in page.text["summary"]
+    assert f"{sum(told['phases']['tuples_per_step'])} calibration samples" in page.text["timesteps"]
+    assert all(row["name"] in page.text["layers"] for row in told["layers"])
+    sizes = bytes_by_kind(run / "quantized.safetensors")
+    assert sum(sizes.values()) == (run / "quantized.safetensors").stat().st_size == told["bytes"]
+    assert all(f"{size:,}" in page.text["size"] for size in sizes.values())
+    assert (run / "config.yaml").read_text() in page.text["config"]
+    assert (
+        told["identity"] in page.text["versions"]
+        and told["versions"]["torch"] in (page.text["versions"])
+    )
+
+
+def test_one_layer_alone_is_what_it_says(home: Path) -> None:
+    """Against the same state and the same layer put into the network by hand."""
+    kept = json.loads((home / "run" / FILE).read_text())
+    layers, states = kept["layers"]["values"], kept["states"]["values"]
+    assert layers["timesteps"] == [states["timesteps"][i] for i in (0, 2, 5)]
+    assert set(layers["eps_mse"]) == {
+        row["name"] for row in json.loads((home / "run/report.json").read_text())["layers"]
+    }
+    assert all(error > 0 for error in layers["eps_mse"].values())
+    name = "mid.block_1.conv1"
+    full, empty = DDIMUNet(**PARAMS).eval(), DDIMUNet(**PARAMS).eval()
+    full.load_state_dict(torch.load(home / "narrow.pt", weights_only=True))
+    model = load_quantized(home / "run" / "quantized.safetensors", empty)
+    bank = Networks(report.read_run(home / "run"), torch.device("cpu"), 2, True).bank
+    x = torch.stack([bank.x[0, 0], bank.x[2, 1], bank.x[5, 0]])
+    t = torch.tensor(layers["timesteps"])
+    quantized, conv = model.denoiser.get_submodule(name), full.get_submodule(name)
+    with torch.no_grad():
+        exact = full(x, t)
+        model.context.set(t)
+        conv.register_forward_hook(lambda module, args, out: quantized(args[0]))
+        error = (full(x, t) - exact).double().square().mean()
+    assert layers["eps_mse"][name] == pytest.approx(float(error), rel=1e-3)
+
+
+def test_ranges_and_groups_fit_the_file(home: Path) -> None:
+    quantizers = read_quantizers(home / "run" / "quantized.safetensors")
+    states = json.loads((home / "run" / FILE).read_text())["states"]["values"]
+    low, high = (np.array(states[name], dtype=float) for name in ("low", "high"))
+    assert low.shape == quantizers.rank.shape == (len(quantizers.labels), 6)
+    assert (low <= high).all() and len(set(quantizers.labels)) == len(quantizers.labels)
+    assert (quantizers.low <= 0).all() and (quantizers.high > 0).all()
+    row = next(i for i, n in enumerate(quantizers.labels) if n.endswith("attn.0.values (left)"))
+    assert low[row].min() >= 0 and high[row].max() <= 1.0001  # attention's probabilities
+    finest = [quantizers.high[r] - quantizers.low[r] for r in range(len(low))]
+    for rank, width in zip(quantizers.rank, finest, strict=True):  # ranks are in order of scale
+        assert (np.diff(width[np.argsort(rank, kind="stable")]) >= -1e-6 * width.max()).all()
+
+
+def test_a_second_page_measures_nothing_and_is_the_same(copy: Path) -> None:
+    first = (copy / "report.html").read_bytes()
+    (copy / "report.html").unlink()
+    before = (copy / FILE).stat().st_mtime_ns
+    reported(copy)
+    assert (copy / "report.html").read_bytes() == first
+    assert (copy / FILE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("gone", "sections"),
+    [
+        (["images-fp", "images-w4a8"], {"images", "psnr", "speed"}),
+        (["images-fp"], {"images", "psnr", "speed"}),
+        (["comparison.json"], {"summary"}),
+        (["report.json"], {"summary", "timesteps", "layers", "speed"}),
+        (["quantized.safetensors"], {"eps", "groups", "ranges", "layers", "size"}),
+    ],
+)
+def test_what_is_missing_is_said(gone: list[str], sections: set[str], copy: Path) -> None:
+    for name in gone:
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = reported(copy)
+    assert set(page.text) == SECTIONS
+    assert set(page.missing()) == sections
+    assert all(said.startswith("Not in this run: ") for said in page.missing().values())
+
+
+def test_without_its_checkpoint_only_ranges_are_measured(copy: Path) -> None:
+    """And another checkpoint is no substitute."""
+    text = (copy / "config.yaml").read_text()
+    found = re.search(r"checkpoint: (\S+)", text).group(1)
+    (copy / "config.yaml").write_text(text.replace(found, "elsewhere.pt"))
+    page = reported(copy)
+    assert set(page.missing()) == {"eps", "layers"} and "elsewhere.pt" in page.missing()["eps"]
+    assert "eps-MSE alone" not in page.text["layers"]
+    torch.manual_seed(1)
+    torch.save(DDIMUNet(**PARAMS).state_dict(), copy / "elsewhere.pt")
+    page = reported(copy)
+    assert "not the checkpoint that was calibrated" in page.missing()["eps"]
+    page = reported(copy, "--trajectories", "0", "--states", "0")
+    assert {"eps", "ranges", "layers"} == set(page.missing())
+
+
+def test_images_that_do_not_belong_together_are_not_compared(copy: Path, home: Path) -> None:
+    identity = json.loads((copy / "images-fp.identity.json").read_text())
+    (copy / "images-fp.identity.json").write_text(json.dumps(identity | {"seed": 7}))
+    page = reported(copy)
+    assert {"images", "psnr"} <= set(page.missing()) and "differ in seed" in page.notes[0]
+    page = reported(copy, *QUICK, "--full", str(home / "run" / "images-fp"))
+    assert page.missing() == {}
+    identity = json.loads((copy / "images-w4a8.identity.json").read_text())
+    identity["files_sha256"]["quantized"] = "0" * 64
+    (copy / "images-w4a8.identity.json").write_text(json.dumps(identity))
+    page = reported(copy, *QUICK, "--full", str(home / "run" / "images-fp"))
+    assert "another file" in page.notes[0]
+
+
+def test_an_older_configuration_is_told_not_guessed(copy: Path) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text() + "novelty: 1\n")
+    page = reported(copy)
+    assert "novelty" in page.notes[0] and "novelty: 1" in page.text["config"]
+    assert set(page.missing()) == {"eps", "ranges", "layers"}
+
+
+def test_text_of_the_run_is_not_markup(copy: Path) -> None:
+    told = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(json.dumps(told | {"name": "<script>alert(1)</script>"}))
+    page = reported(copy)
+    assert "script" not in {tag for tag, _, _ in page.attributes} | set(page.open)
+    assert "<script>" not in (copy / "report.html").read_text()
+
+
+def test_the_map_of_the_groups_as_a_file(home: Path) -> None:
+    with Image.open(home / "figures" / "run-groups.png") as image:
+        assert image.width > 300 and len(np.unique(np.asarray(image)[..., 0])) > 3
+
+
+def test_bad_input_is_refused_in_one_line(home: Path, tmp_path: Path, capsys) -> None:
+    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
+    empty.mkdir()
+    shutil.copytree(home / "run", damaged)
+    with pytest.raises(report.RunError, match="give a run of calibrate.py"):
+        report.main([str(empty)])
+    data = bytearray((damaged / "quantized.safetensors").read_bytes())
+    data[-100] ^= 1
+    (damaged / "quantized.safetensors").write_bytes(data)
+    arguments = (str(damaged), "--trajectories", "1")
+    assert "checksum" in refusal(command("scripts/report.py", home, *arguments))
+    (damaged / "report.json").write_text("{")
+    with pytest.raises(report.RunError, match="damaged"):
+        report.main([str(damaged)])
+    with pytest.raises(report.RunError, match="no such folder"):
+        report.main([str(home / "run"), "--full", "nowhere"])
+    with pytest.raises(SystemExit):
+        report.main([str(home / "run"), "--trajectories", "-1"])
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (empty / "report.html").exists()
