@@ -4,7 +4,8 @@
 
 Needs no checkpoint. The denoiser is built without memory; layer by layer it gets random weights,
 which are rounded to the nearest code and packed into the bytes that calibrate.py would write, with
-all scales, groups, biases and norms. FP32 is 4 bytes per parameter. MB is 2^20 bytes.
+all scales (one for every channel that may have one), groups, biases and norms. FP32 is 4 bytes per
+parameter. MB is 2^20 bytes.
 
 BOPs: sum over layers of MACs x weight bits x activation bits (attention products: both activation
 bits), one network call for one image; classifier-free guidance doubles it. TBOPs is 10^12.
@@ -29,6 +30,7 @@ from models.pipeline import sampling_plan  # noqa: E402
 from quant.calibration import bit_policy, calibrated_timesteps  # noqa: E402
 from quant.context import TimestepContext  # noqa: E402
 from quant.coverage import LayerRow, count_macs, layer_rows  # noqa: E402
+from quant.equivalent import scaled_layers  # noqa: E402
 from quant.methods import QuantSettings  # noqa: E402
 from quant.model import (  # noqa: E402
     LAYER_TYPES,
@@ -133,13 +135,18 @@ def deployed_alone(
     roles: Any,
     policy: BitPolicy,
     context: TimestepContext,
-    groups: int,
+    settings: QuantSettings,
 ) -> nn.Module:
-    """One layer as integers, each activation quantizer with `groups` ranges over the timesteps."""
+    """One layer as integers, with as many ranges, and channel scales, as the settings allow."""
     holder = nn.Module()
     holder.layer = layer
     model = quantize(holder, context, policy, own_roles(name, roles))
-    bins = len(context.timesteps)
+    if settings.equivalent_scaling:
+        for calibrated in scaled_layers(model).values():
+            ones = torch.ones(calibrated.weight.shape[1])
+            quantizer = calibrated.weight_quantizer
+            calibrated.set_channel_scale(ones, calibrated.weight.detach(), quantizer)
+    groups, bins = settings.activation.groups, len(context.timesteps)
     group_of_bin = torch.arange(bins) * min(groups, bins) // bins
     high = torch.linspace(1.0, 4.0, min(groups, bins))
     for _, quantizer in activation_quantizers(model):
@@ -150,11 +157,11 @@ def deployed_alone(
 def random_deployed(config: Config, policy: BitPolicy, context: TimestepContext) -> QuantDenoiser:
     """The denoiser as calibrate.py ends with it; one layer at a time is in floating point."""
     model, generator = empty_denoiser(config), torch.Generator().manual_seed(0)
-    roles, groups = roles_of(model), config.quant.activation.groups
+    roles = roles_of(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LAYER_TYPES) or name in roles.matmuls:
             layer = with_random_weights(layer, generator)
-            layer = deployed_alone(layer, name, roles, policy, context, groups)
+            layer = deployed_alone(layer, name, roles, policy, context, config.quant)
             replace_module(model, name, layer)
     for module in model.modules():  # norms and embeddings
         if any(p.is_meta for p in module.parameters(recurse=False)):
