@@ -1,4 +1,4 @@
-"""Attention products of several heads in a batch of mixed timesteps."""
+"""Attention products of several heads in a batch of mixed timesteps, and over a single token."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from quant.context import TimestepContext
 from quant.layers import QuantMatMul
 from quant.quantizer import LearnedQuantizer
+from quant.search import start
 
 HEADS = 3
 
@@ -35,3 +36,12 @@ def test_each_head_has_the_scales_of_its_sample(deployed: bool) -> None:
         assert torch.allclose(mixed[rows], matmul(left[rows], right[rows]), atol=1e-6)
     context.set(torch.tensor([20, 10]))
     assert not torch.allclose(mixed, matmul(left, right), atol=1e-3)
+
+
+def test_the_search_starts_where_a_group_has_no_error() -> None:
+    """The probabilities over one token are exactly 1, which every range may represent."""
+    quantizer = product(TimestepContext([10, 20], 100)).left
+    quantizer.group_error = torch.tensor([[0.0, 0.0], [0.0, 1e-3]])
+    (logits,) = start([quantizer])
+    assert torch.isfinite(logits).all()
+    assert logits[0, 0] == logits[0, 1] and logits[1, 0] > logits[1, 1] + 3
