@@ -17,7 +17,7 @@ from models.pipeline import build_denoiser
 from scripts.common import cli
 from scripts.common.config import ConfigError, load_config, parse_config
 from scripts.common.wiring import assemble, empty_denoiser
-from tests.latent import CLASSES, CONFIG, PARAMS, write_checkpoint
+from tests.latent import CONFIG, PARAMS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # Parameters of the denoiser and of the first stage as published; ours for the embedded ones.
@@ -175,22 +175,21 @@ def write_config(folder: Path, model: dict[str, Any], **more: Any) -> dict[str, 
     return config
 
 
-def test_sample_imagenet_without_checkpoint_and_network_says_what_to_do(tmp_path: Path) -> None:
+def test_sample_lsun_without_checkpoint_and_network_says_what_to_do(tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/model.ckpt"
-    model = CONFIG["model"] | {"params": PARAMS | CLASSES}
+    model = {k: v for k, v in CONFIG["model"].items() if k != "conditioning"} | {"params": PARAMS}
     write_config(tmp_path, model, checkpoint="nowhere/model.ckpt", url=url)
-    done = script("sample_imagenet.sh", tmp_path)
+    done = script("sample_lsun.sh", tmp_path)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: cannot download {url}") and "nowhere/model.ckpt" in line
 
 
-def test_sample_lsun_runs_to_its_fid_line(tmp_path: Path) -> None:
+def test_sample_imagenet_runs_to_its_fid_line(tmp_path: Path) -> None:
     """The reference is not there: that is said last, when the images are made."""
-    model = {k: v for k, v in CONFIG["model"].items() if k != "conditioning"} | {"params": PARAMS}
-    config = write_config(tmp_path, model, checkpoint=str(tmp_path / "model.ckpt"))
+    config = write_config(tmp_path, CONFIG["model"], checkpoint=str(tmp_path / "model.ckpt"))
     write_checkpoint(tmp_path / "model.ckpt", config)
-    done = script("sample_lsun.sh", tmp_path, "--count", "3")
+    done = script("sample_imagenet.sh", tmp_path, "--count", "3")
     assert done.returncode == 2, done.stderr
     assert f"pytorch_fid {tmp_path / 'reference.npz'} {tmp_path / 'run/images'}" in done.stdout
     assert "set REFERENCE to the training images" in done.stderr.splitlines()[-1]
