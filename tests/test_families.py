@@ -4,6 +4,7 @@ lines; the scripts of the paper's rows say what is missing."""
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def script(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProc
         "RUN": str(folder / "run"),
         "REFERENCE": str(folder / "reference.npz"),
     }
-    environment = {**os.environ, **paths, "OMP_NUM_THREADS": "1"}
+    paths |= {"TINYDM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **paths}
     return subprocess.run(
         ["sh", str(ROOT / name), *arguments], env=environment, capture_output=True, text=True
     )

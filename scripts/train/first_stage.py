@@ -121,6 +121,8 @@ def train_first_stage(
         ("autoencoder", PLAIN_SHARE, False),
         ("first_stage", 1 - PLAIN_SHARE, True),
     ):
+        if not codebook and (out / "first_stage" / "state.pt").exists():
+            continue  # the codebook's run has begun: other lengths of a resumed run change it alone
         minutes = None if settings.minutes is None else share * settings.minutes
         iterations = max(round(share * settings.iterations), 1)
         part = replace(settings, iterations=iterations, minutes=minutes)
