@@ -3,10 +3,12 @@
     python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w4a8
     python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w8a8 --weight_bit 8
     python calibrate.py --config configs/cifar10.yaml --out runs/cifar10-w4a8 --resume
+    torchrun --nproc-per-node 8 calibrate.py --config configs/cifar10.yaml --out ...
 
 OUT receives quantized.safetensors (everything sampling needs), config.yaml, report.json (times,
 errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
---resume goes on after the last one, and gives the same file as an uninterrupted run.
+--resume goes on after the last one, and gives the same file as an uninterrupted run. So does
+torchrun, which spreads the trajectories over its processes; the rest runs on the first.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 """
@@ -31,11 +33,12 @@ from quant.packed import to_bytes
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml
 from scripts.common.files import remove_stale, save_tensors, write_bytes, write_json, write_text
-from scripts.common.runs import RunError
+from scripts.common.processes import ALONE, Team, team_of_processes
+from scripts.common.runs import RunError, locked
 from scripts.common.trajectories import answer, record_bank
 from scripts.common.wiring import Assembly, assemble
 
-STATE, RESULT = "calibration.pt", "quantized.safetensors"
+STATE, RESULT, LOCK = "calibration.pt", "quantized.safetensors", ".lock"
 
 
 class Bars:
@@ -101,7 +104,7 @@ def load_state(folder: Path, identity: str, resume: bool) -> dict[str, Any] | No
     if not path.exists():
         return None
     try:
-        value = torch.load(path, weights_only=True)
+        value = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch has many exceptions for a damaged file
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
     if not isinstance(value, dict) or value.get("identity") != identity:
@@ -113,10 +116,14 @@ def load_state(folder: Path, identity: str, resume: bool) -> dict[str, Any] | No
     return value
 
 
-def make_bank(config: Config, assembly: Assembly, device: torch.device) -> Bank:
+def make_bank(
+    config: Config, assembly: Assembly, device: torch.device, team: Team = ALONE
+) -> Bank | None:
+    """The trajectories; None on the ranks that only help to make them."""
     total = config.calibration.trajectories
     size = config.sampling.micro_batch
-    with tqdm(total=-(-total // size) * size, desc=f"{'trajectories':20}", unit="image") as bar:
+    title, whole = f"{'trajectories':20}", -(-total // size) * size
+    with tqdm(total=whole, desc=title, unit="image", disable=team.rank != 0) as bar:
         return record_bank(
             assembly.pipeline,
             assembly.denoiser,
@@ -125,6 +132,7 @@ def make_bank(config: Config, assembly: Assembly, device: torch.device) -> Bank:
             classes=config.sampling.classes,
             device=device,
             on_images=bar.update,
+            team=team,
         )
 
 
@@ -140,13 +148,28 @@ def main(argv: list[str] | None = None) -> None:
     config, device = load_config(args.config, args.overrides), resolve_device(args.device)
     folder = Path(args.out)
     assembly = assemble(config, device=device)
-    lines = calibrate_config(
-        config, assembly, folder, device, resume=args.resume, overwrite=args.overwrite
-    )
+    with team_of_processes() as team:
+        if team.rank != 0:
+            if team.agree(False):  # rank 0 knows whether trajectories are wanted
+                make_bank(config, assembly, device, team)
+            return
+        options = {"resume": args.resume, "overwrite": args.overwrite, "team": team}
+        with locked(folder / LOCK):
+            lines = calibrate_config(config, assembly, folder, device, **options)
     if lines is None:
         print(f"{folder / RESULT}: is there already, from the same configuration and checkpoint")
     else:
         print("\n".join(lines))
+
+
+def check_finite(deployed: torch.nn.Module) -> None:
+    """Raises RunError, with the layer, if something that was learned is NaN or infinite."""
+    for name, value in deployed.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise RunError(
+                f"calibration ran away: {name} is not finite; lower quant.reconstruct.lr_scale "
+                "or quant.search.lr_scale, then --overwrite"
+            )
 
 
 def calibrate_config(
@@ -158,11 +181,12 @@ def calibrate_config(
     resume: bool = False,
     overwrite: bool = False,
     bank: Bank | None = None,
+    team: Team = ALONE,
 ) -> list[str] | None:
     """Calibrate into `folder` and return the lines of its log; None if it is done already.
 
     assembly: full precision, of the same configuration. bank: what make_bank gives, if it is there
-    already; the reported seconds are then those after it.
+    already; the reported seconds are then those after it. team: processes that help to make it.
     """
     began = time.perf_counter()
     identity = identity_of(config, assembly.sources)
@@ -171,20 +195,25 @@ def calibrate_config(
     if overwrite:  # at once: killed from here on, --resume continues the new run
         for name in (RESULT, STATE):
             (folder / name).unlink(missing_ok=True)
-    if is_done(folder, identity):
+    done = is_done(folder, identity)
+    saved = None if done else load_state(folder, identity, resume)
+    wanted = team.agree(not done and saved is None and bank is None)
+    if done:
+        (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
-    saved = load_state(folder, identity, resume)
     write_text(folder / "config.yaml", resolved_yaml(config))
-    state = None
-    if saved is not None:
-        state, bank = CalibrationState.from_plain(saved["state"]), Bank(**saved["bank"])
-        print(f"resumed after: {', '.join(state.done)}")
-    elif bank is None:
-        bank = make_bank(config, assembly, device)
+    state = CalibrationState()
 
     def save(state: CalibrationState) -> None:
         value = {"identity": identity, "state": state.to_plain(), "bank": vars(bank)}
         save_tensors(folder / STATE, value)
+
+    if saved is not None:
+        state, bank = CalibrationState.from_plain(saved["state"]), Bank(**saved["bank"])
+        print(f"resumed after: {', '.join(['trajectories', *state.done])}")
+    elif wanted:
+        bank = make_bank(config, assembly, device, team)
+        save(state)
 
     def visit(model: torch.nn.Module, number: int) -> Bank:
         size = config.sampling.micro_batch
@@ -212,6 +241,23 @@ def calibrate_config(
         state,
         save,
     )
+    check_finite(deployed)
+    lines = write_result(folder, config, assembly, bank, deployed, phases, began, identity)
+    (folder / STATE).unlink(missing_ok=True)
+    return lines
+
+
+def write_result(
+    folder: Path,
+    config: Config,
+    assembly: Assembly,
+    bank: Bank,
+    deployed: torch.nn.Module,
+    phases: dict[str, Any],
+    began: float,
+    identity: str,
+) -> list[str]:
+    """The reports, then the quantized file, by which the run is done; the lines of the log."""
     roles = roles_of(assembly.denoiser)
     x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
     macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
@@ -228,7 +274,6 @@ def calibrate_config(
     seconds = time.perf_counter() - began
     lines = write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
     write_bytes(folder / RESULT, data)
-    (folder / STATE).unlink(missing_ok=True)
     return lines
 
 

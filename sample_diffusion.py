@@ -15,9 +15,9 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 
 import argparse
 import dataclasses
-import os
 import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from scripts.common.cli import add_config, add_out, make_parser, resolve_device,
 from scripts.common.config import Config, load_config, parse_config, resolved_yaml
 from scripts.common.files import write_json, write_text
 from scripts.common.images import grid, is_whole_png, to_uint8, write_png
-from scripts.common.runs import beside, claim, missing_images, png_name, surplus_images
+from scripts.common.processes import rank_and_world
+from scripts.common.runs import beside, claim, locked, missing_images, png_name, surplus_images
 from scripts.common.strict import ConfigError
 from scripts.common.wiring import BACKENDS, Assembly, assemble
 
@@ -111,52 +112,72 @@ def write_grid(folder: Path, count: int, file: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = rank_and_world()
     config, device = read_config(args), resolve_device(args.device)
-    folder, count = Path(args.out), config.sampling.count
+    folder = Path(args.out)
     check_paths(args, folder)
-    log: list[str] = []
-
-    def say(line: str) -> None:
-        log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
-        if rank == 0:
-            print(line, flush=True)
-
-    if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
-        say("note: quant.* changes nothing here; calibrate.py uses it")
     began = time.perf_counter()
     backend = args.backend if args.quantized else None
     assembly = assemble(config, args.quantized, args.backend, device)
     loaded = time.perf_counter() - began
-    claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
-    missing = missing_images(folder, count)
-    # By number, not by place in the list: the ranks list while others already write.
-    todo = [index for index in missing if index % world == rank]
-    if rank == 0:
-        write_text(beside(folder, "config.yaml"), resolved_yaml(config))
-    if count > len(missing):
-        say(f"{folder}: {count - len(missing)} of {count} images are there already")
-    if todo and config.sampling.batch_size < config.sampling.micro_batch:
+    with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
+        claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
+        if rank != 0:
+            missing = missing_images(folder, config.sampling.count)
+            make_images(config, assembly, share(missing, rank, world), folder, device, quiet=True)
+            return
+        fill(args, config, assembly, device, world, loaded)
+
+
+def share(missing: list[int], rank: int, world: int) -> list[int]:
+    """By number, not by place in the list: the ranks list while others already write."""
+    return [index for index in missing if index % world == rank]
+
+
+def fill(
+    args: argparse.Namespace,
+    config: Config,
+    assembly: Assembly,
+    device: torch.device,
+    world: int,
+    loaded: float,
+) -> None:
+    """What rank 0 does: its images, the log and the report. loaded: seconds that loading took."""
+    folder, sampling, log = Path(args.out), config.sampling, []
+
+    def say(line: str) -> None:
+        log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        print(line, flush=True)
+
+    if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
+        say("note: quant.* changes nothing here; calibrate.py uses it")
+    missing = missing_images(folder, sampling.count)
+    todo, found = share(missing, 0, world), sampling.count - len(missing)
+    write_text(beside(folder, "config.yaml"), resolved_yaml(config))
+    if found:
+        say(f"{folder}: {found} of {sampling.count} images are there already")
+    if todo and sampling.batch_size < sampling.micro_batch:
         say("note: batch_size is below micro_batch, to which each network call is padded")
     began = time.perf_counter()
-    make_images(config, assembly, todo, folder, device, quiet=rank != 0)
+    make_images(config, assembly, todo, folder, device, quiet=False)
     seconds = time.perf_counter() - began
-    if rank != 0:
-        return
     if args.grid is not None:
-        write_grid(folder, count, args.grid)
-    if surplus := surplus_images(folder, count):
+        write_grid(folder, sampling.count, args.grid)
+    if surplus := surplus_images(folder, sampling.count):
         say(f"note: {folder} holds {surplus} more PNG files, which a score would count")
     rate = f", {len(todo) / seconds:.3g} images/s" if todo else ""
-    say(f"{folder}: {len(todo)} images made in {seconds:.1f} s{rate}")
+    by = f" by the first of {world} processes" if world > 1 else ""
+    say(f"{folder}: {len(todo)} images made{by} in {seconds:.1f} s{rate}")
     with beside(folder, "log.txt").open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in log)
-    if todo:
+    note = beside(folder, "report.json")
+    if todo or not note.exists():  # killed between the last image and its report
+        backend = args.backend if args.quantized else None
         report = report_of(config, assembly, backend, device, world)
-        report["images"] = {"count": count, "made": len(todo), "found": count - len(missing)}
+        report["images"] = {"count": sampling.count, "made": len(todo), "found": found}
         report["seconds"] = {"load": loaded, "sample": seconds}
-        report["images_per_second"] = len(todo) / seconds
-        write_json(beside(folder, "report.json"), report)
+        report["images_per_second"] = len(todo) / seconds if todo else None
+        write_json(note, report)
 
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:

@@ -4,6 +4,8 @@ Used by `checkpoint` and `diffusers_folder`. Every way in which a file can be wr
 CheckpointError of one line.
 """
 
+import io
+import os
 import pickletools
 import re
 import warnings
@@ -105,9 +107,22 @@ def size_of(path: Path) -> int:
     return size
 
 
+class _Bounded(io.BufferedReader):
+    """A file whose reads ask for no more than there is: a damaged length of gigabytes, taken as it
+    is, would be allocated before the file turns out to be short."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "rb"))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def open_file(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return _Bounded(path)
     except OSError as error:
         raise failure(
             path, f"cannot be read ({error.strerror})", "check its permissions"
@@ -194,7 +209,7 @@ def _first_name(path: Path) -> str | None:
     """The first class or function that a plain pickle names; it is read, never run."""
     strings: list[str] = []  # module and name are pushed as strings
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
                     return ".".join(strings[-2:])

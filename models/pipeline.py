@@ -25,7 +25,7 @@ from models.dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
 from models.guided_samplers import guided_ddim, guided_ddpm, space_timesteps
 from models.ldm_samplers import ldm_ddim, ldm_timesteps, plms
 from models.ldm_unet import TRAINING_ONLY, LDMUNet
-from models.samplers import Denoiser, NoiseScale, StepHook, ddim, ddpm
+from models.samplers import Denoiser, NoiseScale, SamplingError, StepHook, ddim, ddpm
 from models.schedule import SKIPS as DDIM_SKIPS
 from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
 
@@ -208,7 +208,10 @@ class Pipeline:
             return x
         # One at a time: a constant size, as in FixedBatch, and little memory.
         parts = [decode_first_stage(self.first_stage, z, self.scale_factor) for z in x.split(1)]
-        return torch.cat(parts)
+        images = torch.cat(parts)
+        if not torch.isfinite(images).all():
+            raise SamplingError("the first stage decodes to values that are NaN or infinite")
+        return images
 
     @torch.no_grad()
     def latents(

@@ -104,13 +104,17 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
                 value = tensors[f"{name}.{key}"].to(old.device)
                 setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
             module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
-            module.group_error = tensors.get(f"{name}.group_error")
+            value = tensors.get(f"{name}.group_error")
+            module.group_error = None if value is None else value.to(module.log_scale.device)
         elif isinstance(module, WeightQuantizer):
             for key in ("alpha", "latent", "log_gain"):
                 value = tensors.get(f"{name}.{key}")
-                setattr(module, key, None if value is None else nn.Parameter(value))
+                if value is not None:
+                    value = nn.Parameter(value.to(module.scale.device))
+                setattr(module, key, value)
         elif isinstance(module, CalibLayer):
-            module.channel_scale = tensors.get(f"{name}.channel_scale")
+            value = tensors.get(f"{name}.channel_scale")
+            module.channel_scale = None if value is None else value.to(module.weight.device)
     tables = {
         k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
     }

@@ -18,7 +18,7 @@ from quant.model import QuantDenoiser, activation_quantizers, weight_layers
 from quant.quantizer import rate_of_scale, scale_groups
 from quant.timesteps import all_steps, tuples_of_steps
 
-LR_LATENT = 0.01  # in units of a weight's scale: a hundred steps move a weight by one code
+LR_LATENT = 0.006  # in codes: about a hundred steps move a weight from the middle to the next
 LR_FLOAT = 1e-3  # biases and norms, at 4 bits; each bit more halves it
 LR_ZERO_POINT = 0.02  # in codes
 

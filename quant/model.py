@@ -140,7 +140,8 @@ def quantize(
             )
             right = LearnedQuantizer(context, bits, symmetric=True, unsigned=False)
             replace_module(clone, name, QuantMatMul(left, right, by_row=codes == "row"))
-    return QuantDenoiser(clone, context)
+    device = next(denoiser.parameters()).device  # where the new quantizers belong as well
+    return QuantDenoiser(clone, context).to(device)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

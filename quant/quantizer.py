@@ -37,7 +37,7 @@ def fake_quantize(
     return out
 
 
-SMALL = 4096  # values per sample, below which one pass over the batch is quicker
+SMALL = 12000  # values per sample, below which one pass over the batch is quicker
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor | None:

@@ -15,6 +15,10 @@ from quant.layers import CalibLayer, QuantMatMul, scale_channels
 from quant.model import QuantDenoiser
 
 
+class StatisticsError(ValueError):
+    """Activations that no range can be found for; one line."""
+
+
 @dataclass
 class Statistics:
     """values (S, N) float32: a sample of the activation per bin, extremes included;
@@ -69,8 +73,8 @@ def collect(
     """Runs the full-precision denoiser on batches (x_t (B, C, H, W), t, conditioning).
 
     Each batch shares one timestep. Returns the statistics of every activation quantizer of
-    `model`. Bins that no batch reached copy the nearest one that was. Raises ValueError on values
-    that are not finite, naming the layer.
+    `model`. Bins that no batch reached copy the nearest one that was. Raises StatisticsError on
+    values that are not finite, naming the layer.
     """
     context: TimestepContext = model.context
     bins = len(context.timesteps)
@@ -89,7 +93,7 @@ def collect(
                 x = take(args).detach().flatten()
                 low, high = x.amin(), x.amax()
                 if not (torch.isfinite(low) and torch.isfinite(high)):
-                    raise ValueError(f"layer {layer}: its input is not finite (NaN or infinity)")
+                    raise StatisticsError(f"layer {layer}: its input is NaN or infinite")
                 index = torch.randint(x.numel(), (values_per_bin,), generator=generator)
                 sample = x[index.to(x.device)]
                 kept[name][current].append(torch.cat([sample, low[None], high[None]]))

@@ -9,6 +9,7 @@ from torch import nn
 
 from quant.quantizer import SMALLEST_SCALE, range_to_scale, round_ste
 
+WITHIN = 0.25  # of a code's cell, where its latent starts
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid (Nagel et al. 2020, eq. 23)
 
 
@@ -90,13 +91,14 @@ class WeightQuantizer(nn.Module):
         self.latent, self.alpha, self.soft = nn.Parameter(codes), None, False
 
     def start_latent(self, weight: torch.Tensor) -> None:
-        """Starts at the weight itself, moved into the cell of the code chosen so far."""
+        """Starts at the weight itself, moved well into the cell of the code chosen so far: at its
+        edge the first small steps would undo what second-order rounding chose together."""
         with torch.no_grad():
             self.soft = False
             codes = self.codes(weight)
             exact = weight / per_channel(self.scale, weight)
             exact = exact + per_channel(self.zero_point, weight)
-            latent = torch.minimum(torch.maximum(exact, codes - 0.45), codes + 0.45)
+            latent = torch.minimum(torch.maximum(exact, codes - WITHIN), codes + WITHIN)
         self.latent = nn.Parameter(latent)
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         self.alpha = None

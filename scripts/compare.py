@@ -58,6 +58,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ImageError(f"{path}: cannot be read ({error}); run sample_diffusion.py") from error
 
 
+def _seconds(images: int, rate: float | None) -> str:
+    """Empty where the report's process found every image made already."""
+    return "" if rate is None else f"{images / rate:.0f}"
+
+
 def format_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """Markdown, columns padded to equal width."""
     cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         (calibration["method"], bits, size, value, fid[1], f"{calibration['seconds']:.0f}"),
     ]
     rows = [
-        dict(zip(columns, (*v, f"{n / r['images_per_second']:.0f}"), strict=True))
+        dict(zip(columns, (*v, _seconds(n, r["images_per_second"])), strict=True))
         for v, r in zip(values, reports, strict=True)
     ]
     table = format_table(rows, columns)

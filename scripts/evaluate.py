@@ -8,6 +8,7 @@ with images `x` or `arr_0` (N, H, W, 3) uint8. FID equals `python -m pytorch_fid
     python scripts/evaluate.py REF --save-stats ref.npz    # keep the statistics of REF
     python scripts/evaluate.py REF GEN --paired FULL       # and PSNR of GEN against FULL, by name
     python scripts/evaluate.py --prepare-inception         # only store the Inception weights
+    torchrun --nproc-per-node 8 scripts/evaluate.py REF GEN ...    # the same numbers, sooner
 
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -18,7 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.files import write_json  # noqa: E402
+from scripts.common.processes import team_of_processes  # noqa: E402
+from scripts.common.reference import full_statistics  # noqa: E402
 from scripts.metrics import METRICS, evaluate, paired_psnr  # noqa: E402
 from scripts.metrics.inception import FILE_NAME, prepare_inception  # noqa: E402
 from scripts.metrics.inputs import MetricError  # noqa: E402
@@ -40,41 +44,8 @@ def report(result: dict) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the command line asks."""
-    if args.prepare_inception:
-        file = prepare_inception()
-        print(f"{file}\nTORCH_HOME={file.parents[2]} python -m pytorch_fid REF GEN")
-        return
-    if args.ref is None or (args.gen is None and args.save_stats is None):
-        raise MetricError("REF and GEN are needed (or REF and --save-stats); see --help")
-    if args.gen is None and args.paired is not None:
-        raise MetricError("--paired needs GEN")
-    names = [] if args.metrics == "none" else [m.strip() for m in args.metrics.split(",")]
-    paired = None if args.paired is None else paired_psnr(args.gen, args.paired)
-    result = evaluate(
-        args.ref,
-        args.gen,
-        names,
-        inception=args.inception,
-        batch_size=args.batch_size,
-        device=args.device,
-        preprocess=args.preprocess,
-        save_stats=args.save_stats,
-    )
-    result |= {"paired": paired} if paired else {}
-    report(result)
-    if args.json is not None:
-        try:
-            write_json(args.json, result)
-        except OSError as error:
-            raise MetricError(f"{args.json}: cannot be written ({error.strerror})") from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("ref", nargs="?", metavar="REF", help="reference: folder or .npz")
     parser.add_argument("gen", nargs="?", metavar="GEN", help="generated: folder or .npz")
     parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)}, or none")
@@ -93,16 +64,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prepare-inception", action="store_true", help="store the Inception weights and stop"
     )
-    try:
-        run(parser.parse_args(argv))
-    except MetricError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.prepare_inception:
+        file = prepare_inception()
+        print(f"{file}\nTORCH_HOME={file.parents[2]} python -m pytorch_fid REF GEN")
+        return
+    if args.ref is None or (args.gen is None and args.save_stats is None):
+        raise MetricError("REF and GEN are needed (or REF and --save-stats); see --help")
+    if args.gen is None and args.paired is not None:
+        raise MetricError("--paired needs GEN")
+    names = [] if args.metrics == "none" else [m.strip() for m in args.metrics.split(",")]
+    with team_of_processes() as team:
+        first = team.rank == 0
+        paired = paired_psnr(args.gen, args.paired) if first and args.paired else None
+        result = evaluate(
+            full_statistics(args.ref),
+            args.gen,
+            names,
+            inception=args.inception,
+            batch_size=args.batch_size,
+            device=args.device,
+            preprocess=args.preprocess,
+            save_stats=args.save_stats,
+            team=team,
+        )
+    if result is None:
+        return
+    result |= {"paired": paired} if paired else {}
+    report(result)
+    if args.json is not None:
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -140,6 +140,9 @@ def deployed_alone(
     """One layer as integers, with as many ranges, and channel scales, as the settings allow."""
     holder = nn.Module()
     holder.layer = layer
+    holder.place = nn.Parameter(
+        torch.zeros(0)
+    )  # a product of attention has no parameter, no device
     model = quantize(holder, context, policy, own_roles(name, roles))
     if settings.equivalent_scaling:
         for calibrated in scaled_layers(model).values():

@@ -8,4 +8,5 @@ NEEDS=test
 export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q tests "$@"
+# A file of tests a process, two at a time: each has its own temporary folders.
+"$PYTHON" -m pytest -q -n 2 --dist loadfile tests "$@"

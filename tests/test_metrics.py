@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pytorch_fid import fid_score
 from tqdm import tqdm
 
 from scripts import evaluate as cli
+from scripts.common.cli import run
 from scripts.metrics import Pass, evaluate, inception, inputs, paired_psnr, scores
 from scripts.metrics.inputs import MetricError
 
@@ -187,6 +189,26 @@ def test_psnr():
     assert scores.psnr(255.0**2) == 0
     assert scores.psnr(1) == pytest.approx(48.1308, abs=1e-4)
     assert scores.psnr(0) == math.inf
+
+
+def test_scores_need_bounded_memory(tmp_path):
+    """400 MB of images in an archive, and 60,000 features, within the memory that is promised."""
+    source = tmp_path / "x.npz"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("x.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (20_000, 84, 84, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(20):
+                file.write(bytes(1000 * 84 * 84 * 3))
+    moments = scores.Moments(64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = 0
+    for batch in inputs.open_source(source).images.batches(50):
+        images += len(batch)
+        moments.update(torch.randn(150, 64))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert images == 20_000 and moments.count == 60_000
+    assert after - before < 100 * 1024  # kB
 
 
 # --- Inception ----------------------------------------------------------------------------------
@@ -434,7 +456,14 @@ def test_evaluate_and_stored_statistics(network, folders, tmp_path):
 
 
 def run_cli(*arguments: str | Path) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    """Exit code of the command, run in this process through the script's own wrapper."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run(lambda: cli.main([str(argument) for argument in arguments]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return int(caught.value.code or 0)
 
 
 def test_statistics_files_need_no_network(tmp_path, capsys):
@@ -476,6 +505,24 @@ def test_bad_commands_give_one_line_and_exit_2(tmp_path, capsys, arguments, mess
     assert run_cli(*(a.format(**names) for a in arguments)) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_hostile_statistics_give_one_line(tmp_path, capsys):
+    """An array that claims 8 TB, and an array that is no archive."""
+    vast = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**20)}
+    np.lib.format.write_array_header_1_0(vast, header)
+    for name, keys in (("vast.npz", ("mu", "sigma")), ("compact.npz", ("mu", "triangle", "n"))):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for key in keys:
+                archive.writestr(f"{key}.npy", vast.getvalue())
+        assert run_cli(tmp_path / name, tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: claims more than memory holds" in error and error.count("\n") == 1
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
+    assert run_cli(tmp_path / "plain.npz", tmp_path) == 2
+    assert "plain.npz: not a readable npz file" in capsys.readouterr().err
 
 
 def test_paired_alone_needs_no_network(folders, tmp_path, capsys):

@@ -9,11 +9,15 @@ Options are accepted with underscores and with dashes. The last one on the comma
 """
 
 import argparse
+import errno
 import json
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +25,9 @@ import torch
 from models.checkpoint import CheckpointError
 from models.samplers import SamplingError
 from quant.packed import PackedFileError
+from quant.statistics import StatisticsError
 from scripts.common.config import Override
+from scripts.common.files import write_json
 from scripts.common.images import ImageError, MetricError
 from scripts.common.memory import keep_freed_memory
 from scripts.common.runs import RunError
@@ -34,8 +40,11 @@ USER_ERRORS = (
     MetricError,
     ImageError,
     SamplingError,
+    StatisticsError,
     RunError,
 )
+# How the allocators of PyTorch and oneDNN say it where they raise a RuntimeError.
+OUT_OF_MEMORY = re.compile("can't allocate memory|std::bad_alloc|could not create a memory")
 NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
 
 
@@ -173,6 +182,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if line is None:
             raise
         _complain(line)
+        _tell_torchrun(line)
         sys.exit(2)
 
 
@@ -182,15 +192,27 @@ def explain(error: Exception) -> str | None:
         return printable(error, 2000)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
-        return printable(f"{where}{error.strerror or error}", 2000)
+        what = f"{where}{error.strerror or error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return printable(what + ("; make room, the same command continues" if full else ""), 2000)
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if exhausted or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    if exhausted or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
         return "out of memory: lower the batch size (--set sampling.micro_batch=4)"
     return None
 
 
 def _complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
+    print(f"error: {rank}{line}", file=sys.stderr)
+
+
+def _tell_torchrun(line: str) -> None:
+    """torchrun ends with a summary; this puts the reason in it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        with suppress(OSError):  # the disk may be what is full
+            write_json(file, {"message": line, "timestamp": int(time.time())})
 
 
 def _terminate(signum: int, frame: Any) -> None:

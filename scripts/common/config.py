@@ -33,6 +33,7 @@ from scripts.common.strict import (
 __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
 
 ROOT = Path(__file__).resolve().parents[2]
+LARGEST, DEEPEST = 65_536, 64  # numbers in model.params; blocks of a level, entries of a list
 METHODS = dataclasses.fields(QuantSettings)[0].metadata["choices"]
 
 
@@ -211,6 +212,9 @@ def _check(config: Config, where: Where) -> None:
     check_arguments(denoiser, model.params, where, ("model", "params"), extra)
     if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
+    _check_sizes(model.params, ("model", "params"), refuse)
+    if model.first_stage is not None:
+        _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
     for name in ("first_stage", "conditioning"):
         if getattr(model, name) is not None and model.arch != "ldm_unet":
             refuse(f"model.{name}", "belongs to arch ldm_unet only")
@@ -247,6 +251,22 @@ def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) ->
         refuse("model.conditioning.prompts", "cannot be there beside n_classes and embed_dim")
     elif not conditioning.prompts:
         refuse("model.conditioning.prompts", "must hold at least one text")
+
+
+def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
+    """Building even an empty network takes time and memory by these: no file may ask for any."""
+    name = key[-1]
+    most = DEEPEST if name.endswith(("blocks", "depth")) else LARGEST
+    if isinstance(value, dict):
+        for inner in value:
+            _check_sizes(value[inner], (*key, inner), refuse)
+    elif isinstance(value, list | tuple):
+        if len(value) > DEEPEST:
+            refuse(".".join(key), f"has {len(value)} entries, at most {DEEPEST} are sensible")
+        for inner in value:
+            _check_sizes(inner, key, refuse)
+    elif isinstance(value, int | float) and not -most <= value <= most:
+        refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
 
 
 def _check_classes(config: Config, refuse: Any) -> None:

@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
+import glob
 import io
 import json
 import os
@@ -25,6 +26,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
 
     The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
+    An OSError without a file name (a full disk) gets that of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,19 +36,26 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_stale(folder: str | Path) -> int:
+def remove_stale(folder: str | Path, name: str = "") -> int:
     """Remove the temporaries that killed processes left in a folder; returns how many.
 
-    Those of a living process of this machine stay, as do those of other machines for an hour.
+    name: what the files begin with. Those of a living process of this machine stay, as do those of
+    other machines for an hour.
     """
     removed = 0
-    for path in Path(folder).glob(".*.tmp"):
-        *_, host, pid, _ = path.name.rsplit(".", 3)
-        if host == _host() and pid.isdecimal():
+    for path in Path(folder).glob(f".{glob.escape(name)}*.tmp"):
+        *_, host, pid, _ = ["", "", *path.name.rsplit(".", 3)]
+        if not pid.isdecimal():
+            continue  # not one of ours
+        if host == _host():
             stale = not _is_other_process(int(pid))
         else:
             stale = time.time() - path.stat().st_mtime > STALE_SECONDS

@@ -43,8 +43,10 @@ def full_statistics(path: str | Path) -> Path:
                 return path
             mu, triangle = archive["mu"].astype(np.float64), archive["triangle"]
             count = archive["n"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ImageError(f"{path}: damaged statistics ({error})") from error
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{path}: not a readable npz file ({error})") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: claims more than memory holds ({error})") from error
     if triangle.shape != (len(mu) * (len(mu) + 1) // 2,):
         raise ImageError(f"{path}: damaged statistics (mu and triangle do not fit)")
     target = CACHE / path.name

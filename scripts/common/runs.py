@@ -4,16 +4,21 @@ The folder holds images alone, since pytorch-fid counts every image in it. What 
 lies beside it under its name: runs/x/images -> runs/x/images.report.json and so on.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from scripts.common.files import remove_stale, write_json
 from scripts.common.images import is_whole_png
+from scripts.common.strict import printable
 
 WAIT_SECONDS = 600
 NUMBERED = re.compile(r"[0-9]{6}\.png")
@@ -29,6 +34,38 @@ def beside(folder: str | Path, suffix: str) -> Path:
     name = folder.name or folder.resolve().name
     parent = folder.parent if folder.name else folder.resolve().parent
     return parent / f"{name}.{suffix}"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: the file is there, and locked, while the block runs.
+
+    The lock of a killed process is free again, whatever it left. Raises RunError if another holds
+    it. A file system that has no locks lets everyone in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = printable(file.read(200))
+            file.close()
+            raise RunError(f"{path}: held by {holder or 'a process'}; wait for it") from None
+        except OSError:
+            break
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the holder before us removed this one just now
+    try:
+        with suppress(OSError):  # on a full disk nobody reads who holds it
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
@@ -78,6 +115,7 @@ def claim(
         for path in images:
             path.unlink()
     remove_stale(folder)
+    remove_stale(note.parent, note.name.removesuffix("identity.json"))
     if not same:
         write_json(note, dict(identity))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from models.pipeline import Pipeline
 from quant.bank import Bank
+from scripts.common.processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
 
@@ -36,25 +37,46 @@ def record_bank(
     classes: list[int] | None = None,
     device: str | torch.device = "cpu",
     on_images: Callable[[int], None] = lambda n: None,
-) -> Bank:
+    team: Team = ALONE,
+) -> Bank | None:
     """The states of `count` trajectories first..first+count-1 and the denoiser's answers.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_images(n) reports progress.
+    on_images(n) reports progress. The calls are spread over the team; rank 0 gets the bank that
+    one process would have made, the others None.
     """
     size = pipeline.micro_batch
-    banks = []
-    for start in range(first, first + count, size):
+    steps = len(pipeline.timesteps)
+
+    def make(block: int) -> Tensors:
         recorder = _Recorder(denoiser)
-        indices = range(start, start + size)
+        indices = range(first + block * size, first + (block + 1) * size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
-        banks.append(_stack(recorder, len(pipeline.timesteps), str(device)))
+        return _to_tensors(_stack(recorder, steps, str(device)))
+
+    banks = []
+    for value in team.in_turn(-(-count // size), make):
+        banks.append(_from_tensors(value, str(device)))
         on_images(size)
+    if team.rank != 0:
+        return None
     bank = banks[0]
     for other in banks[1:]:
         bank = bank.extend(other)
     return bank
+
+
+def _to_tensors(bank: Bank) -> Tensors:
+    conditioning = {f"conditioning.{name}": v for name, v in bank.conditioning.items()}
+    parts = {"x": bank.x, "eps": bank.eps, "timesteps": torch.tensor(bank.timesteps)}
+    return parts | conditioning
+
+
+def _from_tensors(value: Tensors, device: str) -> Bank:
+    prefix = "conditioning."
+    conditioning = {n.removeprefix(prefix): v for n, v in value.items() if n.startswith(prefix)}
+    return Bank(value["x"], value["eps"], value["timesteps"].tolist(), conditioning, device)
 
 
 def _stack(recorder: _Recorder, steps: int, device: str) -> Bank:

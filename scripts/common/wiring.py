@@ -118,7 +118,7 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         state, source = files.state(name, stage.checkpoint or model.checkpoint)
         _fill(first_stage, state, stage.prefix, source)
         if model.scale_factor is None and "scale_factor" in state:
-            scale_factor = float(state["scale_factor"])
+            scale_factor = _scale_factor(state["scale_factor"], source)
     if model.conditioning is not None:
         embedder = _embedder(model.conditioning, *files.state("checkpoint", model.checkpoint))
     return build_pipeline(
@@ -151,6 +151,13 @@ def _embedder(
     _fill(tower, state, conditioning.prefix, source)
     with torch.no_grad():
         return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
+
+
+def _scale_factor(value: torch.Tensor, source: Path) -> float:
+    """Of the latents. Raises CheckpointError unless it is one positive number."""
+    if value.numel() != 1 or not (torch.isfinite(value) & (value > 0)).all():
+        raise CheckpointError(f"{source}: scale_factor is not one positive number; set it by hand")
+    return float(value)
 
 
 def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:

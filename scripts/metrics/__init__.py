@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from scripts.common.processes import ALONE, Team, Tensors
 from scripts.metrics import inception as net
 from scripts.metrics import scores
 from scripts.metrics.inputs import (
@@ -44,21 +45,36 @@ class Pass:
         self.features: list[torch.Tensor] | None = [] if "features" in wanted else None
         self.images, self.seconds = 0, 0.0
 
-    def run(self, source: Source, network: net.InceptionFeatures, batch_size: int, bar: tqdm):
-        """Stream the images of `source` through the network."""
+    def run(
+        self,
+        source: Source,
+        network: net.InceptionFeatures,
+        batch_size: int,
+        bar: tqdm,
+        team: Team = ALONE,
+    ) -> None:
+        """Stream the images of `source` through the network; rank 0 of the team gathers."""
         start = time.perf_counter()
-        for batch in source.images.batches(batch_size):  # uint8 (B, 3, H, W)
-            features = network(batch)
+        share = source.images.batches(batch_size, team.rank, team.world)  # uint8 (B, 3, H, W)
+
+        def features_of(_: int) -> Tensors:
+            features = network(next(share))
+            return {"pool": features.pool.cpu(), "spatial": features.spatial.cpu()}
+
+        for features in team.in_turn(-(-len(source.images) // batch_size), features_of):
+            pool = features["pool"]
             if self.pool:
-                self.pool.update(features.pool)
+                self.pool.update(pool)
             if self.spatial:
-                self.spatial.update(features.spatial)
+                self.spatial.update(features["spatial"])
             if self.score:
-                self.score.update(network.logits(features.pool))
+                self.score.update(network.logits(pool))
             if self.features is not None:
-                self.features.append(features.pool.cpu())
-            self.images += len(batch)
-            bar.update(len(batch))
+                self.features.append(pool)
+            self.images += len(pool)
+            bar.update(len(pool))
+        for _ in share:
+            pass  # reads to the end of an archive, where its checksum is compared
         self.seconds = time.perf_counter() - start
 
     def statistics(self, preprocess: str) -> Statistics:
@@ -85,13 +101,15 @@ def evaluate(
     preprocess: str = "pytorch-fid",
     save_stats: str | Path | None = None,
     progress: bool = True,
-) -> dict:
+    team: Team = ALONE,
+) -> dict | None:
     """Score `generated` against `reference`; the result can be written as JSON.
 
     Keys: one per metric (None: cannot be computed, a note says why), `images` of both sides (None:
     the statistics do not say), `notes`, and how the numbers were made. `inception` is a weights
     file, or a network to use again, whose device and preprocessing then count. `save_stats` keeps
-    the statistics of the reference; `generated` may then be None.
+    the statistics of the reference; `generated` may then be None. The images are spread over the
+    team; the numbers are those of one process, rank 0 has them and the others None.
     """
     if isinstance(inception, net.InceptionFeatures):
         preprocess = inception.preprocess
@@ -112,12 +130,17 @@ def evaluate(
     for side, source in sides.items():
         passes[side] = Pass(wanted[side])
         if wanted[side]:
-            with tqdm(total=len(source.images), desc=side, unit="img", disable=not progress) as bar:
-                passes[side].run(source, network, batch_size, bar)
+            quiet = not progress or team.rank != 0
+            with tqdm(total=len(source.images), desc=side, unit="img", disable=quiet) as bar:
+                passes[side].run(source, network, batch_size, bar, team)
+        if team.rank != 0:
+            continue
         statistics[side] = source.statistics or passes[side].statistics(preprocess)
         if side == "reference" and save_stats is not None:
             save_statistics(save_stats, statistics[side])
 
+    if team.rank != 0:
+        return None
     result = compare(metrics, passes, statistics)
     counts = {side: count(source) for side, source in sides.items()}
     total, seconds = (sum(getattr(p, k) for p in passes.values()) for k in ("images", "seconds"))

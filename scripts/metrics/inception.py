@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,12 +208,14 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Device of a --device word: auto takes CUDA if there is one."""
+    """Device of a --device word: auto takes CUDA if there is one, this process its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
         raise MetricError(f"--device {name}: no such device here; use --device cpu")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def tf_resize_matrix(size: int, target: int = SIZE) -> torch.Tensor:
@@ -290,4 +293,4 @@ class InceptionFeatures:
         """Classifier outputs (B, 1008) without bias, as the Inception score uses them."""
         if not self.has_classifier:
             raise MetricError(NO_CLASSIFIER)
-        return pool @ self._classifier.T
+        return pool.to(self.device) @ self._classifier.T

@@ -59,17 +59,19 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """Yield uint8 batches (B, 3, H, W); the next one is decoded while this one is used."""
-        chunks = [self.files[i : i + size] for i in range(0, len(self.files), size)]
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[torch.Tensor]:
+        """Yield uint8 batches (B, 3, H, W): first, first + step, ...; the next one is decoded
+        while this one is used."""
+        chunks = [self.files[i : i + size] for i in range(0, len(self.files), size)][first::step]
+        if not chunks:
+            return
         pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
         try:
             pending = [pool.submit(read_image, file) for file in chunks[0]]
-            shape = None
+            shape = read_image(self.files[0]).shape
             for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
                 images = [future.result() for future in pending]
                 pending = [pool.submit(read_image, file) for file in following]
-                shape = shape or images[0].shape
                 for file, image in zip(chunk, images, strict=True):
                     if image.shape != shape:
                         raise MetricError(
@@ -93,8 +95,8 @@ class ArrayImages:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """Yield uint8 batches (B, 3, H, W)."""
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[torch.Tensor]:
+        """Yield uint8 batches (B, 3, H, W): first, first + step, ... All are read."""
         each = int(np.prod(self.shape[1:]))  # bytes of one image
         with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
             self._header(stream)
@@ -104,8 +106,9 @@ class ArrayImages:
                     data = stream.read(count * each)
                     if len(data) != count * each:
                         raise EOFError(f"array ends inside image {start + len(data) // each}")
-                batch = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                yield batch.view(count, *self.shape[1:]).permute(0, 3, 1, 2)
+                if (start // size - first) % step == 0 and start // size >= first:
+                    batch = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    yield batch.view(count, *self.shape[1:]).permute(0, 3, 1, 2)
             with _reading(self.path):
                 stream.read(1)  # at the end of the member its checksum is compared
 
@@ -209,6 +212,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, LookupError, EOFError, TypeError, SyntaxError) as error:
         raise MetricError(f"{path}: not a readable npz file ({_line(error)})") from error
+    except MemoryError as error:
+        raise MetricError(f"{path}: claims more than memory holds ({_line(error)})") from error
     except (RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise MetricError(f"{path}: damaged npz file ({_line(error)})") from error
 

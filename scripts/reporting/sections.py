@@ -200,7 +200,7 @@ def speed_section(run: Run) -> Section:
                 report.get("backend"),
                 report.get("images", {}).get("made"),
                 f"{report.get('seconds', {}).get('sample', float('nan')):.1f}",
-                f"{report.get('images_per_second', float('nan')):.3g}",
+                f"{report.get('images_per_second') or float('nan'):.3g}",
                 report.get("calls_per_image"),
                 f"{report.get('device')}, {report.get('threads')} threads, "
                 f"{report.get('processes')} processes",

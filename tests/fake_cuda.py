@@ -1,0 +1,149 @@
+"""A `cuda` device on a machine without one, to find tensors that are made on the wrong device.
+
+    with fake_cuda():
+        x = torch.randn(2, device="cuda")  # has the values of torch.randn(2)
+        x + torch.ones(2)                  # RuntimeError: two devices
+        x.numpy()                          # TypeError
+
+PyTorch's own FakeTensorMode has no values, so that a program cannot decide anything by them, and
+its CUDA tensors cannot run backward without a driver. Here a tensor says that it is on the device,
+every operation checks whether its operands are on the same one, and then runs on the CPU: the whole
+of calibration and sampling goes through, and ends with the bits of a run on the CPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+MOVES = {aten.copy_.default, aten._to_copy.default}
+INDEXING = {  # the index may lie on the CPU
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+
+
+class CudaTensor(torch.Tensor):
+    """Values on the CPU that claim to be on the device."""
+
+    values: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, requires_grad: bool = False) -> "CudaTensor":
+        made = torch.Tensor._make_subclass(cls, values, requires_grad)
+        made.values = values
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return CUDA
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"CudaTensor({self.values!r})"
+
+    def __deepcopy__(self, memo: dict) -> "CudaTensor":
+        if id(self) not in memo:
+            copied = CudaTensor(self.values.clone(), self.requires_grad)
+            if isinstance(self, torch.nn.Parameter):
+                copied._is_param = True
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.values.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        check_devices(func, args, kwargs)
+        plain = pytree.tree_map_only(CudaTensor, lambda x: x.values, (args, kwargs))
+        result = func(*plain[0], **plain[1])
+        known = {id(x.values): x for x in pytree.tree_leaves((args, kwargs)) if type(x) is cls}
+
+        def wrapped(value: torch.Tensor) -> torch.Tensor:
+            return known[id(value)] if id(value) in known else cls.made(value)
+
+        return pytree.tree_map_only(torch.Tensor, wrapped, result)
+
+    @classmethod
+    def made(cls, value: torch.Tensor) -> "CudaTensor":
+        return value if isinstance(value, CudaTensor) else cls(value)
+
+
+def check_devices(func: Any, args: tuple, kwargs: dict) -> None:
+    """As CUDA: one device for all operands, but for numbers on the CPU and what copies."""
+    operands = pytree.tree_leaves((args[:1] if func in INDEXING else args, kwargs))
+    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+    alien = [x for x in tensors if not isinstance(x, CudaTensor) and x.dim() > 0]
+    if alien and func not in MOVES:
+        shapes = ", ".join(f"{tuple(x.shape)}" for x in alien)
+        raise RuntimeError(f"two devices: {func} on cuda:0 got tensors of shape {shapes} on cpu")
+
+
+def is_cuda(x: Any) -> bool:
+    """Of a device, as a program may write it."""
+    return isinstance(x, str | torch.device) and str(x).partition(":")[0] == "cuda"
+
+
+def is_device(x: Any) -> bool:
+    return is_cuda(x) or isinstance(x, torch.device) or x == "cpu"
+
+
+class FakeCuda(TorchFunctionMode):
+    """The calls that name a device. calls counts those that name this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cpu or func is torch.Tensor.to:
+            return self._move(func, *args, **kwargs)
+        ours = args and isinstance(args[0], CudaTensor)
+        if ours and func in (torch.Tensor.numpy, torch.Tensor.__array__):
+            raise TypeError("cannot convert a cuda:0 tensor to numpy; use Tensor.cpu() first")
+        if ours and func is torch.Tensor.tolist:
+            return args[0].values.tolist()  # subclasses have none
+        if not is_cuda(kwargs.get("device")):
+            return func(*args, **kwargs)
+        self.calls += 1
+        return CudaTensor.made(func(*args, **kwargs | {"device": "cpu"}))  # a factory
+
+    def _move(self, func: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Tensor.to and Tensor.cpu: first the type and the memory format, then the device."""
+        named = kwargs.pop("device", None)
+        devices = [a for a in (named, *args) if a is not None and is_device(a)]
+        rest = [a for a in args if isinstance(a, torch.dtype | torch.Tensor)]
+        kept = {n: v for n, v in kwargs.items() if n != "non_blocking" and v is not None}
+        if rest or kept:
+            x = torch.Tensor.to(x, *rest, **kept) if rest or kept else x
+        if func is torch.Tensor.cpu or (devices and not is_cuda(devices[0])):
+            return x.values.detach() if isinstance(x, CudaTensor) else x
+        if not devices or isinstance(x, CudaTensor):
+            return x
+        self.calls += 1
+        return CudaTensor(x.detach(), x.requires_grad)
+
+
+@contextmanager
+def fake_cuda() -> Iterator[FakeCuda]:
+    """The device is there as long as the block runs."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to, as for CUDA
+    try:
+        with FakeCuda() as mode:
+            yield mode
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)

@@ -1,0 +1,187 @@
+"""Calibration and sampling on a stand-in for a CUDA device (see fake_cuda.py).
+
+A tensor that is made on another device than the one it is used with fails here, without a GPU. What
+comes out must have the bits of a run on the CPU. Speed, kernels and memory of a real GPU are not
+tested by this.
+
+python -m pytest tests/test_cuda.py
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import calibrate
+from models.autoencoder import first_stage_from_upstream
+from models.conditioning import ClassEmbedder
+from models.pipeline import build_denoiser
+from scripts.common.config import Config, load_config
+from scripts.common.wiring import assemble
+from tests.fake_cuda import CUDA, CudaTensor, fake_cuda
+from tests.test_failures import CONFIG, RESULT, room  # noqa: F401 (a fixture)
+
+QUICK = (
+    "sampler.steps=4",
+    "calibration.samples=16",
+    "calibration.trajectories=4",
+    "quant.search.rounds=2",
+    "quant.search.batch_size=4",
+    "quant.reconstruct.batch_size=4",
+    "quant.reconstruct.finetune_batch_size=4",
+    "quant.reconstruct.finetune_iterations=3",
+)
+LDM = {
+    "image_size": 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 8,
+    "num_res_blocks": 1,
+    "attention_resolutions": [1],
+    "channel_mult": [1],
+    "num_heads": 1,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 6,
+    "norm_groups": 2,
+}
+
+
+def config_of(room: Path, *keys: str) -> Config:  # noqa: F811
+    return load_config(room / "tiny.yaml", [*QUICK, *keys])
+
+
+# ---- the stand-in itself ----
+
+
+def test_the_device_is_strict() -> None:
+    with fake_cuda():
+        x = torch.randn(2, 3, device="cuda")
+        assert x.device == CUDA and (2 * x + torch.tensor(1.0)).device == CUDA
+        assert torch.arange(3, device=x.device).device == CUDA
+        for mixed in (
+            lambda: x + torch.ones(2, 3),
+            lambda: torch.cat([x, torch.ones(2, 3)]),
+            lambda: torch.ones(2, 3)[torch.zeros(1, dtype=torch.long, device="cuda")],
+            lambda: torch.nn.functional.linear(x, torch.ones(4, 3)),
+            lambda: x[:, 0].copy_(x[:, 1]) + torch.ones(2),
+        ):
+            with pytest.raises(RuntimeError, match="two devices"):
+                mixed()
+        with pytest.raises(TypeError, match="cpu"):
+            x.numpy()
+        assert not isinstance(x.cpu(), CudaTensor)
+        assert x[torch.tensor([0])].device == CUDA  # as CUDA allows it
+        layer = torch.nn.Linear(3, 3).to("cuda")
+        layer(x).sum().backward()
+        assert layer.weight.device == layer.weight.grad.device == CUDA
+
+
+# ---- the project ----
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("tinydm", "quant.reconstruct.progressive=true"),
+        ("ptqd", "quant.reconstruct.iterations=2"),
+    ],
+)
+def test_every_phase_of_calibration(
+    room: Path,  # noqa: F811
+    tmp_path: Path,
+    method: str,
+    key: str,
+) -> None:
+    """Trajectories, ranges, search, reconstruction, end-to-end steps, correction, the file."""
+    config = config_of(room, f"quant.method={method}", key)
+    cpu = torch.device("cpu")
+    calibrate.calibrate_config(config, assemble(config), tmp_path / "cpu", cpu)
+    with fake_cuda() as mode:
+        assembly = assemble(config, device=CUDA)
+        assert all(p.device == CUDA for p in assembly.denoiser.parameters())
+        calibrate.calibrate_config(config, assembly, tmp_path / "cuda", CUDA)
+    assert mode.calls > 100
+    files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_sampling_in_full_precision_and_quantized(
+    room: Path,  # noqa: F811
+    tmp_path: Path,
+    sampler: str,
+) -> None:
+    eta = 1.0 if sampler == "ddim" else 0.0
+    keys = (f"sampler.name={sampler}", f"sampler.eta={eta}")
+    config = config_of(room, "quant.method=minmax", *keys)
+    calibrate.calibrate_config(config, assemble(config), tmp_path, torch.device("cpu"))
+    for quantized in (None, tmp_path / RESULT):
+        assembly = assemble(config, quantized)
+        expected = assembly.pipeline.sample(assembly.denoiser, range(3), 1)
+        with fake_cuda():
+            assembly = assemble(config, quantized, device=CUDA)
+            images = assembly.pipeline.sample(assembly.denoiser, range(3), 1, device=CUDA)
+            assert images.device == CUDA
+            assert torch.equal(images.cpu(), expected)
+
+
+def test_latent_diffusion_with_classes_and_guidance(tmp_path: Path) -> None:
+    """A denoiser with context, a class embedder and a first stage, calibrated and sampled."""
+    config = latent_room(tmp_path)
+    assembly = assemble(config)
+    calibrate.calibrate_config(config, assembly, tmp_path / "cpu", torch.device("cpu"))
+    quantized = assemble(config, tmp_path / "cpu" / RESULT)
+    expected = quantized.pipeline.sample(quantized.denoiser, range(3), 1)
+    with fake_cuda():
+        assembly = assemble(config, device=CUDA)
+        calibrate.calibrate_config(config, assembly, tmp_path / "cuda", CUDA)
+        quantized = assemble(config, tmp_path / "cuda" / RESULT, device=CUDA)
+        images = quantized.pipeline.sample(quantized.denoiser, range(3), 1, device=CUDA)
+        assert images.device == CUDA and torch.equal(images.cpu(), expected)
+    files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
+    assert files[0] == files[1]
+
+
+def latent_room(folder: Path) -> Config:
+    """A class-conditional latent diffusion of a few thousand random parameters."""
+    stage = {
+        "embed_dim": 3,
+        "n_embed": 16,
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": 3,
+            "resolution": 8,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 8,
+            "ch_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+            "norm_groups": 2,
+        },
+    }
+    torch.manual_seed(1)
+    first_stage = first_stage_from_upstream({"target": "VQModelInterface", "params": stage})
+    parts = {
+        "model.diffusion_model": build_denoiser("ldm_unet", LDM),
+        "first_stage_model": first_stage,
+        "cond_stage_model": ClassEmbedder(5, 6),
+    }
+    state = {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "ldm.ckpt")
+    values = CONFIG | {
+        "model": {
+            "arch": "ldm_unet",
+            "checkpoint": "ldm.ckpt",
+            "params": LDM,
+            "first_stage": {"target": "VQModelInterface", "params": stage},
+            "conditioning": {"n_classes": 5, "embed_dim": 6},
+        },
+        "schedule": {"betas": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195},
+        "sampler": {"name": "ldm_ddim", "steps": 4, "eta": 0.5, "guidance_scale": 3.0},
+    }
+    (folder / "ldm.yaml").write_text(yaml.safe_dump(values))
+    return load_config(folder / "ldm.yaml", [*QUICK, "quant.method=minmax"])

@@ -1,0 +1,308 @@
+"""What goes wrong on machines: full disks, closed doors, NaN, no memory, two at once, Ctrl-C.
+
+Each gives one line, exit code 2 (130 when interrupted), and leaves nothing half-written.
+
+python -m pytest tests/test_failures.py
+"""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import calibrate
+import sample_diffusion
+from models.pipeline import build_denoiser
+from scripts import evaluate
+from scripts.common.runs import RunError
+from tests import forks
+from tests.test_metrics import write_images
+
+PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
+CONFIG = {
+    "name": "tiny",
+    "model": {"arch": "ddim_unet", "checkpoint": "tiny.pt", "params": PARAMS | {"norm_groups": 2}},
+    "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0},
+    "sampling": {"count": 6, "batch_size": 2, "micro_batch": 2, "seed": 5},
+    "calibration": {"samples": 16, "trajectories": 4},
+    "quant": {
+        "search": {"rounds": 2, "batch_size": 4},
+        "reconstruct": {"finetune_iterations": 4, "finetune_batch_size": 4},
+    },
+}
+NOBODY = 65534
+RESULT = "quantized.safetensors"
+
+
+def write_room(folder: Path) -> Path:
+    """tiny.yaml and tiny.pt in a folder that everyone may read."""
+    torch.manual_seed(0)
+    model = build_denoiser("ddim_unet", CONFIG["model"]["params"])
+    torch.save(model.state_dict(), folder / "tiny.pt")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_room(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(room: Path) -> Path:
+    """Images and a calibration that nothing disturbed."""
+    for main, name in ((sample_diffusion.main, "images"), (calibrate.main, "run")):
+        arguments = ("--config", room / "tiny.yaml", "--out", room / "whole" / name)
+        fork = forks.run(main, *arguments)
+        assert fork.code == 0, fork.text()
+    return room / "whole"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names_below(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*")}
+
+
+def refusal(fork: forks.Fork) -> str:
+    """The one line of a command that ended with 2."""
+    assert fork.code == 2, fork.text()
+    assert "Traceback" not in fork.text(), fork.text()
+    assert len(fork.errors()) == 1, fork.text()
+    return fork.errors()[0]
+
+
+# ---- full disks ----
+
+
+def largest_file(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(("name", "size"), [("run", 0), ("run", 20_000), ("images", 100)])
+def test_a_full_disk_is_named_and_the_same_command_continues(
+    room: Path, whole: Path, tmp_path: Path, name: str, size: int
+) -> None:
+    main, out = (calibrate.main, "run") if name == "run" else (sample_diffusion.main, "images")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / out)
+    line = refusal(forks.run(main, *arguments, before=largest_file(size)))
+    assert str(tmp_path) in line and "File too large; make room" in line
+    assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
+    again = (*arguments, "--resume") if name == "run" else arguments
+    fork = forks.run(main, *again)
+    assert fork.code == 0, fork.text()
+    made, expected = (files_of(folder / out) for folder in (tmp_path, whole))
+    if name == "run":
+        assert made[RESULT] == expected[RESULT]
+    else:
+        assert made == expected
+
+
+def test_scores_that_cannot_be_written(room: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 2, 0)
+    out = tmp_path / "new" / "scores.json"
+    arguments = (folder, folder, "--metrics", "none", "--paired", folder, "--json", out)
+    fork = forks.run(evaluate.main, *arguments, before=largest_file(10))
+    assert f"error: {out}: File too large" in refusal(fork)
+    assert not list(out.parent.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 kB, where this user may mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system; the limit on file sizes stands in for it")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_no_space_left_on_a_real_file_system(room: Path, small_disk: Path) -> None:
+    arguments = ("--config", room / "tiny.yaml", "--out", small_disk / "images", "-n", 100)
+    line = refusal(forks.run(sample_diffusion.main, *arguments))
+    assert ".png: No space left on device; make room, the same command continues" in line
+    made = files_of(small_disk / "images")
+    assert made and all(data.endswith(b"IEND\xaeB`\x82") for data in made.values())
+
+
+# ---- closed doors ----
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A room below folders that every user may enter."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield write_room(folder)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def become_nobody() -> None:
+    """Permissions do not bind root."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+
+@pytest.mark.parametrize("what", ["out", "run", "checkpoint", "configuration", "images"])
+def test_what_may_not_be_opened_is_named(public: Path, what: str, tmp_path: Path) -> None:
+    closed = public / ("tiny.pt" if what == "checkpoint" else "tiny.yaml")
+    if what in ("out", "run", "images"):
+        closed = public / what
+        closed.mkdir()
+    closed.chmod(0o555 if what in ("out", "run") else 0)
+    main = calibrate.main if what == "run" else sample_diffusion.main
+    arguments = ("--config", public / "tiny.yaml", "--out", closed / "x")
+    if what == "images":
+        main, arguments = evaluate.main, (closed, closed)
+    fork = forks.run(main, *arguments, before=become_nobody)
+    line = refusal(fork)
+    assert closed.name in line and "Permission denied" in line
+
+
+def test_a_path_that_never_ends(room: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "loop" / "images")
+    assert "loop" in refusal(forks.run(sample_diffusion.main, *arguments))
+
+
+# ---- values that are no numbers ----
+
+
+@pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "tensor conv_in.weight has 216 of 216 values NaN or infinite"),
+        (3e38, "the sample is not finite after timestep"),
+    ],
+)
+def test_a_denoiser_that_gives_nan(
+    room: Path, tmp_path: Path, main: Callable, value: float, message: str
+) -> None:
+    state = torch.load(room / "tiny.pt", weights_only=True)
+    name = "conv_in.weight" if value != value else "conv_out.weight"
+    torch.save(state | {name: torch.full_like(state[name], value)}, tmp_path / "bad.pt")
+    arguments = ("--config", room / "tiny.yaml", "--ckpt", tmp_path / "bad.pt")
+    fork = forks.run(main, *arguments, "--out", tmp_path / "out" / "x")
+    assert message in refusal(fork)
+    assert not [n for n in names_below(tmp_path) if n.endswith((".png", ".tmp", ".safetensors"))]
+
+
+def test_a_calibration_that_ran_away_is_not_written() -> None:
+    layer = torch.nn.BatchNorm1d(2)
+    calibrate.check_finite(layer)
+    layer.running_mean[1] = torch.inf
+    with pytest.raises(RunError, match="running_mean is not finite; lower quant.reconstruct"):
+        calibrate.check_finite(layer)
+
+
+# ---- memory ----
+
+
+def test_no_memory_is_one_line(room: Path, tmp_path: Path) -> None:
+    def bound() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
+    large = ("--set", "sampling.micro_batch=65536", "sampling.count=1")
+    fork = forks.run(sample_diffusion.main, *arguments, *large, before=bound)
+    assert "out of memory: lower the batch size" in refusal(fork)
+
+
+# ---- two at once ----
+
+
+@pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
+def test_the_second_process_is_sent_away(
+    room: Path, tmp_path: Path, main: Callable, whole: Path
+) -> None:
+    """The same command, another run, and --overwrite: the first is not disturbed."""
+    out = tmp_path / "x"
+    arguments = ("--config", room / "tiny.yaml", "--out", out)
+    lock = tmp_path / "x.lock" if main is sample_diffusion.main else out / ".lock"
+    first = forks.start(main, *arguments)
+    with forks.ended([first]):
+        while not (lock.exists() and lock.stat().st_size):
+            assert first.running(), first.text()
+        first.send(signal.SIGSTOP)
+        for more in ([], ["--steps", "2"], ["--steps", "2", "--overwrite"]):
+            line = refusal(forks.run(main, *arguments, *more))
+            assert f"held by process {first.pid} on" in line
+        first.send(signal.SIGCONT)
+        assert first.wait() == 0
+    assert not lock.exists()
+    if main is sample_diffusion.main:
+        assert files_of(out) == files_of(whole / "images")
+    else:
+        assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
+
+
+def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
+    for attempt in range(4):
+        out = tmp_path / f"{attempt}"
+        both = [
+            forks.start(
+                sample_diffusion.main,
+                *("--config", room / "tiny.yaml", "--out", out, "--steps", steps),
+            )
+            for steps in (2, 3)
+        ]
+        with forks.ended(both):
+            codes = [fork.wait() for fork in both]
+        assert 0 in codes and set(codes) <= {0, 2}
+        steps = (2, 3)[codes.index(0)]
+        alone = tmp_path / f"{attempt}-alone"
+        arguments = ("--config", room / "tiny.yaml", "--out", alone, "--steps", steps)
+        assert forks.run(sample_diffusion.main, *arguments).code == 0
+        assert files_of(out) == files_of(alone)
+
+
+# ---- Ctrl-C ----
+
+
+@pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
+def test_interrupted_is_130_and_resumable(
+    room: Path, tmp_path: Path, main: Callable, whole: Path
+) -> None:
+    out = tmp_path / "x"
+    arguments = ["--config", room / "tiny.yaml", "--out", out]
+    fork = forks.start(main, *arguments)
+    with forks.ended([fork]):
+        wanted = "000001.png" if main is sample_diffusion.main else "calibration.pt"
+        while not (out / wanted).exists():
+            assert fork.running(), fork.text()
+            time.sleep(0.001)
+        fork.send(signal.SIGINT)
+        assert fork.wait() == 130, fork.text()
+    assert fork.errors() == ["error: interrupted; the same command continues"]
+    assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
+    more = ["--resume"] if main is calibrate.main else []
+    assert forks.run(main, *arguments, *more).code == 0
+    if main is sample_diffusion.main:
+        assert files_of(out) == files_of(whole / "images")
+    else:
+        assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
+
+
+def test_scoring_images_that_cannot_be_decoded(room: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 2, 0)
+    (folder / "001.png").write_bytes(b"half")
+    fork = forks.run(evaluate.main, folder, folder, "--paired", folder)
+    assert "001.png: cannot be decoded" in refusal(fork)

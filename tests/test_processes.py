@@ -1,0 +1,219 @@
+"""torchrun with 1, 2 and 4 processes: the same images, trajectories and scores, bit for bit.
+
+python -m pytest tests/test_processes.py
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tqdm import tqdm
+
+import calibrate
+import sample_diffusion
+from models.pipeline import build_denoiser
+from scripts.common.files import save_tensors
+from scripts.common.processes import rank_and_world, team_of_processes
+from scripts.common.strict import ConfigError
+from scripts.metrics import Pass
+from scripts.metrics.inception import InceptionFeatures
+from scripts.metrics.inputs import open_source, save_statistics
+from tests import forks
+from tests.test_metrics import (  # noqa: F401 (fixtures)
+    load_folder,
+    needs_package,
+    network,
+    weights,
+    write_images,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
+CONFIG = {
+    "name": "tiny",
+    "model": {"arch": "ddim_unet", "checkpoint": "tiny.pt", "params": PARAMS | {"norm_groups": 2}},
+    "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0, "clip_denoised": True},
+    "sampling": {"count": 11, "batch_size": 3, "micro_batch": 2, "seed": 5},
+    "quant": {"method": "minmax"},
+    "calibration": {"samples": 16, "trajectories": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml and tiny.pt."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = build_denoiser("ddim_unet", CONFIG["model"]["params"])
+    torch.save(model.state_dict(), folder / "tiny.pt")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+def torchrun(world: int, script: str | Path, *arguments: object) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*launcher, f"--nproc-per-node={world}", str(ROOT / script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def port() -> int:
+    """A free one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(world: int, main: Callable, *arguments: object) -> list[str]:
+    """What the ranks of a job print, each of which must succeed."""
+    with forks.ended(forks.team(world, main, *arguments, port=port())) as team:
+        for rank in team:
+            assert rank.wait() == 0, rank.text()
+        return [rank.text() for rank in team]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_any_number_of_processes_gives_the_same_images(room: Path, tmp_path: Path) -> None:
+    folders = {}
+    for world in (1, 2, 4):
+        folders[world] = tmp_path / f"images-{world}"
+        arguments = ("--config", room / "tiny.yaml", "--out", folders[world])
+        printed = together(world, sample_diffusion.main, *arguments)
+        assert ["images made" in text for text in printed] == [True] + [False] * (world - 1)
+    assert set(files_of(folders[1])) == {f"{i:06d}.png" for i in range(11)}
+    assert files_of(folders[1]) == files_of(folders[2]) == files_of(folders[4])
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_any_number_of_processes_calibrates_to_the_same_file(room: Path, tmp_path: Path) -> None:
+    """10 trajectories in calls of 2: five blocks, so that no world size divides them."""
+    contents = []
+    for world in (1, 2, 4):
+        arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / f"run-{world}")
+        together(world, calibrate.main, *arguments)
+        contents.append((tmp_path / f"run-{world}" / "quantized.safetensors").read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+    printed = together(2, calibrate.main, *arguments)
+    assert "is there already" in printed[0] and printed[1] == ""
+
+
+@needs_package
+def test_any_number_of_processes_scores_the_same(
+    network: InceptionFeatures,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Everything that the scores are made of; the scores themselves see rank 0 alone."""
+    folder = write_images(tmp_path / "images", 7, 1)
+    np.savez(tmp_path / "images.npz", x=load_folder(folder))
+
+    def gather(arguments: list[str]) -> None:
+        source, out = arguments
+        found = Pass({"pool", "spatial", "features"})
+        with team_of_processes() as team:
+            found.run(open_source(source), network, 2, tqdm(disable=True), team)
+        if team.rank == 0:
+            save_statistics(out, found.statistics("pytorch-fid"))
+            save_tensors(f"{out}.pt", torch.cat(found.features))
+
+    made = []
+    for number, (world, name) in enumerate([(1, "images"), (2, "images.npz"), (4, "images")]):
+        out = tmp_path / f"{number}.npz"
+        together(world, gather, tmp_path / name, out)
+        made.append((vars(open_source(out).statistics), torch.load(f"{out}.pt", weights_only=True)))
+    for statistics, features in made[1:]:
+        assert torch.equal(features, made[0][1]) and features.shape == (7, 2048)
+        for name, value in made[0][0].items():
+            np.testing.assert_array_equal(statistics[name], value)
+
+
+def test_a_rank_that_dies_stops_the_job_and_the_rest_resumes(room: Path, tmp_path: Path) -> None:
+    """Under torchrun itself; then 4 processes go on where its 2 stopped."""
+    whole, out = tmp_path / "whole", tmp_path / "images"
+    arguments = ("--config", room / "tiny.yaml", "--steps", 40, "-n", 60, "--batch_size", 2)
+    together(1, sample_diffusion.main, *arguments, "--out", whole)
+    process = torchrun(2, "sample_diffusion.py", *arguments, "--out", out)
+    victim = None
+    limit = time.monotonic() + 120
+    while (victim is None or len(list(out.glob("*.png"))) < 4) and time.monotonic() < limit:
+        victim = rank_process(process.pid, 1)
+        time.sleep(0.002)
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank      : 1" in stderr and "SIGKILL" in stderr, stderr
+    assert 4 <= len(list(out.glob("*.png"))) < 60
+    together(4, sample_diffusion.main, *arguments, "--out", out)
+    assert files_of(out) == files_of(whole)
+
+
+def rank_process(parent: int, rank: int) -> int | None:
+    """The process that torchrun started as this rank."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in variables:
+            return int(child)
+    return None
+
+
+def test_a_rank_that_fails_says_why(room: Path, tmp_path: Path) -> None:
+    """Only its machine lacks the checkpoint: torchrun's summary has the rank and the reason."""
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv += ['--ckpt', 'gone.pt']\n"
+        "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    arguments = (ROOT / "sample_diffusion.py", "--config", room / "tiny.yaml")
+    process = torchrun(2, starter, *arguments, "--out", tmp_path / "images")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    before, _, summary = stderr.partition("Root Cause")
+    assert "error: rank 1: gone.pt: no such file" in before
+    assert "rank      : 1" in summary and "gone.pt: no such file" in summary, summary
+
+
+def test_calibration_without_its_helper_ends_with_one_line(room: Path, tmp_path: Path) -> None:
+    """Without torchrun nobody stops rank 0: it must notice by itself."""
+    keys = ("--set", "calibration.trajectories=4000", "sampler.steps=20")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", *keys)
+    started = forks.team(2, calibrate.main, *arguments, port=port())
+    with forks.ended(started) as (first, helper):
+        while "image/s" not in first.text():  # the trajectories have begun
+            assert first.running(), first.text()
+            time.sleep(0.01)
+        helper.send(signal.SIGKILL)
+        assert first.wait() == 2
+        assert first.errors() == [first.text().splitlines()[-1]]
+        assert first.errors()[0].startswith("error: rank 0: rank 1 is gone")
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1"), ("0", "0")])
+def test_nonsense_places_are_refused(
+    monkeypatch: pytest.MonkeyPatch, rank: str, world: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ConfigError, match="torchrun"):
+        rank_and_world()
