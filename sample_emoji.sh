@@ -2,17 +2,21 @@
 # The main job on the embedded checkpoint: calibrate tinyDM at W4A8, sample the same 64 images in
 # full precision and quantized, put them side by side, score them.
 #   sh sample_emoji.sh [options of sample_diffusion.py, for example --count 256]
+#   MODEL=emoji64 sh sample_emoji.sh        the latent one: a column for each of its nine classes
 # A second run continues from what exists. Needs no network but the package index, once.
 set -eu
 cd "$(dirname "$0")"
 . scripts/environment.sh
 
-CONFIG=configs/emoji32.yaml
-RUN=runs/emoji32-w4a8
+MODEL=${MODEL:-emoji32}
+CONFIG=configs/$MODEL.yaml
+RUN=runs/$MODEL-w4a8
+COLUMNS=8
+[ "$MODEL" != emoji64 ] || COLUMNS=9
 
 "$PYTHON" calibrate.py --config $CONFIG --out $RUN --resume
 "$PYTHON" sample_diffusion.py --config $CONFIG --out $RUN/images-fp "$@"
 "$PYTHON" sample_diffusion.py --config $CONFIG --quantized $RUN/quantized.safetensors \
     --out $RUN/images-w4a8 "$@"
 "$PYTHON" scripts/compare.py --run $RUN --full images-fp --quantized images-w4a8 \
-    --reference models/pretrained/emoji32_statistics.npz
+    --reference "models/pretrained/${MODEL}_statistics.npz" --columns $COLUMNS

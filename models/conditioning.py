@@ -87,6 +87,24 @@ def tokenize(texts: Sequence[str], source: str = "openai/clip-vit-large-patch14"
     return encoded["input_ids"]
 
 
+class PromptTable(nn.Module):
+    """The contexts of a list of texts, asked for by number as a ClassEmbedder is by class.
+
+    contexts: (P + 1, L, D), the last row that of the empty text, which stands for "no text".
+    """
+
+    def __init__(self, contexts: torch.Tensor):
+        super().__init__()
+        self.register_buffer("contexts", contexts)
+
+    @property
+    def null_class(self) -> int:
+        return len(self.contexts) - 1
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:  # (B,) int64 -> (B, L, D)
+        return self.contexts[numbers]
+
+
 class GuidedDenoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) as a callable eps(x, t).
 

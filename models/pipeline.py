@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from models.autoencoder import KLAutoencoder, VQAutoencoder, decode_first_stage
-from models.conditioning import ClassEmbedder, GuidedDenoiser
+from models.conditioning import ClassEmbedder, GuidedDenoiser, PromptTable
 from models.ddim_unet import DDIMUNet
 from models.dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
 from models.guided_samplers import guided_ddim, guided_ddpm, space_timesteps
@@ -90,7 +90,7 @@ def build_pipeline(
     *,
     micro_batch: int = 16,
     first_stage: VQAutoencoder | KLAutoencoder | None = None,
-    embedder: ClassEmbedder | None = None,
+    embedder: ClassEmbedder | PromptTable | None = None,
     scale_factor: float = 1.0,
 ) -> "Pipeline":
     """schedule: betas, beta_start, beta_end, train_timesteps; sampler: name, steps, skip, eta,
@@ -174,7 +174,7 @@ class Pipeline:
     micro_batch: int
     num_classes: int | None
     first_stage: VQAutoencoder | KLAutoencoder | None
-    embedder: ClassEmbedder | None
+    embedder: ClassEmbedder | PromptTable | None
     scale_factor: float
 
     def step_importance(self, data_std: float = 0.5, floor: float = 0.05) -> np.ndarray:

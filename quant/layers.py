@@ -215,7 +215,10 @@ class TimestepLayer(nn.Module):
 
 
 class QuantMatMul(nn.Module):
-    """A matrix product of attention with both operands quantized, (B, N, K) @ (B, K, M).
+    """A matrix product of attention with both operands quantized, (B*h, N, K) @ (B*h, K, M).
+
+    The h heads of a sample lie beside each other. In a batch of mixed timesteps its scales belong
+    to the sample, hence to all of its heads.
 
     by_row: the left operand, probabilities, is quantized relative to the largest value of each row,
     which multiplies the row of the product afterwards. That is softmax quantized before it is
@@ -235,9 +238,14 @@ class QuantMatMul(nn.Module):
         return left / top, top
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        bins = self.left.context.bins
+        mixed = not isinstance(bins, int)
+        if mixed:
+            left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
         left, top = self.left_operand(left)
         out = torch.matmul(self.left(left), self.right(right))
-        return out if top is None else out * top
+        out = out if top is None else out * top
+        return out.flatten(0, 1) if mixed else out
 
     def deploy(self) -> "QuantMatMul":
         return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -20,6 +20,7 @@ from quant.quantizer import LearnedQuantizer, scale_groups
 from quant.timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 
 EXCESS, FAR = 10.0, 4.0
+SMALLEST_ERROR = 1e-20
 
 
 @dataclass
@@ -49,8 +50,10 @@ def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
             value = torch.full((len(q.group_of_bin), q.groups), -FAR, device=q.log_scale.device)
             value.scatter_(1, q.group_of_bin[:, None], 0.0)
         else:
-            best = q.group_error.amin(1, keepdim=True)
-            value = (EXCESS * (1 - q.group_error / best)).clamp(min=-FAR)
+            # Exact values have no error: the softmax over the one token of a class is always 1.
+            error = q.group_error.clamp(min=SMALLEST_ERROR)
+            best = error.amin(1, keepdim=True)
+            value = (EXCESS * (1 - error / best)).clamp(min=-FAR)
         q.logits = nn.Parameter(value)
         logits.append(q.logits)
     return logits

@@ -27,19 +27,22 @@ from scripts.common.runs import beside  # noqa: E402
 from scripts.metrics import evaluate, paired_psnr  # noqa: E402
 from scripts.metrics.inception import InceptionFeatures, prepare_inception  # noqa: E402
 
-SHOWN, COLUMNS, ZOOM = 64, 8, 2
+SHOWN, COLUMNS = 64, 8
+SIDE = 64  # pixels of an image in the picture, at least
 
 
-def picture(full: Path, quantized: Path) -> np.ndarray:
-    """The first images of both folders, (H, W, 3) uint8."""
-    names = sorted(p.name for p in full.glob("*.png") if (quantized / p.name).exists())[:SHOWN]
+def picture(full: Path, quantized: Path, shown: int, columns: int) -> np.ndarray:
+    """The first images of both folders, whole rows of them, (H, W, 3) uint8."""
+    names = sorted(p.name for p in full.glob("*.png") if (quantized / p.name).exists())[:shown]
+    names = names[: len(names) // columns * columns] or names
     if not names:
         raise ImageError(f"{full} and {quantized}: no image of the same name in both")
     sides = []
     for folder, title in ((full, "full precision"), (quantized, "quantized")):
         images = np.stack([np.asarray(Image.open(folder / n).convert("RGB")) for n in names])
-        side = Image.fromarray(grid(images, COLUMNS))
-        side = side.resize((side.width * ZOOM, side.height * ZOOM), Image.Resampling.NEAREST)
+        side = Image.fromarray(grid(images, columns))
+        zoom = max(1, SIDE // images.shape[2])
+        side = side.resize((side.width * zoom, side.height * zoom), Image.Resampling.NEAREST)
         board = Image.new("RGB", (side.width, side.height + 20), "white")
         board.paste(side, (0, 20))
         ImageDraw.Draw(board).text((6, 4), title, fill="black")
@@ -77,10 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", required=True, metavar="NAME", help="folder in RUN")
     parser.add_argument("--quantized", required=True, metavar="NAME", help="folder in RUN")
     parser.add_argument("--reference", metavar="FILE", help="statistics of the training images")
+    parser.add_argument("--shown", type=int, default=SHOWN, metavar="N", help="images a side")
+    parser.add_argument("--columns", type=int, default=COLUMNS, metavar="N", help="of each side")
     args = parser.parse_args(argv)
+    if min(args.shown, args.columns) < 1:
+        raise ImageError("--shown and --columns must be at least 1")
     folder = Path(args.run)
     full, quantized = folder / args.full, folder / args.quantized
-    write_png(folder / "compare.png", picture(full, quantized))
+    write_png(folder / "compare.png", picture(full, quantized, args.shown, args.columns))
     calibration = read_json(folder / "report.json")
     reports = [read_json(beside(f, "report.json")) for f in (full, quantized)]
     psnr = paired_psnr(quantized, full)

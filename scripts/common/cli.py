@@ -47,6 +47,12 @@ USER_ERRORS = (
 OUT_OF_MEMORY = re.compile("can't allocate memory|std::bad_alloc|could not create a memory")
 NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
 
+
+def one_text(text: str) -> str:
+    """A list of one text, as YAML."""
+    return json.dumps([text])
+
+
 # (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
 SAMPLER_OPTIONS = (
     (("--steps", "--timesteps", "--custom_steps", "-c"), "sampler.steps", NUMBER, "N", "steps"),
@@ -60,6 +66,7 @@ SAMPLING_OPTIONS = (
     (("--batch_size",), "sampling.batch_size", NUMBER, "B", "images made together"),
     (("--seed",), "sampling.seed", NUMBER, "S", "seed of the images"),
     (("--classes",), "sampling.classes", NUMBERS, "1,7", "classes, given to the images in turn"),
+    (("--prompt",), "model.conditioning.prompts", one_text, "TEXT", "the text of all images"),
 )
 QUANT_OPTIONS = (
     (("--weight_bit", "--wq"), "quant.weight.bits", NUMBER, "BITS", "bits of the weights"),

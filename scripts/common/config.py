@@ -49,10 +49,17 @@ class FirstStageConfig:
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """One context token per class. The last of n_classes is the null class."""
+    """One context token per class, or texts. The last of n_classes is the null class.
 
-    n_classes: int = field(metadata={"range": (2, 10**6)})
-    embed_dim: int = field(metadata={"range": (1, 10**6)})
+    Texts are numbered like classes; text_params are fields of transformers' CLIPTextConfig that
+    differ from ViT-L/14's, tokenizer a folder or hub name with CLIP's vocabulary.
+    """
+
+    n_classes: int | None = field(default=None, metadata={"range": (2, 10**6)})
+    embed_dim: int | None = field(default=None, metadata={"range": (1, 10**6)})
+    prompts: tuple[str, ...] | None = None
+    text_params: dict = field(default_factory=dict)
+    tokenizer: str = "openai/clip-vit-large-patch14"
     prefix: str | None = "cond_stage_model"
 
 
@@ -211,6 +218,7 @@ def _check(config: Config, where: Where) -> None:
     for name in ("first_stage", "conditioning"):
         if getattr(model, name) is not None and model.arch != "ldm_unet":
             refuse(f"model.{name}", "belongs to arch ldm_unet only")
+    _check_conditioning(model.conditioning, refuse)
     if schedule.beta_start > schedule.beta_end:
         refuse("schedule.beta_end", f"must be at least beta_start, is {schedule.beta_end}")
     if schedule.beta_end >= 1:
@@ -230,6 +238,19 @@ def _check(config: Config, where: Where) -> None:
     if sampler.guidance_scale != 1 and model.conditioning is None:
         refuse("sampler.guidance_scale", "needs model.conditioning")
     _check_classes(config, refuse)
+
+
+def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) -> None:
+    if conditioning is None:
+        return
+    classes = (conditioning.n_classes, conditioning.embed_dim)
+    if conditioning.prompts is None:
+        if None in classes:
+            refuse("model.conditioning", "needs n_classes and embed_dim, or prompts")
+    elif classes != (None, None):
+        refuse("model.conditioning.prompts", "cannot be there beside n_classes and embed_dim")
+    elif not conditioning.prompts:
+        refuse("model.conditioning.prompts", "must hold at least one text")
 
 
 def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
@@ -260,9 +281,10 @@ def _check_classes(config: Config, refuse: Any) -> None:
 
 
 def number_of_classes(model: ModelConfig) -> int | None:
-    """Classes that can be asked for (the null class is none of them), None if there are none."""
+    """Classes or prompts that can be asked for (the null class is none of them), or None."""
     if model.conditioning is not None:
-        return model.conditioning.n_classes - 1
+        prompts = model.conditioning.prompts
+        return model.conditioning.n_classes - 1 if prompts is None else len(prompts)
     return model.params.get("num_classes")
 
 

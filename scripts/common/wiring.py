@@ -11,12 +11,18 @@ from torch import nn
 from models import checkpoint as checkpoints
 from models.autoencoder import first_stage_from_upstream
 from models.checkpoint import CheckpointError, State
-from models.conditioning import ClassEmbedder
+from models.conditioning import (
+    VIT_L_14,
+    ClassEmbedder,
+    CLIPTextTower,
+    PromptTable,
+    tokenize,
+)
 from models.pipeline import Pipeline, build_denoiser, build_pipeline
 from quant.int8 import int8_supported, to_int8
 from quant.model import QuantDenoiser
 from quant.packed import load_quantized
-from scripts.common.config import Config, repository_path
+from scripts.common.config import ConditioningConfig, Config, repository_path
 from scripts.common.strict import ConfigError, printable
 
 BACKENDS = ("fake", "int8")
@@ -114,10 +120,7 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         if model.scale_factor is None and "scale_factor" in state:
             scale_factor = _scale_factor(state["scale_factor"], source)
     if model.conditioning is not None:
-        sizes = (model.conditioning.n_classes, model.conditioning.embed_dim)
-        embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
-        state, source = files.state("checkpoint", model.checkpoint)
-        _fill(embedder, state, model.conditioning.prefix, source)
+        embedder = _embedder(model.conditioning, *files.state("checkpoint", model.checkpoint))
     return build_pipeline(
         model.arch,
         model.params,
@@ -128,6 +131,26 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
     )
+
+
+def _embedder(
+    conditioning: ConditioningConfig, state: State, source: Path
+) -> ClassEmbedder | PromptTable:
+    """The class embedder, or what the text tower makes of the prompts and of the empty one."""
+    if conditioning.prompts is None:
+        sizes = (conditioning.n_classes, conditioning.embed_dim)
+        embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
+        _fill(embedder, state, conditioning.prefix, source)
+        return embedder
+    try:
+        tokens = tokenize((*conditioning.prompts, ""), conditioning.tokenizer)
+        tower = CLIPTextTower({**VIT_L_14, **conditioning.text_params}).eval()
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = printable(error, 300)
+        raise ConfigError(f"model.conditioning: no text tower: {reason}") from error
+    _fill(tower, state, conditioning.prefix, source)
+    with torch.no_grad():
+        return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
 
 
 def _scale_factor(value: torch.Tensor, source: Path) -> float:

@@ -1,0 +1,198 @@
+"""The loop that every training script shares: AdamW, EMA, cosine decay, files, resuming.
+
+    values = fit(model, loss, LoopSettings(iterations=1000), Path("runs/train"), device, info, grid)
+
+OUT/state.pt holds everything a resumed run needs, OUT/ema.pt the averaged weights (a plain state
+dict), OUT/training.json how they were made, OUT/grid.png what the caller draws with them. Each file
+is whole at any moment, so that a run killed anywhere continues from the last one.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from models.checkpoint import CheckpointError, State
+from models.samplers import SamplingError
+from scripts.common.cli import spellings
+from scripts.common.files import save_tensors, write_json
+from scripts.common.images import write_png
+
+# (generator of all draws) -> loss of one fresh batch
+Loss = Callable[[torch.Generator], torch.Tensor]
+Grid = Callable[[State], np.ndarray]  # averaged weights -> picture (H, W, 3) uint8
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """A run ends after `iterations`, or after `minutes` of training, whichever comes first."""
+
+    iterations: int
+    minutes: float | None = None
+    batch_size: int = 64
+    lr: float = 4e-4
+    warmup: int = 200
+    ema: float = 0.9995
+    seed: int = 0
+    save_every: int = 500
+    grid_every: int = 2000
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the run is done, 0..1."""
+        by_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
+        return min(max(step / self.iterations, by_time), 1.0)
+
+    def rate(self, step: int, progress: float) -> float:
+        """Learning rate: linear warm-up, then half a cosine to zero at the end of the run."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class LoopState:
+    """What changes while a run goes on, besides the model and the optimizer."""
+
+    ema: State
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")  # running mean
+
+
+def add_loop_options(parser: argparse.ArgumentParser, prefix: str = "", **defaults: Any) -> None:
+    """An option for each field of LoopSettings; `defaults` replace those of the class."""
+    for field in fields(LoopSettings):
+        kind, word = (int, "N") if field.type is int else (float, "X")
+        default = defaults.get(field.name, field.default)
+        names = spellings(f"--{prefix}{field.name}")
+        parser.add_argument(*names, type=kind, metavar=word, default=default)
+
+
+def settings_of(args: argparse.Namespace, prefix: str = "") -> LoopSettings:
+    names = [field.name for field in fields(LoopSettings)]
+    return LoopSettings(**{name: getattr(args, prefix + name) for name in names})
+
+
+def profits_from_bfloat16(device: torch.device) -> bool:
+    """CPUs without the instructions emulate them, ten times slower than float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """The state of an interrupted run. Raises CheckpointError."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # torch has many exceptions for a damaged file
+        raise CheckpointError(f"{path}: damaged; delete it to start anew") from error
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    settings: LoopSettings,
+    out: Path,
+    device: torch.device,
+    info: dict[str, Any],
+    grid: Grid,
+    *,
+    warm: bool = False,
+) -> State:
+    """Train `model`, on `device` already, and return the averaged weights.
+
+    info: goes into training.json. warm: the model is trained already, the average starts from it.
+    Raises CheckpointError for a damaged state and SamplingError when the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = LoopState(ema, torch.Generator().manual_seed(settings.seed))
+    if (out / "state.pt").exists():
+        _restore(read_state(out / "state.pt", device), model, optimizer, state)
+        print(f"{out}: resumed at iteration {state.step}")
+    model.train()
+    with tqdm(total=settings.iterations, initial=state.step, unit="it", mininterval=5) as bar:
+        while (done := settings.progress(state.step, state.seconds)) < 1:
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(state.step, done)
+            value = _update(model, optimizer, loss(state.generator))
+            _average(state, model, settings.ema if warm else None, settings.ema)
+            if not math.isfinite(value):
+                where = f"{out}: iteration {state.step}"
+                raise SamplingError(f"{where}: the loss is not finite; lower --lr, resume")
+            state.loss = value if math.isnan(state.loss) else 0.99 * state.loss + 0.01 * value
+            state.step += 1
+            state.seconds += time.perf_counter() - began
+            bar.update()
+            bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
+            ended = settings.progress(state.step, state.seconds) >= 1
+            if ended or state.step % settings.save_every == 0:
+                _save(out, model, optimizer, state, settings, info)
+            if ended or state.step % settings.grid_every == 0:
+                write_png(out / "grid.png", grid(state.ema))
+    print(
+        f"{out / 'ema.pt'}: {state.step} iterations, loss {state.loss:.5f}, {state.seconds:.0f} s"
+    )
+    return state.ema
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def _average(state: LoopState, model: nn.Module, decay: float | None, limit: float) -> None:
+    """One step of the moving average; without a fixed decay it follows closely at first."""
+    decay = min(limit, (state.step + 1) / (state.step + 10)) if decay is None else decay
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            state.ema[name].lerp_(value, 1 - decay)
+        else:
+            state.ema[name].copy_(value)
+
+
+def _restore(
+    saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState
+) -> None:
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    state.ema, state.step = saved["ema"], saved["step"]
+    state.seconds, state.loss = saved["seconds"], saved["loss"]
+    state.generator.set_state(saved["generator"].cpu())
+    torch.set_rng_state(saved["torch_rng"].cpu())
+
+
+def _save(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: LoopState,
+    settings: LoopSettings,
+    info: dict[str, Any],
+) -> None:
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    draws = {"generator": state.generator.get_state(), "torch_rng": torch.get_rng_state()}
+    counts = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
+    save_tensors(out / "state.pt", {**parts, "ema": state.ema, **draws, **counts})
+    save_tensors(out / "ema.pt", {k: v.contiguous().cpu() for k, v in state.ema.items()})
+    about = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "iterations_done": state.step,
+        "images_seen": state.step * settings.batch_size,
+        "running_loss": state.loss,
+        "seconds": state.seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    write_json(out / "training.json", {**info, **about, **asdict(settings)})

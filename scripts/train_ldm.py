@@ -1,0 +1,219 @@
+"""Train a class-conditional latent diffusion model: VQ first stage, then its denoiser.
+
+    python scripts/train_ldm.py --config configs/emoji64.yaml --data DATA.npz --out runs/train
+
+DATA.npz holds x (N, H, W, 3) uint8 and y (N,) class numbers. Architectures and schedule are those
+of the configuration. Writes OUT/model.pt, which sample_diffusion.py reads (--ckpt): the averaged
+weights of both in float16, names as in latent diffusion's files. OUT/autoencoder,
+OUT/first_stage and OUT/denoiser hold what the loop writes: the same command continues where a
+killed run stopped. The latents are computed once (OUT/latents.pt).
+
+Classes are drawn evenly; a tenth of the labels is replaced by the null class for classifier-free
+guidance (Ho & Salimans 2022, algorithm 1).
+"""
+
+import argparse
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.autoencoder import VQAutoencoder, first_stage_from_upstream  # noqa: E402
+from models.checkpoint import State, sha256_of  # noqa: E402
+from models.conditioning import ClassEmbedder  # noqa: E402
+from models.ldm_unet import LDMUNet, ResBlock, SpatialTransformer  # noqa: E402
+from models.pipeline import build_pipeline, sampling_plan  # noqa: E402
+from scripts.common.cli import add_config, make_parser, resolve_device, run  # noqa: E402
+from scripts.common.config import Config, load_config, number_of_classes  # noqa: E402
+from scripts.common.files import save_tensors  # noqa: E402
+from scripts.common.images import ImageError, grid, load_images, to_uint8  # noqa: E402
+from scripts.common.strict import ConfigError  # noqa: E402
+from scripts.train.diffusion import eps_loss  # noqa: E402
+from scripts.train.first_stage import encode_all, train_first_stage  # noqa: E402
+from scripts.train.loop import (  # noqa: E402
+    add_loop_options,
+    fit,
+    profits_from_bfloat16,
+    read_state,
+    settings_of,
+)
+
+FIRST_STAGE = "first_stage_"
+NULL_SHARE = 0.1  # of the labels
+GRID_PER_CLASS = 6
+
+
+class ConditionalDenoiser(nn.Module):
+    """Denoiser and class embedder under the names of latent diffusion's files."""
+
+    def __init__(self, denoiser: LDMUNet, embedder: ClassEmbedder):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model = denoiser
+        self.cond_stage_model = embedder
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.model.diffusion_model(x, t, context=self.cond_stage_model(labels))
+
+
+def start_residuals_at_zero(denoiser: LDMUNet) -> None:
+    """The last layer of each residual branch and of the network, as upstream starts them."""
+    last = [denoiser.out[-1]]
+    for module in denoiser.modules():
+        if isinstance(module, ResBlock):
+            last.append(module.out_layers[-1])
+        elif isinstance(module, SpatialTransformer):
+            last.append(module.proj_out)
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_config(parser, options=())
+    parser.add_argument("--data", required=True, help=".npz with x (N,H,W,3) uint8 and y (N,)")
+    parser.add_argument("--out", required=True, help="run folder")
+    often = {"save_every": 200, "grid_every": 1000}
+    add_loop_options(parser, iterations=30000, batch_size=32, lr=1e-3, **often)
+    add_loop_options(
+        parser, FIRST_STAGE, iterations=8000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, **often
+    )
+    return parser.parse_args(argv)
+
+
+def read_labels(source: str, count: int, classes: int) -> torch.Tensor:
+    """y of the .npz, (N,) int64. Raises ImageError."""
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            y = torch.from_numpy(archive["y"].astype(np.int64))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ImageError(f"{source}: cannot read classes y from it ({error})") from error
+    if y.shape != (count,) or not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ImageError(f"{source}: y must be {count} class numbers within 0..{classes - 1}")
+    if len(torch.unique(y)) < classes:
+        raise ImageError(f"{source}: y does not hold each of the {classes} classes")
+    return y
+
+
+class Classes:
+    """Draws a class evenly, then one of its images; then drops labels."""
+
+    def __init__(self, labels: torch.Tensor, classes: int):
+        self.order = labels.argsort(stable=True)  # images, class by class
+        self.sizes = torch.bincount(labels, minlength=classes)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.null = classes
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of images and their labels, (batch,) each; the null class is the last one."""
+        labels = torch.randint(0, len(self.sizes), (batch,), generator=generator)
+        place = torch.rand(batch, generator=generator) * self.sizes[labels]
+        index = self.order[self.starts[labels] + place.long()]
+        dropped = torch.rand(batch, generator=generator) < NULL_SHARE
+        return index, labels.masked_fill(dropped, self.null)
+
+
+def latents_of(
+    first_stage: VQAutoencoder, images: torch.Tensor, out: Path, device: torch.device
+) -> torch.Tensor:
+    """Latents of all images, from OUT/latents.pt if they are of this first stage."""
+    path, source = out / "latents.pt", sha256_of(out / "first_stage" / "ema.pt")
+    if path.exists():
+        saved = read_state(path, torch.device("cpu"))
+        if saved["first_stage"] == source and len(saved["latents"]) == len(images):
+            return saved["latents"]
+    latents = encode_all(first_stage, images, device)
+    save_tensors(path, {"first_stage": source, "latents": latents})
+    return latents
+
+
+def class_grid(
+    config: Config, model: ConditionalDenoiser, first_stage: VQAutoencoder, scale: float
+) -> np.ndarray:
+    """One row for each class, with the configuration's sampler and guidance."""
+    count = model.cond_stage_model.null_class
+    pipeline = build_pipeline(
+        config.model.arch,
+        config.model.params,
+        vars(config.schedule),
+        vars(config.sampler),
+        first_stage=first_stage,
+        embedder=model.cond_stage_model,
+        scale_factor=scale,
+    )
+    classes = [c for c in range(count) for _ in range(GRID_PER_CLASS)]
+    device = next(model.parameters()).device
+    denoiser = model.model.diffusion_model
+    with torch.inference_mode():
+        x = pipeline.sample(
+            denoiser, range(len(classes)), config.sampling.seed, classes, device=device
+        )
+    return grid(to_uint8(x, truncate=True).numpy(), 2 * GRID_PER_CLASS)
+
+
+def write_model(path: Path, first_stage: VQAutoencoder, trained: State, scale: float) -> None:
+    """Everything in one file, float16 as far as it holds weights."""
+    state = {f"first_stage_model.{n}": v for n, v in first_stage.state_dict().items()} | trained
+    halves = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
+    save_tensors(path, {"state_dict": halves | {"scale_factor": torch.tensor(scale)}})
+
+
+def build(config: Config, device: torch.device) -> tuple[VQAutoencoder, ConditionalDenoiser]:
+    """Both networks, not trained. Raises ConfigError for a configuration without them."""
+    model = config.model
+    if model.first_stage is None or model.conditioning is None or model.conditioning.prompts:
+        raise ConfigError(f"{config.name}: model.first_stage and conditioning.n_classes are needed")
+    first_stage = first_stage_from_upstream(vars(model.first_stage))
+    if not isinstance(first_stage, VQAutoencoder):
+        raise ConfigError(f"{config.name}: only VQ first stages are trained here")
+    denoiser = LDMUNet.from_upstream(model.params)
+    start_residuals_at_zero(denoiser)
+    embedder = ClassEmbedder(model.conditioning.n_classes, model.conditioning.embed_dim)
+    both = ConditionalDenoiser(denoiser, embedder)
+    return tuple(m.to(device, memory_format=torch.channels_last) for m in (first_stage, both))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    config, device = load_config(args.config, args.overrides), resolve_device(args.device)
+    out, settings = Path(args.out), settings_of(args)
+    torch.manual_seed(args.seed)
+    first_stage, model = build(config, device)
+    images = load_images(args.data, config.model.first_stage.params["ddconfig"]["resolution"])
+    count = number_of_classes(config.model)
+    classes = Classes(read_labels(args.data, len(images), count), count)
+    info = {"config": config.name, "data": Path(args.data).name}
+    train_first_stage(first_stage, images, settings_of(args, FIRST_STAGE), out, device, info)
+    first_stage.eval().requires_grad_(False)
+    latents = latents_of(first_stage, images, out, device)  # (N, D, r, r)
+    scale = 1 / float(latents.std())
+    sampler = config.sampler
+    _, table = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
+    abar = torch.from_numpy(table.astype(np.float32)).to(device)
+    bfloat16 = profits_from_bfloat16(device)
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        index, labels = classes.draw(settings.batch_size, generator)
+        x0, labels = scale * latents[index].to(device), labels.to(device)
+        return eps_loss(lambda x, t: model(x, t, labels), x0, abar, generator, bfloat16)
+
+    def draw(ema: State) -> np.ndarray:
+        write_model(out / "model.pt", first_stage, ema, scale)
+        _, averaged = build(config, device)
+        averaged.load_state_dict(ema)
+        return class_grid(config, averaged.eval(), first_stage, scale)
+
+    info |= {"scale_factor": scale, "null_share": NULL_SHARE}
+    ema = fit(model, loss, settings, out / "denoiser", device, info, draw)
+    write_model(out / "model.pt", first_stage, ema, scale)
+    print(f"{out / 'model.pt'}: {(out / 'model.pt').stat().st_size / 2**20:.2f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

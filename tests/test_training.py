@@ -1,0 +1,186 @@
+"""The training loop and train_ldm.py, on models of a few thousand parameters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+import sample_diffusion
+from models.checkpoint import load_state_dict
+from scripts import train_ddim, train_ldm
+from scripts.common import cli
+from scripts.common.images import grid
+from scripts.train.first_stage import reconstruction_loss, start_codebook
+from scripts.train.loop import LoopSettings, fit
+from tests.latent import CONFIG, narrow_first_stage
+
+SETTINGS = LoopSettings(iterations=8, batch_size=4, lr=0.05, warmup=2, save_every=2, grid_every=50)
+
+
+def picture(ema: dict[str, torch.Tensor]) -> np.ndarray:
+    return grid(np.full((2, 4, 4, 3), 9, np.uint8), 2)
+
+
+class Regression:
+    """A linear model towards known weights; `stop_at` interrupts like a kill between two saves."""
+
+    def __init__(self, stop_at: int | None = None):
+        torch.manual_seed(0)
+        self.model, self.calls, self.stop_at = nn.Linear(3, 1), 0, stop_at
+
+    def loss(self, generator: torch.Generator) -> torch.Tensor:
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        x = torch.randn(SETTINGS.batch_size, 3, generator=generator)
+        return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def fit(self, out: Path, settings: LoopSettings = SETTINGS) -> dict[str, torch.Tensor]:
+        return fit(self.model, self.loss, settings, out, torch.device("cpu"), {}, picture)
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = Regression().fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        Regression(stop_at=5).fit(tmp_path / "parts")
+    rest = Regression()
+    resumed = rest.fit(tmp_path / "parts")
+    assert rest.calls == 4  # from the save after iteration 4
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    saved = load_state_dict(tmp_path / "parts" / "ema.pt")
+    assert all(torch.equal(saved[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = Regression().fit(tmp_path)
+    again = Regression()
+    second = again.fit(tmp_path)
+    assert again.calls == 0 and all(torch.equal(first[n], second[n]) for n in first)
+    more = Regression()
+    more.fit(tmp_path, replace(SETTINGS, iterations=11))
+    assert more.calls == 3
+
+
+def test_the_rate_warms_up_and_ends_at_zero() -> None:
+    settings = replace(SETTINGS, iterations=100, warmup=10, lr=1.0, minutes=2)
+    rates = [settings.rate(step, settings.progress(step, 0)) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) > 0.95 and rates[100] == 0
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert settings.progress(10, 60) == 0.5 and settings.progress(10, 500) == 1.0
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    run = Regression()
+    ema = run.fit(tmp_path, replace(SETTINGS, iterations=200))
+    assert torch.allclose(ema["weight"], torch.ones(1, 3), atol=0.2)
+
+
+def test_reconstruction_loss_counts_outlines_and_colours() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    flat, striped = image + 0.5, image.clone()
+    striped[:, :, :, ::2], striped[:, :, :, 1::2] = 0.5, -0.5
+    assert reconstruction_loss(image, image) == 0
+    assert reconstruction_loss(flat, image) == pytest.approx(0.5 + 2 * 0.5)
+    assert reconstruction_loss(striped, image) == pytest.approx(1.0)
+
+
+def test_the_codebook_starts_at_distinct_latents() -> None:
+    first_stage = narrow_first_stage()
+    latents = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents[:20] = 0.25  # a background
+    start_codebook(first_stage, latents, seed=0)
+    codes = first_stage.quantize.embedding.weight
+    assert len(torch.unique(codes, dim=0)) == len(codes)
+    pixels = latents.movedim(1, -1).flatten(0, 2)
+    nearest = (codes[:, None] - pixels[None]).abs().sum(2).amin(1)
+    assert nearest.max() == 0
+    with pytest.raises(ValueError, match="too few"):
+        start_codebook(first_stage, latents[:20], seed=0)
+
+
+def test_classes_are_drawn_evenly_and_some_labels_dropped() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 7)
+    classes = train_ldm.Classes(labels, 3)
+    index, drawn = classes.draw(6000, torch.Generator().manual_seed(0))
+    kept = drawn < 3
+    assert torch.equal(labels[index][kept], drawn[kept])
+    assert 0.07 < (drawn == 3).float().mean() < 0.13
+    counts = torch.bincount(labels[index], minlength=3) / 6000
+    assert counts.min() > 0.3 and set(index.tolist()) == set(range(60))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """narrow.yaml and images.npz: 12 images of 16 x 16, 3 classes that differ in colour."""
+    folder = tmp_path_factory.mktemp("latent")
+    (folder / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    rng, y = np.random.default_rng(0), np.arange(12) % 3
+    x = rng.integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+    x[np.arange(12), :, :, y] = 255
+    np.savez(folder / "images.npz", x=x, y=y)
+    return folder
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: train_ldm.main([str(a) for a in arguments]))
+    return int(caught.value.code or 0)
+
+
+def test_train_ldm_writes_a_model_that_samples(data: Path) -> None:
+    out = data / "run"
+    arguments = ["--config", data / "narrow.yaml", "--data", data / "images.npz", "--out", out]
+    arguments += ["--iterations", 3, "--first-stage-iterations", 4, "--batch-size", 4]
+    assert command(*arguments) == 0
+    model = out / "model.pt"
+    state = load_state_dict(model)
+    assert state["cond_stage_model.embedding.weight"].shape == (4, 8)
+    assert state["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
+    assert float(state["scale_factor"]) == pytest.approx(1 / float(latents.std()), rel=1e-5)
+    before = model.read_bytes()
+    assert command(*arguments) == 0  # finished: nothing is trained again
+    assert model.read_bytes() == before
+    images = data / "images"
+    sample_diffusion.main(
+        ["--config", str(data / "narrow.yaml"), "--ckpt", str(model), "--out", str(images)]
+    )
+    names = sorted(path.name for path in images.iterdir())
+    assert names == [f"{i:06d}.png" for i in range(6)]
+    assert Image.open(images / names[0]).size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"y": np.zeros(12, np.int64)}, "does not hold each of the 3 classes"),
+        ({"y": np.arange(12)}, "within 0..2"),
+        ({"y": np.zeros(5, np.int64)}, "must be 12 class numbers"),
+        ({"y": None}, "cannot read classes y"),
+    ],
+)
+def test_wrong_classes_get_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, change: dict, expected: str
+) -> None:
+    with np.load(data / "images.npz") as archive:
+        arrays = {**archive, **change}
+    np.savez(tmp_path / "x.npz", **{k: v for k, v in arrays.items() if v is not None})
+    arguments = ("--config", data / "narrow.yaml", "--data", tmp_path / "x.npz")
+    assert command(*arguments, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_train_ddim_trains_and_resumes(data: Path, tmp_path: Path) -> None:
+    base = ["--data", str(data / "images.npz"), "--batch-size", "4", "--out", str(tmp_path)]
+    sizes = ["ch=8", "ch_mult=[1, 2]", "num_res_blocks=1", "norm_groups=2", "image_size=16"]
+    train_ddim.main([*base, "--iterations", "2", "--set", *sizes])
+    train_ddim.main([*base, "--iterations", "3", "--set", *sizes])
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 3 and (tmp_path / "grid.png").exists()
+    assert set(load_state_dict(tmp_path / "ema.pt")) == set(state["model"])
