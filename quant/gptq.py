@@ -2,6 +2,9 @@
 
 GPTQ (Frantar et al. 2023) on every layer, with H = X^T X of the layer's own quantized inputs X. The
 codes move to the grid that the scale search chose; what later phases learn starts from them.
+
+For layers of the timestep alone X has one row a timestep, so that this is the reconstruction of the
+temporal features over the whole schedule (TFMQ-DM), in closed form.
 """
 
 from collections.abc import Callable
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from quant.bank import Bank
-from quant.layers import CalibLayer, TimestepLayer
+from quant.layers import CalibLayer
 from quant.model import QuantDenoiser
 from quant.weights import per_channel
 
@@ -20,14 +23,11 @@ BLOCK = 128  # columns whose update of the rest is delayed
 
 
 def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
-    """Layers with quantized inputs; those of the timestep alone keep more bits and are left out."""
-    inside = {id(m.layer) for m in model.modules() if isinstance(m, TimestepLayer)}
+    """All layers but grouped convolutions."""
     return {
         name: m
         for name, m in model.denoiser.named_modules()
-        if isinstance(m, CalibLayer)
-        and id(m) not in inside
-        and (not m.op.is_conv or m.op.groups == 1)
+        if isinstance(m, CalibLayer) and (not m.op.is_conv or m.op.groups == 1)
     }
 
 

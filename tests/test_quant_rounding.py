@@ -17,7 +17,7 @@ from quant.equivalent import candidate, scale_equivalently, scaled_layers, unsca
 from quant.gptq import compensate, input_rows, second_order_codes
 from quant.grouping import assign
 from quant.layers import CalibLayer, quantize_input, scale_channels
-from quant.model import BitPolicy, activation_quantizers, quantize
+from quant.model import BitPolicy, GenericRoles, activation_quantizers, quantize
 from quant.packed import load_quantized, to_bytes
 from quant.quantizer import ActivationQuantizer
 from quant.statistics import collect
@@ -98,6 +98,29 @@ def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
         assert len(channel.unique()) <= 2**bits
 
 
+def test_layers_of_the_timestep_are_rounded_for_the_whole_schedule() -> None:
+    denoiser = TimedToy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 2, BitPolicy(weight=8, activation=8, time=3))
+    t = torch.tensor(bank.timesteps)
+
+    def temporal_error() -> float:
+        seen: dict[str, torch.Tensor] = {}
+        for name, root in (("full", denoiser), ("quantized", model.denoiser)):
+            handle = root.embed.register_forward_hook(
+                lambda module, args, out, name=name: seen.update({name: out.detach()})
+            )
+            x, _, _, conditioning = bank.gather(torch.stack([torch.arange(len(t))] * 2, 1))
+            (denoiser if name == "full" else model)(x, t, **conditioning)
+            handle.remove()
+        return float((seen["full"] - seen["quantized"]).square().mean())
+
+    before = temporal_error()
+    gains = compensate(model, bank, every_state(bank), 16)
+    assert gains["embed.layer"] < 1
+    assert temporal_error() < 0.8 * before
+
+
 # ---- equivalent scaling ----
 
 
@@ -118,6 +141,23 @@ def test_a_silent_channel_and_a_zero_weight_stay_finite() -> None:
     weight[:, 0] = 1
     r = candidate(torch.tensor([0.0, 5.0, 0.0]), weight, 0.5)
     assert torch.isfinite(r).all() and (r > 0).all()
+
+
+class TimedToy(Toy):
+    """Declares its layer of the timestep, with a wide embedding whose parts go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen = nn.Linear(2, 24)
+        self.embed = nn.Linear(24, 12)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        wide = nn.functional.silu(self.widen(torch.stack([t / 1000, torch.cos(t / 100)], 1)))
+        h = self.norm(self.first(x)) + self.embed(wide)[:, :, None, None]
+        return self.last(nn.functional.silu(self.second(h)))
+
+    def layer_roles(self) -> GenericRoles:
+        return GenericRoles(timestep_only=("widen", "embed"))
 
 
 class Uneven(Toy):
