@@ -2,7 +2,7 @@
 # The main job on the embedded checkpoint: calibrate tinyDM at W4A8, sample the same 64 images in
 # full precision and quantized, put them side by side, score them.
 #   sh sample_emoji.sh [options of sample_diffusion.py, for example --count 256]
-#   MODEL=emoji64 sh sample_emoji.sh        the latent one: a column for each of its nine classes
+#   MODEL=emoji64 sh sample_emoji.sh        the latent one, a column a class (train it first: README)
 # A second run continues from what exists. Needs no network but the package index, once.
 set -eu
 cd "$(dirname "$0")"

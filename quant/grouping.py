@@ -2,7 +2,7 @@
 
 `assign` solves the initial grouping exactly: a table of the quantization error of every bin under
 every candidate range turns it into a shortest path (contiguous groups) followed by k-medians
-(free groups). The differentiable search then starts from it, see `start_search`.
+(free groups). The differentiable search then starts from it, see search.start.
 
 Legend: S bins (calibrated timesteps), C candidate ranges, G groups, N sampled values.
 """

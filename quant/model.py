@@ -97,7 +97,7 @@ def quantize(
 ) -> QuantDenoiser:
     """A copy of the denoiser under calibration; the original is not touched.
 
-    Ranges are not set: see grouping.initialise. Raises ValueError for unsupported layers, naming
+    Ranges are not set: see grouping.assign. Raises ValueError for unsupported layers, naming
     them.
     """
     roles = roles_of(denoiser) if roles is None else roles

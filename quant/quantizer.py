@@ -231,8 +231,8 @@ class ActivationQuantizer(nn.Module):
 class LearnedQuantizer(nn.Module):
     """Activation quantizer under calibration: learnable log-scale and zero point per group.
 
-    With `start_search` every calibrated timestep also holds a softmax over the groups, and the
-    output is the mixture of the two likeliest quantizers (see grouping.py).
+    During the search (search.py) every calibrated timestep also holds a softmax over the groups,
+    and the output is the mixture of the two likeliest quantizers.
     """
 
     def __init__(self, context: TimestepContext, bits: int, symmetric: bool, unsigned: bool):
