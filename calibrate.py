@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from quant.bank import Bank
-from quant.calibration import CalibrationState, calibrate
+from quant.calibration import Adjust, CalibrationState, calibrate
 from quant.coverage import count_macs, format_table, layer_rows, shares
 from quant.model import roles_of
 from quant.packed import to_bytes
@@ -35,7 +35,7 @@ from scripts.common.config import Config, load_config, resolved_yaml
 from scripts.common.files import remove_stale, save_tensors, write_bytes, write_json, write_text
 from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
-from scripts.common.trajectories import answer, record_bank
+from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, record_bank
 from scripts.common.wiring import Assembly, assemble
 
 STATE, RESULT, LOCK = "calibration.pt", "quantized.safetensors", ".lock"
@@ -229,10 +229,21 @@ def calibrate_config(
         )
         return answer(seen, assembly.denoiser, size)
 
+    def drive(model: torch.nn.Module, adjust: Adjust, count: int) -> None:
+        assembly.pipeline.latents(
+            model,
+            range(FRESH, FRESH + count),
+            SEED_DOMAIN + config.calibration.seed,
+            config.sampling.classes,
+            device=device,
+            adjust=adjust,
+        )
+
     deployed, phases = calibrate(
         assembly.denoiser,
         bank,
         visit,
+        drive,
         config.quant,
         config.calibration,
         config.schedule.train_timesteps,

@@ -160,6 +160,10 @@ def _rows(value: torch.Tensor, start: int, size: int) -> torch.Tensor:
     return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 
 
+# (x_t (B, C, H, W), t (B,), output of the denoiser) -> output, both (B, C or 2 C, H, W)
+Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Everything around a denoiser; see build_pipeline. timesteps are in the order of use."""
@@ -222,8 +226,12 @@ class Pipeline:
         classes: Sequence[int] | None = None,
         on_step: StepHook | None = None,
         device: str | torch.device = "cpu",
+        adjust: Adjust | None = None,
     ) -> torch.Tensor:
-        """What the sampler ends with, before the first stage's decoder, (B, C, H, W)."""
+        """What the sampler ends with, before the first stage's decoder, (B, C, H, W).
+
+        adjust(x, t, eps) -> the output that the sampler goes on with, after guidance.
+        """
         generators = [image_generator(seed, index) for index in indices]
 
         def noise(_: int = 0) -> torch.Tensor:
@@ -233,6 +241,9 @@ class Pipeline:
         labels = self.labels(indices, seed, classes)
         model = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
+        if adjust is not None:
+            answer = model
+            model = lambda x, t: adjust(x, t, answer(x, t))  # noqa: E731
         # Declared by a denoiser whose eps brings noise of its own.
         noise_scale = getattr(denoiser, "noise_scale", None)
         return self._run(model, noise(), noise, noise_scale, on_step)

@@ -6,7 +6,7 @@
     search       differentiable groups with active timestep selection (search.py)
     reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
-    correction   PTQD's tables (correction.py)
+    correction   of the output: PTQD's tables (correction.py) or of the drift (drift.py)
 
 After each phase, each chunk of blocks and every CHECKPOINT end-to-end steps, `save(state)` gets
 everything that a later run needs to go on from there.
@@ -23,6 +23,7 @@ from torch import nn
 from quant import correction, gptq, grouping, statistics, timesteps
 from quant.bank import Bank
 from quant.context import TimestepContext
+from quant.drift import CallRecorder, DriftFit
 from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
 from quant.layers import CalibLayer
@@ -36,7 +37,11 @@ from quant.weights import WeightQuantizer
 PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
 STATISTICS_TRAJECTORIES = 8
 CHECKPOINT = 100
+DRIFT_TRAJECTORIES = 32  # at most as many as the calibration has
 PROBES = 64  # samples, all steps alike, that a layer's own measures look at
+
+
+Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Progress(Protocol):
@@ -127,6 +132,7 @@ def calibrate(
     denoiser: nn.Module,
     bank: Bank,
     visit: Callable[[nn.Module, int], Bank],
+    drive: Callable[[nn.Module, Adjust, int], None],
     settings: QuantSettings,
     calibration: CalibrationSettings,
     train_timesteps: int,
@@ -138,7 +144,9 @@ def calibrate(
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
     denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
-    a quantized model, with full-precision answers. importance (S,): weight of an eps error at each
+    a quantized model, with full-precision answers. drive(model, adjust, count) samples `count` fresh
+    images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each output
+    that the sampler gets. importance (S,): weight of an eps error at each
     sampling step. `state` continues an earlier run.
     """
     context = TimestepContext(
@@ -164,7 +172,17 @@ def calibrate(
         save(state)
 
     job = _Job(
-        denoiser, model, bank, visit, settings, calibration, importance, progress, state, keep
+        denoiser,
+        model,
+        bank,
+        visit,
+        drive,
+        settings,
+        calibration,
+        importance,
+        progress,
+        state,
+        keep,
     )
     for phase in PHASES:
         if phase in state.done:
@@ -184,6 +202,7 @@ class _Job:
     model: QuantDenoiser
     bank: Bank
     visit: Callable[[nn.Module, int], Bank]
+    drive: Callable[[nn.Module, Adjust, int], None]
     settings: QuantSettings
     calibration: CalibrationSettings
     importance: torch.Tensor
@@ -375,11 +394,15 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
     }
 
 
-@torch.no_grad()
 def _correction(job: _Job) -> dict[str, Any] | None:
-    if job.settings.correction == "none":
-        return None
-    bank, model = job.bank, job.model.deploy()
+    kinds = {"ptqd": _noise_correction, "drift": _drift_correction}
+    fit = kinds.get(job.settings.correction)
+    return None if fit is None else fit(job, job.model.deploy())
+
+
+@torch.no_grad()
+def _noise_correction(job: _Job, model: QuantDenoiser) -> dict[str, Any]:
+    bank = job.bank
     outputs, bins = [], []
     job.progress.begin("noise correction", len(bank.timesteps))
     for k, t in enumerate(bank.timesteps):
@@ -394,3 +417,25 @@ def _correction(job: _Job) -> dict[str, Any] | None:
         job.model.context, eps, torch.cat(outputs), torch.tensor(bins)
     )
     return {"largest_k": float(job.model.correction.k.abs().max())}
+
+
+@torch.no_grad()
+def _drift_correction(job: _Job, model: QuantDenoiser) -> dict[str, Any]:
+    """On trajectories of their own: what the weights have learned on the others drifts less."""
+    count = min(DRIFT_TRAJECTORIES, job.bank.trajectories)
+    job.progress.begin("drift correction", 2 * len(job.bank.timesteps))
+
+    def watched(adjust: Adjust) -> Adjust:
+        def call(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+            job.progress.step(f"t = {int(t[0])}")
+            return adjust(x, t, eps)
+
+        return call
+
+    recorder = CallRecorder()
+    job.drive(job.denoiser, watched(recorder), count)
+    fit = DriftFit(job.model.context, recorder.calls)
+    job.drive(model, watched(fit), count)
+    job.progress.end()
+    job.model.correction = fit.correction()
+    return {"largest_k": float(job.model.correction.k.abs().max()), "drift": fit.drift}

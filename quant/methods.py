@@ -84,7 +84,7 @@ class QuantSettings:
     split_skip: bool = True
     equivalent_scaling: bool = False  # of input channels, see equivalent.py
     quantize_matmuls: bool = True
-    correction: str = choice("none", "none", "ptqd")
+    correction: str = choice("none", "none", "ptqd", "drift")  # correction.py, drift.py
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
             activation=replace(base.activation, softmax="row"),
             equivalent_scaling=True,
             reconstruct=learned,
+            correction="drift",
         ), calibration
     plain = replace(
         base,

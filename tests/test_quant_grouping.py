@@ -5,6 +5,7 @@ python -m pytest tests/test_quant_grouping.py
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
@@ -81,6 +82,16 @@ def toy_bank(denoiser: nn.Module, trajectories: int = 12, seed: int = 1, first: 
     x[:, :, 1] = y.view(1, -1, 1, 1)
     eps = [denoiser(x[k], torch.full((trajectories,), t), y).detach() for k, t in enumerate(STEPS)]
     return Bank(x, torch.stack(eps), STEPS, {"y": y})
+
+
+@torch.no_grad()
+def toy_sampler(model: nn.Module, adjust: Callable[..., torch.Tensor], count: int) -> None:
+    x = torch.randn(count, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    y = torch.arange(count).float()
+    for t in STEPS:
+        x[:, 0], x[:, 1] = t / 1000, y.view(-1, 1, 1)  # see Toy
+        steps = torch.full((count,), t)
+        x = x + 0.3 * adjust(x, steps, model(x, steps, y))
 
 
 def eps_error(model: nn.Module, bank: Bank) -> float:
@@ -387,6 +398,7 @@ def run(
         denoiser,
         bank,
         lambda model, number: toy_bank(denoiser, 4, 100 + number, 50 * number),
+        toy_sampler,
         quant,
         calib,
         1000,
@@ -416,7 +428,7 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     assert report["tuples_per_step"] and sum(report["tuples_per_step"]) == 64
     assert ("reconstruct" in report) == (method in ("qdiffusion", "ptqd"))
     assert ("finetune" in report) == ("search" in report) == (method == "tinydm")
-    assert (model.correction is not None) == (method == "ptqd")
+    assert (model.correction is not None) == (method in ("tinydm", "ptqd"))
     if method == "tinydm":
         assert report["finetune"]["visited"] == 2
         assert len(report["rounding"]["relative_errors"]) == 4

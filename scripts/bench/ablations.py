@@ -80,5 +80,5 @@ PARTS: dict[str, tuple[Variant, ...]] = {
             for bits in (4, 5)
         ),
     ),
-    "correction": _each("quant.correction", "none", "ptqd"),
+    "correction": _each("quant.correction", "none", "ptqd", "drift"),
 }

@@ -12,6 +12,7 @@ from quant.bank import Bank
 from scripts.common.processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
+FRESH = 1 << 24  # index of the first trajectory that no bank holds
 
 
 class _Recorder:
