@@ -144,10 +144,10 @@ def calibrate(
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
     denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
-    a quantized model, with full-precision answers. drive(model, adjust, count) samples `count` fresh
-    images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each output
-    that the sampler gets. importance (S,): weight of an eps error at each
-    sampling step. `state` continues an earlier run.
+    a quantized model, with full-precision answers. drive(model, adjust, count) samples `count`
+    fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
+    output that the sampler gets. importance (S,): weight of an eps error at each sampling step.
+    `state` continues an earlier run.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
