@@ -168,8 +168,9 @@ def calibrate(
 
     def keep(partial: dict[str, Any] | None) -> None:
         state.partial = partial
-        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        state.tensors = model.state_dict()
         save(state)
+        state.tensors = {}  # of a large model a copy would be a large part of the memory
 
     job = _Job(
         denoiser,
@@ -216,9 +217,10 @@ class _Job:
 
 
 def _probes(job: _Job) -> torch.Tensor:
-    """Samples (n, 2) of all steps alike, in random order."""
+    """Samples (n, 2) of all steps alike, in random order; no more than there are states."""
     generator, count = job.generator("equivalent"), len(job.bank.timesteps)
-    steps = timesteps.all_steps(PROBES, count)[torch.randperm(PROBES, generator=generator)]
+    number = min(PROBES, count * job.bank.trajectories)
+    steps = timesteps.all_steps(number, count)[torch.randperm(number, generator=generator)]
     return timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
 
 
@@ -226,9 +228,10 @@ def _equivalent(job: _Job) -> dict[str, Any] | None:
     if not job.settings.equivalent_scaling:
         return None
     size = job.calibration.batch_size
-    job.progress.begin("equivalent scaling", -(-PROBES // size) + 1)
+    probes = _probes(job)
+    job.progress.begin("equivalent scaling", -(-len(probes) // size) + 1)
     relative = scale_equivalently(
-        job.denoiser, job.model, job.bank, _probes(job), size, lambda: job.progress.step("")
+        job.denoiser, job.model, job.bank, probes, size, lambda: job.progress.step("")
     )
     job.progress.end()
     return {"relative_errors": relative}
@@ -260,7 +263,12 @@ def _rounding(job: _Job) -> dict[str, Any] | None:
         return None
     job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
     gains = gptq.compensate(
-        job.model, job.bank, _probes(job), job.calibration.batch_size, job.progress.step
+        job.model,
+        job.bank,
+        _probes(job),
+        job.calibration.batch_size,
+        job.calibration.memory_gb,
+        job.progress.step,
     )
     job.progress.end()
     return {"relative_errors": gains}

@@ -3,6 +3,10 @@
 GPTQ (Frantar et al. 2023) on every layer, with H = X^T X of the layer's own quantized inputs X. The
 codes move to the grid that the scale search chose; what later phases learn starts from them.
 
+Memory is bounded: a wide layer's H is kept in diagonal blocks of whole input channels, and layers
+are taken in passes over the samples, each pass as many as its share of memory holds. Layers of a
+later pass see inputs that come through the rounded weights of the earlier ones.
+
 For layers of the timestep alone X has one row a timestep, so that this is the reconstruction of the
 temporal features over the whole schedule (TFMQ-DM), in closed form.
 """
@@ -20,6 +24,7 @@ from quant.weights import per_channel
 ROWS = 64  # output positions per sample that enter H, at most (a grid over the feature map)
 DAMPING = 0.01  # of the mean of H's diagonal
 BLOCK = 128  # columns whose update of the rest is delayed
+WIDEST = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
 
 
 def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
@@ -29,6 +34,30 @@ def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
         for name, m in model.denoiser.named_modules()
         if isinstance(m, CalibLayer) and (not m.op.is_conv or m.op.groups == 1)
     }
+
+
+def column_blocks(layer: CalibLayer) -> list[slice]:
+    """Columns (I * kh * kw) in equal parts of whole input channels, none wider than WIDEST unless
+    one channel is."""
+    channels, columns = layer.weight.shape[1], layer.weight[0].numel()
+    taps = columns // channels
+    parts = min(channels, -(-columns // WIDEST))
+    edges = [round(i * channels / parts) * taps for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def passes_of(layers: dict[str, CalibLayer], limit: int) -> list[dict[str, CalibLayer]]:
+    """The layers in their order, in runs whose blocks of H take at most `limit` bytes together."""
+    runs: list[dict[str, CalibLayer]] = [{}]
+    used = 0
+    for name, layer in layers.items():
+        size = sum(4 * (b.stop - b.start) ** 2 for b in column_blocks(layer))
+        if runs[-1] and used + size > limit:
+            runs.append({})
+            used = 0
+        runs[-1][name] = layer
+        used += size
+    return runs
 
 
 def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
@@ -62,20 +91,42 @@ def compensate(
     bank: Bank,
     tuples: torch.Tensor,
     batch_size: int,
+    memory_gb: float,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Rounds the weights of all layers in place. tuples (n, 2): samples of the bank for H.
+    """Rounds the weights of all layers in place. tuples (n, 2): samples of the bank for H, whose
+    blocks take at most half of memory_gb at a time (or one layer's).
 
     Returns tr(E H E^T) after, relative to rounding to nearest, by layer name.
     """
-    layers = compensated_layers(model)
-    hessians: dict[str, torch.Tensor] = {}
+    gains = {}
+    for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
+        hessians = _hessians(model, layers, bank, tuples, batch_size)
+        for name, layer in layers.items():
+            gains[name] = _round_layer(layer, hessians.pop(name))
+            on_layer(name)
+    return gains
+
+
+def _hessians(
+    model: QuantDenoiser,
+    layers: dict[str, CalibLayer],
+    bank: Bank,
+    tuples: torch.Tensor,
+    batch_size: int,
+) -> dict[str, list[torch.Tensor]]:
+    """Diagonal blocks of H = X^T X by layer name, one pass over the samples."""
+    hessians: dict[str, list[torch.Tensor]] = {}
 
     def hook_of(name: str) -> Callable:
         def hook(module: CalibLayer, args: tuple) -> None:
             rows = input_rows(module, module.quantized_input(args[0]))
-            square = rows.T @ rows
-            hessians[name] = hessians[name].add_(square) if name in hessians else square
+            parts = [rows[:, block] for block in column_blocks(module)]
+            if name not in hessians:
+                hessians[name] = [part.T @ part for part in parts]
+                return
+            for square, part in zip(hessians[name], parts, strict=True):
+                square.addmm_(part.T, part)
 
         return hook
 
@@ -87,30 +138,34 @@ def compensate(
     finally:
         for handle in handles:
             handle.remove()
-    gains = {}
-    for name, layer in layers.items():
-        gains[name] = _round_layer(layer, hessians.pop(name))
-        on_layer(name)
-    return gains
+    return hessians
 
 
-def _round_layer(layer: CalibLayer, hessian: torch.Tensor) -> float:
+def _round_layer(layer: CalibLayer, hessians: list[torch.Tensor]) -> float:
     quantizer = layer.weight_quantizer
     weight = layer.weight.detach()
     flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes
     zero, top = quantizer.zero_point[:, None], 2**quantizer.bits - 1
-    codes = second_order_codes(flat, hessian, -zero, top - zero)
-    nearest = torch.clamp(flat.round(), -zero, top - zero)
-    s = quantizer.scale[:, None]
-
-    def loss(q: torch.Tensor) -> float:
-        error = (q - flat) * s
-        return float(((error @ hessian) * error).sum())
-
-    before, after = loss(nearest), loss(codes)
+    codes = torch.clamp(flat.round(), -zero, top - zero)  # to nearest
+    before = after = 0.0
+    for columns, hessian in zip(column_blocks(layer), hessians, strict=True):
+        part = flat[:, columns]
+        found = second_order_codes(part, hessian, -zero, top - zero)
+        nearest, better = (
+            _loss((q - part) * quantizer.scale[:, None], hessian)
+            for q in (codes[:, columns], found)
+        )
+        if better < nearest:
+            codes[:, columns] = found
+        before, after = before + nearest, after + min(nearest, better)
     if after < before:
         quantizer.fix_codes((codes + zero).view_as(weight))
-    return min(after, before) / max(before, 1e-20)
+    return after / max(before, 1e-20)
+
+
+def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(E H E^T) of one block, E (O, N)."""
+    return float(((error @ hessian) * error).sum())
 
 
 def second_order_codes(

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from quant import gptq
 from quant.context import TimestepContext
 from quant.equivalent import candidate, scale_equivalently, scaled_layers, unscaled_weight
-from quant.gptq import compensate, input_rows, second_order_codes
+from quant.gptq import (
+    column_blocks,
+    compensate,
+    compensated_layers,
+    input_rows,
+    passes_of,
+    second_order_codes,
+)
 from quant.grouping import assign
 from quant.layers import CalibLayer, quantize_input, scale_channels
 from quant.model import BitPolicy, GenericRoles, activation_quantizers, quantize
@@ -89,7 +97,7 @@ def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
     bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
     model = block_model(denoiser, bank, bits)
     before = eps_error(model, fresh)
-    gains = compensate(model, bank, every_state(bank), 16)
+    gains = compensate(model, bank, every_state(bank), 16, 4.0)
     assert gains["conv"] < 0.9
     assert eps_error(model, fresh) < 0.9 * before  # on samples that it never saw
     codes = model.deploy().denoiser.conv.qweight
@@ -116,9 +124,30 @@ def test_layers_of_the_timestep_are_rounded_for_the_whole_schedule() -> None:
         return float((seen["full"] - seen["quantized"]).square().mean())
 
     before = temporal_error()
-    gains = compensate(model, bank, every_state(bank), 16)
+    gains = compensate(model, bank, every_state(bank), 16, 4.0)
     assert gains["embed.layer"] < 1
     assert temporal_error() < 0.8 * before
+
+
+def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow blocks and one layer a pass still beat rounding to nearest."""
+    monkeypatch.setattr(gptq, "WIDEST", 40)
+    denoiser = Toy()
+    bank, fresh = toy_bank(denoiser), toy_bank(denoiser, 6, seed=77)
+    model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=8))
+    layers = compensated_layers(model)
+    assert [b.stop - b.start for b in column_blocks(layers["second"])] == [36, 36, 36]
+    assert [b.stop - b.start for b in column_blocks(layers["first"])] == [36]
+    one = {
+        name: 4 * sum((b.stop - b.start) ** 2 for b in column_blocks(layers[name]))
+        for name in layers
+    }
+    assert len(passes_of(layers, sum(one.values()))) == 1
+    assert [list(run) for run in passes_of(layers, 1)] == [[name] for name in layers]
+    before = eps_error(model, fresh)
+    gains = compensate(model, bank, every_state(bank), 16, memory_gb=1e-9)
+    assert list(gains) == list(layers) and max(gains.values()) <= 1
+    assert eps_error(model, fresh) < before
 
 
 # ---- equivalent scaling ----
