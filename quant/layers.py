@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.quantizer import ActivationQuantizer, fake_quantize_parts
+from quant.quantizer import ActivationQuantizer, Step, fake_quantize_shared
 from quant.weights import WeightQuantizer, dequantize
+
+CHANNEL_PLACE = {"Linear": 0, "Conv1d": 1, "Conv2d": 2}  # dimensions behind the channels
 
 
 class Operation:
@@ -29,6 +31,10 @@ class Operation:
     @property
     def channel_dim(self) -> int:
         return 1 if self.is_conv else -1
+
+    def beside(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each channel (C,), shaped to broadcast against the input."""
+        return values.view(-1, *(1,) * CHANNEL_PLACE[self.kind])
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         if self.is_conv:
@@ -152,6 +158,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.inputs = nn.ModuleList(inputs)
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
+        self._steps: dict[tuple, Step] = {}  # likewise, see _step
 
     def weight(self) -> torch.Tensor:
         """The dequantized weight, float32 (O, I, ...)."""
@@ -170,17 +177,24 @@ class QuantLayer(nn.Module):
             return x
         dim, bins = self.op.channel_dim, self.inputs[0].context.bins
         if isinstance(bins, int):
-            ends = [0, self.split, x.shape[dim]] if self.split else [0, x.shape[dim]]
-            parts = []
-            for start, end, quantizer in zip(ends, ends[1:], self.inputs, strict=False):
-                factors = self.channel_scale
-                factors = None if factors is None else factors[start:end]
-                parts.append((slice(start, end), factors, *quantizer.step(bins)))
-            quantized = fake_quantize_parts(x, parts, dim)
-            if quantized is not None:
-                return quantized
+            factors = self.channel_scale
+            factors = None if factors is None else self.op.beside(factors)
+            return fake_quantize_shared(x, self._step(bins), factors, dim)
         x = scale_channels(x, self.channel_scale, dim)
         return quantize_input(x, self.inputs, self.split, dim)
+
+    def _step(self, index: int) -> Step:
+        """Of a bin of timesteps: that of the one quantizer, or one value for each channel."""
+        steps = tuple(quantizer.step(index) for quantizer in self.inputs)
+        if len(steps) == 1:
+            return steps[0]
+        step = self._steps.get(steps)
+        if step is None or step[0].device != self.qweight.device:
+            which = torch.arange(self.qweight.shape[1], device=self.qweight.device) >= self.split
+            values = (torch.tensor(v, device=which.device) for v in zip(*steps, strict=True))
+            step = tuple(self.op.beside(v.float()[which.long()]) for v in values)
+            self._steps[steps] = step
+        return step
 
 
 class TimestepLayer(nn.Module):
