@@ -4,6 +4,9 @@ Both compute   y = conv(Q(x), W_hat) + b   with the per-tensor activation quanti
 timestep. A layer behind a skip concatenation has two of them, one for each part of its input.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -158,11 +161,11 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.inputs = nn.ModuleList(inputs)
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
-        self._steps: dict[tuple, Step] = {}  # likewise, see _step
+        self._steps: dict[int, tuple[Step, torch.Tensor | None]] = {}  # likewise, see _step
 
     def weight(self) -> torch.Tensor:
         """The dequantized weight, float32 (O, I, ...)."""
-        if self._weight is None or self._weight.device != self.qweight.device:
+        if self._weight is None:
             weight = dequantize(self.qweight, self.w_scale, self.w_zero_point)
             if weight.dim() == 4:
                 weight = weight.contiguous(memory_format=torch.channels_last)
@@ -177,24 +180,38 @@ class QuantLayer(nn.Module):
             return x
         dim, bins = self.op.channel_dim, self.inputs[0].context.bins
         if isinstance(bins, int):
-            factors = self.channel_scale
-            factors = None if factors is None else self.op.beside(factors)
-            return fake_quantize_shared(x, self._step(bins), factors, dim)
+            known = self._steps.get(bins) or self._step(bins, x.shape[dim])
+            return fake_quantize_shared(x, *known, dim)
         x = scale_channels(x, self.channel_scale, dim)
         return quantize_input(x, self.inputs, self.split, dim)
 
-    def _step(self, index: int) -> Step:
-        """Of a bin of timesteps: that of the one quantizer, or one value for each channel."""
-        steps = tuple(quantizer.step(index) for quantizer in self.inputs)
-        if len(steps) == 1:
-            return steps[0]
-        step = self._steps.get(steps)
-        if step is None or step[0].device != self.qweight.device:
-            which = torch.arange(self.qweight.shape[1], device=self.qweight.device) >= self.split
-            values = (torch.tensor(v, device=which.device) for v in zip(*steps, strict=True))
-            step = tuple(self.op.beside(v.float()[which.long()]) for v in values)
-            self._steps[steps] = step
-        return step
+    def _step(self, index: int, channels: int) -> tuple[Step, torch.Tensor | None]:
+        """Of a bin of timesteps: the step of the one quantizer, or one value for each channel, and
+        the channels' factors. Kept."""
+        device = self.qweight.device
+        inverse, scale, low, high = zip(*(q.step(index) for q in self.inputs), strict=True)
+        if self.split:
+            second = (torch.arange(channels, device=device) >= self.split).long()
+            values = (torch.tensor(v, device=device).float() for v in (inverse, scale, low, high))
+            step: Step = tuple(self.op.beside(v[second]) for v in values)
+        else:  # a multiplication by a tensor starts sooner than one by a number
+            step = (*(torch.tensor(v[0], device=device) for v in (inverse, scale)), low[0], high[0])
+        factors = self.channel_scale
+        factors = None if factors is None else self.op.beside(factors)
+        self._steps[index] = step, factors
+        return step, factors
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def _forget(self) -> None:
+        self._weight = None
+        self._steps.clear()
 
 
 class TimestepLayer(nn.Module):
