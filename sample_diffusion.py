@@ -182,8 +182,8 @@ def fill(
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:
     """Raises ConfigError for outputs that cannot be what they should be."""
-    if args.backend == "int8" and args.quantized is None:
-        raise ConfigError("--backend int8: needs --quantized FILE")
+    if args.backend != "fake" and args.quantized is None:
+        raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, not a folder")
     if args.grid is not None and Path(args.grid).resolve().parent == folder.resolve():

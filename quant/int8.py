@@ -23,42 +23,47 @@ class Int8Error(RuntimeError):
     """The int8 backend cannot run here; the message says why, in one line."""
 
 
-def int8_supported(device: str | torch.device = "cpu") -> str | None:
-    """None, or the reason why there is no int8 execution on this device."""
+def int8_supported(device: str | torch.device = "cpu", vnni: bool = True) -> str | None:
+    """None, or the reason why there is no int8 execution on this device, see `to_int8`."""
     if torch.device(device).type != "cpu":
         return f"int8 kernels exist for x86 CPUs only, not for {torch.device(device).type}"
     if not all(hasattr(torch.ops.onednn, name) for name in OPERATORS):
         return "this PyTorch was built without oneDNN's int8 operators (x86 only)"
-    if not torch.cpu._is_vnni_supported():
+    if vnni and not torch.cpu._is_vnni_supported():
         return "this CPU lacks the VNNI instructions, without which int8 sums saturate"
+    if not torch.cpu._is_avx2_supported():
+        return "this CPU lacks the AVX2 instructions"
     return None
 
 
-def to_int8(model: QuantDenoiser) -> QuantDenoiser:
+def to_int8(model: QuantDenoiser, vnni: bool = True) -> QuantDenoiser:
     """Replaces, in place, what can run in integers. model: deployed, on the CPU.
 
-    The uint8 codes and float copies of replaced layers are freed as it goes. Raises Int8Error.
+    vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
+    two products each and attention stays simulated; the results are the same. The uint8 codes and
+    float copies of replaced layers are freed as it goes. Raises Int8Error.
     """
-    reason = int8_supported()
+    reason = int8_supported(vnni=vnni)
     if reason is not None:
         raise Int8Error(reason)
     for name, module in list(model.denoiser.named_modules()):
         if isinstance(module, TimestepLayer):
             module.layer = TransientLayer(module.layer)
-        elif _replaceable(model, name, module) and _obstacle(module) is None:
-            kind = Int8MatMul if isinstance(module, QuantMatMul) else Int8Layer
-            replace_module(model.denoiser, name, kind(module))
+        elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
+            products = isinstance(module, QuantMatMul)
+            replacement = Int8MatMul(module) if products else Int8Layer(module, vnni)
+            replace_module(model.denoiser, name, replacement)
             _free(module)
     return model.eval().requires_grad_(False)
 
 
-def fake_layers(model: QuantDenoiser) -> dict[str, str]:
+def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
     """Quantized layers that (would) stay simulated -> why. Those of the timestep are not listed:
     they run in floating point by design, once per timestep."""
     return {
         name: reason
         for name, module in model.denoiser.named_modules()
-        if _replaceable(model, name, module) and (reason := _obstacle(module)) is not None
+        if _replaceable(model, name, module) and (reason := _obstacle(module, vnni)) is not None
     }
 
 
@@ -69,9 +74,11 @@ def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
     return isinstance(module, QuantLayer) and not isinstance(parent, TimestepLayer)
 
 
-def _obstacle(module: QuantLayer | QuantMatMul) -> str | None:
-    """Why this layer cannot run in integers."""
+def _obstacle(module: QuantLayer | QuantMatMul, vnni: bool) -> str | None:
+    """Why this layer cannot, or should not, run in integers."""
     if isinstance(module, QuantMatMul):
+        if not vnni:
+            return "without VNNI its integer product is slower than the float one"
         if isinstance(module.left, Log2Quantizer):
             return "its left operand has logarithmic codes"
         if module.left.bits > 8:

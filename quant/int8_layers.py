@@ -1,9 +1,12 @@
-"""Layers that execute on oneDNN's int8 operators (x86 CPU with VNNI), through stock PyTorch.
+"""Layers that execute on oneDNN's int8 operators (x86 CPU), through stock PyTorch.
 
     y = s_x s_w[o] * (sum q_w (q_x - z_x)) + b        q_x uint8, q_w int8, the sum in int32
 
 The activation's scale and zero point are arguments of each call, so that one integer weight serves
 all groups of timesteps. The results equal those of layers.py up to float rounding.
+
+Without VNNI the kernels add two products at a time in 16 bits and saturate. 2 * 255 * 64 < 2^15, so
+that weights within -64..64 (all up to 6 bits) are exact there as well; others go as a sum of two.
 
 Legend: B batch, C/O in/out channels, G groups of timesteps.
 """
@@ -18,6 +21,7 @@ from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
 
+EXACT = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
 ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to even and leaves the integer in the low bits
 
 
@@ -71,9 +75,9 @@ class IntegerWeight(nn.Module):
     load_state_dict restore the plain one first, and the next call packs again.
     """
 
-    def __init__(self, op: Operation, codes: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, op: Operation, codes: torch.Tensor, scale: torch.Tensor, vnni: bool):
         super().__init__()
-        self.op = op
+        self.op, self.vnni = op, vnni
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int32), persistent=False)
@@ -81,34 +85,55 @@ class IntegerWeight(nn.Module):
             self.geometry = [_pair(v) for v in (op.stride, op.padding, op.dilation)] + [op.groups]
             if op.kind == "Conv1d":  # a unit height
                 self.geometry[1][0] = 0
-        self._packed: torch.Tensor | None = None
+        self._packed: list[torch.Tensor] = []  # the summands of the weight
         self._shape: tuple[int, ...] | None = None
 
     def unpack(self) -> None:
         """Back to the plain form."""
-        if self._packed is not None:
-            codes = self._packed.to_dense()
+        if self._packed:
+            codes = sum(packed.to_dense() for packed in self._packed)
             self.codes = codes.contiguous() if self.op.is_conv else codes.t().contiguous()
-            self._packed = self._shape = None
+            self._packed, self._shape = [], None
 
-    def _pack(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _pack(self, shape: tuple[int, ...]) -> None:
         self.unpack()
+        for codes in self._summands():
+            if self.op.is_conv:
+                packed = torch.ops.onednn.qconv_prepack(
+                    codes, self.scale, 1.0, 0, *self.geometry, list(shape)
+                )
+            else:
+                packed = torch.ops.onednn.qlinear_prepack(codes, list(shape))
+            self._packed.append(packed)
+        self.codes, self._shape = self.codes.new_empty(0), shape
+
+    def _summands(self) -> list[torch.Tensor]:
+        """The codes as one tensor, or as the sum of two that cannot saturate."""
         codes = self.codes.contiguous()
-        if self.op.is_conv:
-            packed = torch.ops.onednn.qconv_prepack(
-                codes, self.scale, 1.0, 0, *self.geometry, list(shape)
-            )
-        else:
-            packed = torch.ops.onednn.qlinear_prepack(codes, list(shape))
-        self.codes = self.codes.new_empty(0)
-        self._packed, self._shape = packed, shape
-        return packed
+        if self.vnni or (codes.amin() >= -EXACT and codes.amax() <= EXACT):
+            return [codes]
+        half = codes >> 1
+        return [half, codes - half]
 
     def forward(
         self, q: torch.Tensor, scale: float, zero_point: int, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """q: uint8 input of the layer, (B, C, H, W) or (..., C) -> float32."""
-        packed = self._packed if q.shape == self._shape else self._pack(q.shape)
+        if q.shape != self._shape:
+            self._pack(q.shape)
+        out = self._product(self._packed[0], q, scale, zero_point, bias)
+        for packed in self._packed[1:]:
+            out.add_(self._product(packed, q, scale, zero_point, None))
+        return out
+
+    def _product(
+        self,
+        packed: torch.Tensor,
+        q: torch.Tensor,
+        scale: float,
+        zero_point: int,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         given = (q, scale, zero_point, packed, self.scale, self.zeros, bias)
         if self.op.is_conv:
             return torch.ops.onednn.qconv_pointwise(
@@ -140,13 +165,13 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
 
 
 class Int8Layer(nn.Module):
-    """A convolution or linear layer in integers; replaces a QuantLayer.
+    """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on it.
 
     Behind a skip concatenation there are two quantizers and two weights, one for each part of the
     input channels; the two products are added in floating point.
     """
 
-    def __init__(self, layer: QuantLayer):
+    def __init__(self, layer: QuantLayer, vnni: bool = True):
         super().__init__()
         self.op, self.split, self.bits = layer.op, layer.split, layer.bits
         self.inputs = nn.ModuleList(CodeQuantizer(q) for q in layer.inputs)
@@ -154,7 +179,7 @@ class Int8Layer(nn.Module):
         if self.op.kind == "Conv1d":
             codes = codes.unsqueeze(2)
         parts = [codes[:, : self.split], codes[:, self.split :]] if self.split else [codes]
-        self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale) for p in parts)
+        self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale, vnni) for p in parts)
         self.register_buffer("bias", layer.bias)
         self.register_buffer("channel_scale", layer.channel_scale)
 

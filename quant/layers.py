@@ -4,13 +4,18 @@ Both compute   y = conv(Q(x), W_hat) + b   with the per-tensor activation quanti
 timestep. A layer behind a skip concatenation has two of them, one for each part of its input.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from quant.context import TimestepContext
-from quant.quantizer import ActivationQuantizer, fake_quantize_parts
+from quant.quantizer import ActivationQuantizer, Step, fake_quantize_shared
 from quant.weights import WeightQuantizer, dequantize
+
+CHANNEL_PLACE = {"Linear": 0, "Conv1d": 1, "Conv2d": 2}  # dimensions behind the channels
 
 
 class Operation:
@@ -29,6 +34,10 @@ class Operation:
     @property
     def channel_dim(self) -> int:
         return 1 if self.is_conv else -1
+
+    def beside(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each channel (C,), shaped to broadcast against the input."""
+        return values.view(-1, *(1,) * CHANNEL_PLACE[self.kind])
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
         if self.is_conv:
@@ -152,10 +161,11 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.inputs = nn.ModuleList(inputs)
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
+        self._steps: dict[int, tuple[Step, torch.Tensor | None]] = {}  # likewise, see _step
 
     def weight(self) -> torch.Tensor:
         """The dequantized weight, float32 (O, I, ...)."""
-        if self._weight is None or self._weight.device != self.qweight.device:
+        if self._weight is None:
             weight = dequantize(self.qweight, self.w_scale, self.w_zero_point)
             if weight.dim() == 4:
                 weight = weight.contiguous(memory_format=torch.channels_last)
@@ -170,17 +180,38 @@ class QuantLayer(nn.Module):
             return x
         dim, bins = self.op.channel_dim, self.inputs[0].context.bins
         if isinstance(bins, int):
-            ends = [0, self.split, x.shape[dim]] if self.split else [0, x.shape[dim]]
-            parts = []
-            for start, end, quantizer in zip(ends, ends[1:], self.inputs, strict=False):
-                factors = self.channel_scale
-                factors = None if factors is None else factors[start:end]
-                parts.append((slice(start, end), factors, *quantizer.step(bins)))
-            quantized = fake_quantize_parts(x, parts, dim)
-            if quantized is not None:
-                return quantized
+            known = self._steps.get(bins) or self._step(bins, x.shape[dim])
+            return fake_quantize_shared(x, *known, dim)
         x = scale_channels(x, self.channel_scale, dim)
         return quantize_input(x, self.inputs, self.split, dim)
+
+    def _step(self, index: int, channels: int) -> tuple[Step, torch.Tensor | None]:
+        """Of a bin of timesteps: the step of the one quantizer, or one value for each channel, and
+        the channels' factors. Kept."""
+        device = self.qweight.device
+        inverse, scale, low, high = zip(*(q.step(index) for q in self.inputs), strict=True)
+        if self.split:
+            second = (torch.arange(channels, device=device) >= self.split).long()
+            values = (torch.tensor(v, device=device).float() for v in (inverse, scale, low, high))
+            step: Step = tuple(self.op.beside(v[second]) for v in values)
+        else:  # a multiplication by a tensor starts sooner than one by a number
+            step = (*(torch.tensor(v[0], device=device) for v in (inverse, scale)), low[0], high[0])
+        factors = self.channel_scale
+        factors = None if factors is None else self.op.beside(factors)
+        self._steps[index] = step, factors
+        return step, factors
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def _forget(self) -> None:
+        self._weight = None
+        self._steps.clear()
 
 
 class TimestepLayer(nn.Module):

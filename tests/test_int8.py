@@ -20,8 +20,9 @@ from quant.quantizer import ActivationQuantizer
 from scripts.common.strict import ConfigError
 from scripts.common.wiring import select_backend
 
-REASON = int8_supported()
-needs_int8 = pytest.mark.skipif(REASON is not None, reason=f"no int8 execution here: {REASON}")
+REASONS = {vnni: int8_supported(vnni=vnni) for vnni in (True, False)}
+ONCE = REASONS[False]  # of what both kinds share
+needs_int8 = pytest.mark.skipif(ONCE is not None, reason=f"no int8 execution here: {ONCE}")
 TIMESTEPS = (0, 300, 600, 900)
 
 
@@ -33,6 +34,14 @@ def _one_thread():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[True, False], ids=["vnni", "avx2"])
+def vnni(request: pytest.FixtureRequest) -> bool:
+    """Both kinds of execution, as far as this processor has them."""
+    if REASONS[request.param] is not None:
+        pytest.skip(f"no such int8 execution here: {REASONS[request.param]}")
+    return request.param
 
 
 def context() -> TimestepContext:
@@ -48,7 +57,12 @@ def quantizer(at: TimestepContext, bits: int, zero_point: list[int] | None = Non
 
 
 def quant_layer(
-    at: TimestepContext, layer: nn.Module, bits: int = 4, act_bits: int = 8, split: int = 0
+    at: TimestepContext,
+    layer: nn.Module,
+    bits: int = 4,
+    act_bits: int = 8,
+    split: int = 0,
+    scaled: bool = False,
 ) -> QuantLayer:
     """Random codes with per-channel zero points: 128 at 8 bits, else anything."""
     codes = torch.randint(0, 2**bits, layer.weight.shape).to(torch.uint8)
@@ -64,6 +78,7 @@ def quant_layer(
         bits,
         inputs,
         split,
+        (torch.rand(layer.weight.shape[1]) + 0.5).half().float() if scaled else None,
     )
 
 
@@ -72,11 +87,11 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def check_layer(layer: nn.Module, x: torch.Tensor, **kwargs) -> None:
+def check_layer(layer: nn.Module, x: torch.Tensor, vnni: bool, **kwargs) -> None:
     """Equal at every group of timesteps, and for a batch that mixes them."""
     at = context()
     fake = quant_layer(at, layer, **kwargs)
-    exact = Int8Layer(copy.deepcopy(fake))
+    exact = Int8Layer(copy.deepcopy(fake), vnni)
     for q in exact.inputs:
         q.context = at
     for t in TIMESTEPS:
@@ -98,62 +113,77 @@ CONVOLUTIONS = [
 ]
 
 
-@needs_int8
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_convolution(shape):
+def test_convolution(shape, vnni: bool):
     shape = dict(shape)
     c, split = shape.pop("c"), shape.pop("split", 0)
     layer = nn.Conv2d(c, shape.pop("o"), shape.pop("k"), **shape)
     x = 2 * torch.randn(3, c, 9, 11)
-    check_layer(layer, x.contiguous(memory_format=torch.channels_last), split=split)
-    check_layer(layer, x, split=split, bits=8)
-    check_layer(layer, x.expand(3, -1, -1, -1)[:, :, ::2], split=split, bits=3)
+    check_layer(layer, x.contiguous(memory_format=torch.channels_last), vnni, split=split)
+    check_layer(layer, x, vnni, split=split, bits=8)
+    check_layer(layer, x.expand(3, -1, -1, -1)[:, :, ::2], vnni, split=split, bits=3)
+    if layer.groups == 1:  # others are never scaled
+        check_layer(layer, x, vnni, split=split, scaled=True)
 
 
-@needs_int8
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weight_and_activation_bits(bits):
+def test_weight_and_activation_bits(bits, vnni: bool):
     layer, x = nn.Conv2d(8, 8, 3, padding=1), 2 * torch.randn(2, 8, 6, 6)
     for act_bits in (bits, 8, 8 + bits):
-        check_layer(layer, x, bits=bits, act_bits=act_bits)
+        check_layer(layer, x, vnni, bits=bits, act_bits=act_bits)
 
 
-@needs_int8
 @pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (2, 3, 4, 12)], ids=str)
-def test_linear(shape):
+def test_linear(shape, vnni: bool):
     x = 2 * torch.randn(shape)
-    check_layer(nn.Linear(12, 20), x, bits=8)
-    check_layer(nn.Linear(12, 7, bias=False), x, split=5)
-    check_layer(nn.Linear(12, 7), x, act_bits=16)
+    check_layer(nn.Linear(12, 20), x, vnni, bits=8)
+    check_layer(nn.Linear(12, 7, bias=False), x, vnni, split=5)
+    check_layer(nn.Linear(12, 7), x, vnni, act_bits=16)
+    check_layer(nn.Linear(12, 7), x, vnni, split=5, scaled=True)
 
 
-@needs_int8
-def test_conv1d():
+def test_conv1d(vnni: bool):
     x = 2 * torch.randn(3, 8, 10)
-    check_layer(nn.Conv1d(8, 24, 1), x)
-    check_layer(nn.Conv1d(8, 24, 1), x.transpose(1, 2).contiguous().transpose(1, 2), split=3)
-    check_layer(nn.Conv1d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2), x, bits=8)
+    check_layer(nn.Conv1d(8, 24, 1), x, vnni)
+    check_layer(nn.Conv1d(8, 24, 1), x.transpose(1, 2).contiguous().transpose(1, 2), vnni, split=3)
+    check_layer(nn.Conv1d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2), x, vnni, bits=8)
+    check_layer(nn.Conv1d(8, 6, 3, padding=1), x, vnni, scaled=True)
 
 
-@needs_int8
-def test_padding_is_the_zero_point():
+@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize("layer", [nn.Conv2d(64, 4, 3, padding=1), nn.Linear(64, 4)], ids=str)
+def test_largest_sums_do_not_saturate(layer: nn.Module, code: int, vnni: bool):
+    """Weights of -128 or 127 against activations at the end of their range."""
+    at = context()
+    fake = quant_layer(at, layer, bits=8)
+    fake.qweight[:] = code
+    x = torch.full((2, 64) if isinstance(layer, nn.Linear) else (2, 64, 5, 5), 1e3)
+    for t in TIMESTEPS:
+        at.set(torch.full((2,), t))
+        same(Int8Layer(copy.deepcopy(fake), vnni)(x), fake(x))
+
+
+def test_padding_is_the_zero_point(vnni: bool):
     """Zero padding must mean x = 0, whatever its code."""
     at = context()
     fake = quant_layer(at, nn.Conv2d(4, 4, 3, padding=1))
     at.set(torch.tensor([300]))
     same(
-        Int8Layer(fake)(torch.zeros(1, 4, 5, 5)),
+        Int8Layer(fake, vnni)(torch.zeros(1, 4, 5, 5)),
         fake.bias.view(1, -1, 1, 1).expand(1, 4, 5, 5).contiguous(),
     )
 
 
 @needs_int8
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("left_zero", [[0, 0], [128, 128], [3, 200]], ids=str)
-def test_matrix_product(left_zero):
+def test_matrix_product(left_zero: list[int], by_row: bool):
     at = context()
-    fake = QuantMatMul(quantizer(at, 8, left_zero), quantizer(at, 8, [128, 128]))
+    fake = QuantMatMul(quantizer(at, 8, left_zero), quantizer(at, 8, [128, 128]), by_row)
     exact = Int8MatMul(fake)
     left, right = 2 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
+    if by_row:
+        left = torch.softmax(left, -1)
     for t in TIMESTEPS:
         at.set(torch.full((4,), t))
         same(exact(left, right), fake(left, right))
@@ -192,17 +222,27 @@ def small_unet(**policy) -> QuantDenoiser:
     return deployed(net, torch.randn(4, 3, 16, 16), torch.full((4,), 500), **policy)
 
 
+def simulated(model: QuantDenoiser, vnni: bool) -> set[str]:
+    """Names of the layers that stay simulated; those of attention are expected without VNNI."""
+    names = fake_layers(model, vnni)
+    products = {n for n, m in model.denoiser.named_modules() if type(m) is QuantMatMul}
+    assert not products if vnni else products
+    return names.keys() - products
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     peak = b.max() - b.min()
     return float(10 * torch.log10(peak**2 / F.mse_loss(a, b)))
 
 
-@needs_int8
-@pytest.mark.parametrize("bits", [4, 8])
-def test_network(bits):
-    fake = small_unet(weight=bits)
-    exact = to_int8(copy.deepcopy(fake))
-    assert fake_layers(exact) == {}
+@pytest.mark.parametrize("bits, softmax_codes", [(4, "row"), (8, "uniform")])
+def test_network(bits: int, softmax_codes: str, vnni: bool):
+    """With scaled channels as well."""
+    fake = small_unet(weight=bits, softmax_codes=softmax_codes)
+    for layer in (m for m in fake.modules() if isinstance(m, QuantLayer) and len(m.inputs)):
+        layer.channel_scale = (torch.rand(layer.qweight.shape[1]) + 0.5).half().float()
+    exact = to_int8(copy.deepcopy(fake), vnni)
+    assert simulated(exact, vnni) == set()
     assert not any(m._weight is not None for m in exact.modules() if isinstance(m, QuantLayer))
     x = torch.randn(4, 3, 16, 16)
     for t in (0, 70, 500, 999):
@@ -212,9 +252,8 @@ def test_network(bits):
     assert psnr(exact(x, mixed), fake(x, mixed)) >= 45
 
 
-@needs_int8
 @pytest.mark.parametrize("transformer", [False, True])
-def test_latent_network(transformer):
+def test_latent_network(transformer, vnni: bool):
     params = dict(in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, num_heads=2)
     params |= dict(attention_resolutions=[1, 2], channel_mult=[1, 2], norm_groups=8)
     if transformer:
@@ -224,22 +263,20 @@ def test_latent_network(transformer):
     if transformer:
         call.append(torch.randn(2, 3, 12))
     fake = deployed(net, *call)
-    exact = to_int8(copy.deepcopy(fake))
-    assert fake_layers(exact) == {}
+    exact = to_int8(copy.deepcopy(fake), vnni)
+    assert simulated(exact, vnni) == set()
     assert psnr(exact(*call), fake(*call)) >= 45
 
 
-@needs_int8
-def test_rows_do_not_depend_on_the_batch():
-    model = to_int8(small_unet())
+def test_rows_do_not_depend_on_the_batch(vnni: bool):
+    model = to_int8(small_unet(), vnni)
     x, t = torch.randn(5, 3, 16, 16), torch.full((5,), 300)
     assert psnr(model(x, t), torch.cat([model(row[None], t[:1]) for row in x])) >= 45
 
 
-@needs_int8
-def test_state_is_plain():
+def test_state_is_plain(vnni: bool):
     """No packed tensor in the state, before or after calls, and copies compute the same."""
-    model = to_int8(small_unet())
+    model = to_int8(small_unet(), vnni)
     x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = model(x, t)
@@ -251,34 +288,33 @@ def test_state_is_plain():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x, t), expected)
     assert torch.equal(model.to(memory_format=torch.channels_last)(x, t), expected)
-    other = to_int8(small_unet())
+    other = to_int8(small_unet(), vnni)
     other(x, torch.full((2,), 700))  # packs other weights
     other.load_state_dict(after)
     assert torch.equal(other(x, t), expected)
 
 
-@needs_int8
-def test_memory_is_one_byte_per_weight():
-    model = to_int8(small_unet())
+def test_memory_is_one_byte_per_weight(vnni: bool):
+    model = to_int8(small_unet(), vnni)
     model(torch.randn(2, 3, 16, 16), torch.full((2,), 300))
     for layer in (m for m in model.modules() if isinstance(m, Int8Layer)):
         assert all(w.codes.numel() == 0 for w in layer.weights)  # only the packed form is kept
         assert all(b.dtype != torch.float32 or b.dim() == 1 for b in layer.buffers())
 
 
-@needs_int8
-def test_what_stays_simulated_is_listed():
+def test_what_stays_simulated_is_listed(vnni: bool):
     model = small_unet()
-    assert any(isinstance(m, Int8MatMul) for m in to_int8(copy.deepcopy(model)).modules())
+    integers = {type(m) for m in to_int8(copy.deepcopy(model), vnni).modules()}
+    assert Int8Layer in integers and (Int8MatMul in integers) == vnni
     first, second = model.denoiser.conv_in, model.denoiser.conv_out
     first.inputs = nn.ModuleList()
     second.w_zero_point[0], second.qweight[0, 0, 0, 0] = 3, 255
     second._weight = None
     x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
     expected = model(x, t)
-    exact = to_int8(model)
-    assert set(fake_layers(exact)) == {"conv_in", "conv_out"}
-    assert "zero point" in fake_layers(exact)["conv_out"]
+    exact = to_int8(model, vnni)
+    assert simulated(exact, vnni) == {"conv_in", "conv_out"}
+    assert "zero point" in fake_layers(exact, vnni)["conv_out"]
     assert psnr(exact(x, t), expected) >= 45
 
 
@@ -291,9 +327,14 @@ def test_refusals(monkeypatch):
     assert "\n" not in str(refusal.value)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert "VNNI" in int8_supported() or "oneDNN" in int8_supported()
-    with pytest.raises(ConfigError, match="use --backend fake"):
+    with pytest.raises(ConfigError, match="use --backend fake") as refusal:
         select_backend(model, "int8")
+    assert ("int8-avx2" in str(refusal.value)) == (ONCE is None)
     with pytest.raises(Int8Error):
         to_int8(model)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    assert "AVX2" in int8_supported(vnni=False) or "oneDNN" in int8_supported(vnni=False)
     monkeypatch.setattr(int8, "OPERATORS", ("no_such_operator",))
     assert "oneDNN" in int8_supported()
+    with pytest.raises(ConfigError, match="int8-avx2: .* use --backend fake$"):
+        select_backend(model, "int8-avx2")

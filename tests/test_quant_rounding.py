@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quant import gptq
+from quant import quantizer as quantizer_module
 from quant.context import TimestepContext
 from quant.equivalent import candidate, scale_equivalently, scaled_layers, unscaled_weight
 from quant.gptq import (
@@ -237,8 +238,12 @@ def test_channel_scales_survive_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", [0, 5])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["channels_last", "contiguous", "linear", "small"])
-def test_the_quick_way_to_quantize_an_input_is_exact(split: int, scaled: bool, kind: str) -> None:
-    """Row by row in the cache, and plainly, give the same bits."""
+@pytest.mark.parametrize("block", [1000, 12000, 1 << 18])
+def test_the_quick_way_to_quantize_an_input_is_exact(
+    split: int, scaled: bool, kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one timestep, in pieces of any size, and with one for each sample: the same bits."""
+    monkeypatch.setattr(quantizer_module, "BLOCK", block)
     context = TimestepContext([0, 50], 100)
     side = 4 if kind == "small" else 24
     layer = nn.Linear(16, 3) if kind == "linear" else nn.Conv2d(16, 3, 1)
@@ -255,9 +260,9 @@ def test_the_quick_way_to_quantize_an_input_is_exact(split: int, scaled: bool, k
     given.inputs = nn.ModuleList(inputs)
     given.channel_scale = torch.rand(16) + 0.5 if scaled else None
     context.set(torch.tensor([50, 50, 50]))
-    quick = given.quantized_input(x)
-    dim = given.op.channel_dim
-    plain = quantize_input(scale_channels(x, given.channel_scale, dim), given.inputs, split, dim)
-    assert torch.equal(quick, plain)
+    quick, dim = given.quantized_input(x), given.op.channel_dim
+    assert quick.stride() == x.stride()
+    parts = quantize_input(scale_channels(x, given.channel_scale, dim), given.inputs, split, dim)
+    assert torch.equal(quick, parts)
     context.bins = torch.tensor([1, 1, 1])  # as a mixed batch
-    assert torch.equal(given.quantized_input(x), plain)
+    assert torch.equal(given.quantized_input(x), quick)

@@ -25,7 +25,7 @@ from quant.packed import load_quantized
 from scripts.common.config import ConditioningConfig, Config, repository_path
 from scripts.common.strict import ConfigError, printable
 
-BACKENDS = ("fake", "int8")
+BACKENDS = ("fake", "int8", "int8-avx2")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
 
 
@@ -85,14 +85,16 @@ def select_backend(
 ) -> QuantDenoiser:
     """The quantized model as it is (fake: integers in floating point) or on integer kernels.
 
-    Raises ConfigError where there are none.
+    int8 relies on VNNI, int8-avx2 does not. Raises ConfigError where there are none.
     """
     if backend == "fake":
         return model
-    reason = int8_supported(device)
+    vnni = backend == "int8"
+    reason = int8_supported(device, vnni)
     if reason is not None:
-        raise ConfigError(f"--backend int8: {reason}; use --backend fake")
-    return to_int8(model)
+        other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
+        raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
+    return to_int8(model, vnni)
 
 
 def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:
