@@ -15,10 +15,10 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import platform
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ from tqdm import tqdm
 from quant.bank import Bank
 from quant.calibration import Adjust, CalibrationState, calibrate
 from quant.coverage import count_macs, format_table, layer_rows, shares
+from quant.finite import DivergenceError
 from quant.model import roles_of
 from quant.packed import to_bytes
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml
-from scripts.common.files import remove_stale, save_tensors, write_bytes, write_json, write_text
+from scripts.common.files import remove_stale, write_bytes, write_json, write_text
 from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
 from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, record_bank
+from scripts.common.unfinished import STATE, advice, identity_of, load_state, save_state
 from scripts.common.wiring import Assembly, assemble
 
-STATE, RESULT, LOCK = "calibration.pt", "quantized.safetensors", ".lock"
+RESULT, LOCK = "quantized.safetensors", ".lock"
 
 
 class Bars:
@@ -57,6 +59,11 @@ class Bars:
     def end(self) -> None:
         self.bar.close()
 
+    def close(self) -> None:
+        """Of a phase that failed: what is printed next begins a line."""
+        if self.bar is not None:
+            self.bar.close()
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
@@ -65,21 +72,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on after the last phase")
     parser.add_argument("--overwrite", action="store_true", help="calibrate anew into OUT")
     return parser.parse_args(argv)
-
-
-def identity_of(config: Config, sources: dict[str, str]) -> str:
-    """Digest of everything the result depends on."""
-    parts = {
-        "model": dataclasses.asdict(config.model) | {"checkpoint": None, "url": None},
-        "schedule": vars(config.schedule),
-        "sampler": vars(config.sampler),
-        "quant": dataclasses.asdict(config.quant),
-        "calibration": vars(config.calibration),
-        "micro_batch": config.sampling.micro_batch,
-        "classes": config.sampling.classes,
-        "sources": sources,
-    }
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 
 def is_done(folder: Path, identity: str) -> bool:
@@ -96,24 +88,6 @@ def is_done(folder: Path, identity: str) -> bool:
             "--overwrite calibrates anew, --out names another folder"
         )
     return True
-
-
-def load_state(folder: Path, identity: str, resume: bool) -> dict[str, Any] | None:
-    """The interrupted run of this folder, if it is to be continued. Raises RunError."""
-    path = folder / STATE
-    if not path.exists():
-        return None
-    try:
-        value = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch has many exceptions for a damaged file
-        raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
-    if not isinstance(value, dict) or value.get("identity") != identity:
-        raise RunError(
-            f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
-        )
-    if not resume:
-        raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
-    return value
 
 
 def make_bank(
@@ -162,16 +136,6 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(lines))
 
 
-def check_finite(deployed: torch.nn.Module) -> None:
-    """Raises RunError, with the layer, if something that was learned is NaN or infinite."""
-    for name, value in deployed.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise RunError(
-                f"calibration ran away: {name} is not finite; lower quant.reconstruct.lr_scale "
-                "or quant.search.lr_scale, then --overwrite"
-            )
-
-
 def calibrate_config(
     config: Config,
     assembly: Assembly,
@@ -196,7 +160,7 @@ def calibrate_config(
         for name in (RESULT, STATE):
             (folder / name).unlink(missing_ok=True)
     done = is_done(folder, identity)
-    saved = None if done else load_state(folder, identity, resume)
+    saved = None if done else load_state(folder, config, assembly.sources, resume)
     wanted = team.agree(not done and saved is None and bank is None)
     if done:
         (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
@@ -205,11 +169,10 @@ def calibrate_config(
     state = CalibrationState()
 
     def save(state: CalibrationState) -> None:
-        value = {"identity": identity, "state": state.to_plain(), "bank": vars(bank)}
-        save_tensors(folder / STATE, value)
+        save_state(folder, config, assembly.sources, state, bank)
 
     if saved is not None:
-        state, bank = CalibrationState.from_plain(saved["state"]), Bank(**saved["bank"])
+        state, bank = saved
         print(f"resumed after: {', '.join(['trajectories', *state.done])}")
     elif wanted:
         bank = make_bank(config, assembly, device, team)
@@ -239,20 +202,23 @@ def calibrate_config(
             adjust=adjust,
         )
 
-    deployed, phases = calibrate(
-        assembly.denoiser,
-        bank,
-        visit,
-        drive,
-        config.quant,
-        config.calibration,
-        config.schedule.train_timesteps,
-        step_importance(assembly, bank),
-        Bars(),
-        state,
-        save,
-    )
-    check_finite(deployed)
+    with closing(Bars()) as bars:
+        try:
+            deployed, phases = calibrate(
+                assembly.denoiser,
+                bank,
+                visit,
+                drive,
+                config.quant,
+                config.calibration,
+                config.schedule.train_timesteps,
+                step_importance(assembly, bank),
+                bars,
+                state,
+                save,
+            )
+        except DivergenceError as error:
+            raise RunError(advice(error, state.phase)) from error
     lines = write_result(folder, config, assembly, bank, deployed, phases, began, identity)
     (folder / STATE).unlink(missing_ok=True)
     return lines

@@ -26,6 +26,7 @@ from quant.context import TimestepContext
 from quant.drift import CallRecorder, DriftFit
 from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
+from quant.finite import check_finite
 from quant.layers import CalibLayer
 from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
@@ -55,13 +56,25 @@ class Progress(Protocol):
 @dataclass
 class CalibrationState:
     """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values;
-    partial: what the phase after `done` has finished so far, its own business."""
+    partial: what the phase after `done` has finished so far, its own business; before: the tensors
+    at that phase's start, if there is a partial."""
 
     done: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     tuples: torch.Tensor | None = None
     report: dict[str, Any] = field(default_factory=dict)
     partial: dict[str, Any] | None = None
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """The first one that is not finished, or the last one."""
+        return next((p for p in PHASES if p not in self.done), PHASES[-1])
+
+    def rewind(self) -> None:
+        """Back to the start of the phase."""
+        if self.partial is not None:
+            self.tensors, self.before, self.partial = self.before, {}, None
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, dicts and tensors only, for torch.save and weights_only loading."""
@@ -147,7 +160,8 @@ def calibrate(
     a quantized model, with full-precision answers. drive(model, adjust, count) samples `count`
     fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
     output that the sampler gets. importance (S,): weight of an eps error at each sampling step.
-    `state` continues an earlier run.
+    `state` continues an earlier run; it stands after the last finished phase when DivergenceError
+    is raised, because a loss or a learned value is not finite.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
@@ -167,10 +181,13 @@ def calibrate(
     }
 
     def keep(partial: dict[str, Any] | None) -> None:
+        if partial is None:
+            state.before = {}
+        elif state.partial is None:
+            state.before = state.tensors
         state.partial = partial
-        state.tensors = model.state_dict()
+        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
         save(state)
-        state.tensors = {}  # of a large model a copy would be a large part of the memory
 
     job = _Job(
         denoiser,
@@ -192,6 +209,7 @@ def calibrate(
         report = phases[phase](job)
         if report is not None:
             state.report[phase] = report | {"seconds": round(time.perf_counter() - began, 2)}
+        check_finite(model)
         state.done.append(phase)
         keep(None)
     return model.deploy(), state.report

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quant.bank import Bank
+from quant.finite import finite_loss
 from quant.model import QuantDenoiser, activation_quantizers, weight_layers
 from quant.quantizer import rate_of_scale, scale_groups
 from quant.timesteps import all_steps, tuples_of_steps
@@ -72,6 +73,7 @@ def finetune(
     the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
     the eps error of each sampling step. on_checkpoint(progress) comes after each iteration; an
     interrupted run goes on when it is given that `progress` beside the model's state of the moment.
+    Raises DivergenceError.
     """
     if iterations == 0:
         return
@@ -100,6 +102,7 @@ def finetune(
         loss = (
             error if step_weight is None else error * step_weight[index[:, 0]].to(error.device)
         ).mean()
+        value = finite_loss(loss, i, iterations)
         done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
@@ -109,7 +112,7 @@ def finetune(
         optimizer.step()
         for _, layer in weight_layers(model):
             layer.weight_quantizer.clamp_latent()
-        on_iteration(i, float(loss.detach()))
+        on_iteration(i, value)
         on_checkpoint(
             {
                 "iterations": i + 1,

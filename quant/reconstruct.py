@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quant.bank import Bank
+from quant.finite import finite_loss
 from quant.layers import CalibLayer, TimestepLayer
 from quant.methods import ReconstructSettings
 from quant.model import QuantDenoiser
@@ -116,7 +117,8 @@ def reconstruct(
 
     tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
     on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
-    names of the units that are `finished`, and ends as an uninterrupted one.
+    names of the units that are `finished`, and ends as an uninterrupted one. Raises
+    DivergenceError.
     """
     order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
 
@@ -141,7 +143,7 @@ def reconstruct(
             record = Record(full[name][0], prefix[name][0], full[name][1])
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             before, after = _learn_unit(
-                model, inside[name], record, t_all, settings, learn_scales, generator
+                model, name, record, t_all, settings, learn_scales, generator
             )
             on_unit(name, before, after)
             del full[name], prefix[name]
@@ -157,7 +159,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 def _learn_unit(
     model: QuantDenoiser,
-    unit: nn.Module,
+    name: str,
     record: Record,
     t_all: torch.Tensor,
     settings: ReconstructSettings,
@@ -165,6 +167,7 @@ def _learn_unit(
     generator: torch.Generator,
 ) -> tuple[float, float]:
     """Returns the held-out error before and after; restores the start if it did not fall."""
+    unit = model.denoiser.get_submodule(name)
     layers = _trainable(unit)
     device = next(unit.parameters()).device
     held_out = max(1, int(len(t_all) * HELD_OUT))
@@ -219,6 +222,7 @@ def _learn_unit(
             loss = loss + settings.regulariser * 100 / weights * sum(
                 layer.weight_quantizer.regulariser(beta) for layer in layers
             )
+        finite_loss(loss, i, settings.iterations, f"{name}, ")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

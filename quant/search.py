@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quant.bank import Bank
+from quant.finite import finite_loss
 from quant.methods import SearchSettings
 from quant.model import QuantDenoiser, activation_quantizers
 from quant.quantizer import LearnedQuantizer, scale_groups
@@ -83,7 +84,7 @@ def search(
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
     Only quantizers with more than one group are searched. importance (S,): how much an eps error at
-    a sampling step matters. on_round(i, loss) is for progress.
+    a sampling step matters. on_round(i, loss) is for progress. Raises DivergenceError.
     """
     quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
     count = len(bank.timesteps)
@@ -115,6 +116,7 @@ def search(
         if normaliser is None:
             normaliser = error.mean().detach().clamp(min=1e-12)
         loss = error.mean() / normaliser + settings.entropy * entropy.mean()
+        value = finite_loss(loss, i, settings.rounds)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.zero_grad(set_to_none=True)
@@ -124,7 +126,7 @@ def search(
         selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
         tuples.append(index)
         errors.append(float(error.detach().mean()))
-        on_round(i, float(loss.detach()))
+        on_round(i, value)
     decided, moved = harden(quantizers)
     tenth = max(1, len(errors) // 10)
     return SearchResult(

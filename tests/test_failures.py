@@ -6,6 +6,7 @@ python -m pytest tests/test_failures.py
 """
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,8 +23,8 @@ import yaml
 import calibrate
 import sample_diffusion
 from models.pipeline import build_denoiser
+from quant import calibration
 from scripts import evaluate
-from scripts.common.runs import RunError
 from tests import forks
 from tests.test_metrics import write_images
 
@@ -203,12 +204,44 @@ def test_a_denoiser_that_gives_nan(
     assert not [n for n in names_below(tmp_path) if n.endswith((".png", ".tmp", ".safetensors"))]
 
 
-def test_a_calibration_that_ran_away_is_not_written() -> None:
-    layer = torch.nn.BatchNorm1d(2)
-    calibrate.check_finite(layer)
-    layer.running_mean[1] = torch.inf
-    with pytest.raises(RunError, match="running_mean is not finite; lower quant.reconstruct"):
-        calibrate.check_finite(layer)
+WILD = ("quant.reconstruct.finetune_iterations=100", "quant.reconstruct.lr_scale=10")
+TAME = ("quant.reconstruct.finetune_iterations=4", "quant.reconstruct.lr_scale=0.005")
+
+
+@pytest.mark.parametrize("checkpoint", [5, 100])
+def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
+    room: Path, tmp_path: Path, whole: Path, checkpoint: int
+) -> None:
+    """With a checkpoint amid the phase, and without one: the end is that of the lower rate."""
+    out = tmp_path / "run"
+    arguments = ("--config", room / "tiny.yaml", "--out", out)
+
+    def often() -> None:
+        calibration.CHECKPOINT = checkpoint
+
+    wild = (*arguments, "--set", *WILD)
+    line = refusal(forks.run(calibrate.main, *wild, before=often))
+    assert re.search(r"finetune: the loss is (nan|inf) at iteration \d+ of 100; lower", line), line
+    assert "lower quant.reconstruct.lr_scale, and --resume" in line
+    assert {p.name for p in out.iterdir()} == {"calibration.pt", "config.yaml"}
+    state = torch.load(out / "calibration.pt", weights_only=True)["state"]
+    assert state["done"][-1] == "reconstruct" and (state["partial"] is None) == (checkpoint == 100)
+    assert refusal(forks.run(calibrate.main, *wild, "--resume")) == line
+    other = (*arguments, "--set", *TAME, "quant.search.rounds=3", "--resume")
+    assert "belongs to another configuration" in refusal(forks.run(calibrate.main, *other))
+    fork = forks.run(calibrate.main, *arguments, "--set", *TAME, "--resume")
+    assert fork.code == 0, fork.text()
+    assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
+
+
+def test_a_checkpoint_whose_noise_has_no_square(room: Path, tmp_path: Path) -> None:
+    """The clipped trajectories are finite, the loss is not, and no rate is to blame."""
+    state = torch.load(room / "tiny.pt", weights_only=True)
+    torch.save(state | {"conv_out.weight": state["conv_out.weight"] * 1e24}, tmp_path / "big.pt")
+    arguments = ("--config", room / "tiny.yaml", "--ckpt", tmp_path / "big.pt")
+    keys = ("--set", "sampler.clip_denoised=true")
+    line = refusal(forks.run(calibrate.main, *arguments, "--out", tmp_path / "x", *keys))
+    assert "at iteration 1 of 2, before the first step: the noise" in line
 
 
 # ---- memory ----

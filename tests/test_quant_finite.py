@@ -1,0 +1,106 @@
+"""Losses that become NaN or infinite end their phase at once, before the step that spreads them.
+
+python -m pytest tests/test_quant_finite.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant.calibration import CalibrationState
+from quant.finetune import finetune
+from quant.finite import DivergenceError, check_finite
+from quant.methods import SearchSettings
+from quant.model import BitPolicy, QuantDenoiser, activation_quantizers
+from quant.search import search
+from quant.timesteps import all_steps, tuples_of_steps
+from tests.test_quant_grouping import STEPS, Toy, toy_bank, toy_model
+from tests.test_quant_reconstruct import FAST, Block, block_bank, block_model, learn
+
+NAN, INF = float("nan"), float("inf")
+
+
+def learned(model: QuantDenoiser) -> list[torch.Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_the_search_stops_at_the_first_sample_that_has_no_error(value: float) -> None:
+    """One trajectory of twelve is spoilt: the rounds before it are done, none after it."""
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
+    bank.eps[:, 7] = value
+    rounds: list[int] = []
+    settings = SearchSettings(rounds=100, batch_size=2)
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(DivergenceError, match="at iteration .* of 100") as raised:
+        search(
+            model,
+            bank,
+            settings,
+            generator,
+            torch.ones(len(STEPS)),
+            lambda i, loss: rounds.append(i),
+        )
+    assert 0 < len(rounds) < 100
+    assert f"iteration {len(rounds) + 1} of" in str(raised.value) and not raised.value.untouched
+    assert all(torch.isfinite(p).all() for p in learned(model))
+
+
+def test_end_to_end_steps_stop_too() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 3, BitPolicy(weight=4, activation=4))
+    bank.eps[:, 7] = NAN
+    tuples = tuples_of_steps(
+        all_steps(96, len(STEPS)), bank.trajectories, torch.Generator().manual_seed(0)
+    )
+    losses: list[float] = []
+    with pytest.raises(DivergenceError, match="the loss is nan at iteration"):
+        finetune(
+            model,
+            bank,
+            tuples,
+            100,
+            2,
+            5e-3,
+            torch.Generator().manual_seed(0),
+            on_iteration=lambda i, loss: losses.append(loss),
+        )
+    assert 0 < len(losses) < 100
+    assert all(torch.isfinite(p).all() for p in learned(model))
+
+
+def test_block_reconstruction_names_the_unit() -> None:
+    denoiser = Block()
+    bank = block_bank(denoiser, 32, 1)
+    model = block_model(denoiser, bank, 4)
+    with pytest.raises(DivergenceError, match="the loss is .* at conv, iteration .* of 250"):
+        learn(denoiser, model, bank, settings=replace(FAST, lr_scale=1e4))
+
+
+@pytest.mark.parametrize(("value", "bad"), [(2.0, False), (NAN, True), (100.0, True)])
+def test_what_was_learned_is_looked_through(value: float, bad: bool) -> None:
+    """A logarithm of 100 is a number; what it stands for is not, in float32."""
+    model = toy_model(Toy(), toy_bank(Toy()), 3, BitPolicy(weight=8, activation=4))
+    name, quantizer = next(iter(activation_quantizers(model)))
+    check_finite(model)
+    with torch.no_grad():
+        quantizer.log_scale[0] = value
+    if bad:
+        with pytest.raises(DivergenceError, match=rf"{name}\.log_scale is not finite"):
+            check_finite(model)
+    else:
+        check_finite(model)
+
+
+def test_rewound_to_the_start_of_the_phase() -> None:
+    start, amid = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    state = CalibrationState(["equivalent"], amid, partial={"i": 3}, before=start)
+    assert state.phase == "ranges"
+    state.rewind()
+    assert state.tensors is start and state.partial is None and not state.before
+    state.rewind()  # stands there already
+    assert state.tensors is start
