@@ -9,6 +9,9 @@ from torch import nn
 
 from quant.quantizer import SMALLEST_SCALE, range_to_scale, round_ste
 
+LONGEST_ROW = 2304  # weights of a channel that the search of its scale looks at, about
+LARGEST = 32  # weights of such a channel that it looks at besides
+AT_ONCE = 1 << 16  # weights: the passes of the search stay in the cache
 WITHIN = 0.25  # of a code's cell, where its latent starts
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid (Nagel et al. 2020, eq. 23)
 
@@ -27,20 +30,55 @@ def minmax_scale(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 def mse_scale(
     weight: torch.Tensor, bits: int, power: float = 2.4, ratios: int = 60, smallest: float = 0.35
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point (O,) that minimise sum |w - w_hat|^power over shrunk ranges."""
+    """Scale and zero point (O,) that minimise sum |w - w_hat|^power over shrunk ranges.
+
+    Of very long rows the sum takes a part, evenly spaced, and the largest weights.
+    """
     flat = weight.detach().flatten(1)
     low, high = flat.amin(1), flat.amax(1)
+    stride = -(-flat.shape[1] // LONGEST_ROW)
+    stride += stride % 3 == 0  # all taps of a 3 x 3 kernel take part
+    rows = max(1, AT_ONCE // (flat.shape[1] // stride))
+    grid = torch.linspace(1.0, smallest, ratios).tolist()
+    found = []
+    for i in range(0, len(flat), rows):
+        part = flat[i : i + rows]
+        seen = [part[:, ::stride].contiguous()]
+        if stride > 1:
+            place = part.abs().topk(LARGEST, dim=1, sorted=False).indices
+            seen.append(part.gather(1, place))
+        found.append(
+            _search_rows(seen, stride, low[i : i + rows], high[i : i + rows], bits, power, grid)
+        )
+    scale, zero = (torch.cat(values) for values in zip(*found, strict=True))
+    return scale.clamp(min=SMALLEST_SCALE), zero
+
+
+def _search_rows(
+    seen: list[torch.Tensor],
+    stride: int,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    power: float,
+    ratios: list[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mse_scale of a few rows, whose ranges are low and high (R,). seen: weights (R, N) that stand
+    for `stride` each, then others that stand for themselves."""
     best_error = torch.full_like(low, float("inf"))
-    best_scale, best_zero = minmax_scale(weight, bits)
-    for ratio in torch.linspace(1.0, smallest, ratios).tolist():
+    best_scale, best_zero = range_to_scale(low, high, bits, symmetric=bits >= 8)
+    for ratio in ratios:
         scale, zero = range_to_scale(low * ratio, high * ratio, bits, symmetric=bits >= 8)
-        w_hat = dequantize(round_to_nearest(flat, scale, zero, bits), scale, zero)
-        error = (flat - w_hat).abs_().pow_(power).sum(1)
+        errors = []
+        for w in seen:
+            w_hat = dequantize(round_to_nearest(w, scale, zero, bits), scale, zero)
+            errors.append((w - w_hat).abs_().pow_(power).sum(1))
+        error = errors[0] if len(errors) == 1 else errors[0] * stride + errors[1]
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    return best_scale.clamp(min=SMALLEST_SCALE), best_zero
+    return best_scale, best_zero
 
 
 def round_to_nearest(
