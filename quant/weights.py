@@ -45,8 +45,9 @@ def mse_scale(
         part = flat[i : i + rows]
         seen = [part[:, ::stride].contiguous()]
         if stride > 1:
-            place = part.abs().topk(LARGEST, dim=1, sorted=False).indices
-            seen.append(part.gather(1, place))
+            size, place = part.abs().topk(LARGEST, dim=1, sorted=False)
+            counted = seen[0].abs() >= size.amin(1, keepdim=True)
+            seen = [seen[0].masked_fill(counted, 0.0), part.gather(1, place)]  # zero is exact
         found.append(
             _search_rows(seen, stride, low[i : i + rows], high[i : i + rows], bits, power, grid)
         )
