@@ -29,7 +29,14 @@ from quant.finetune import finetune
 from quant.finite import check_finite
 from quant.layers import CalibLayer
 from quant.methods import CalibrationSettings, QuantSettings
-from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, roles_of
+from quant.model import (
+    BitPolicy,
+    QuantDenoiser,
+    activation_quantizers,
+    count_layers,
+    quantize,
+    roles_of,
+)
 from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names
 from quant.search import SearchResult, search
@@ -166,7 +173,9 @@ def calibrate(
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
     )
-    model = quantize(denoiser, context, bit_policy(settings))
+    progress.begin("weight scales", count_layers(denoiser))
+    model = quantize(denoiser, context, bit_policy(settings), on_layer=progress.step)
+    progress.end()
     state = CalibrationState() if state is None else state
     if state.tensors:
         restore(model, state.tensors)

@@ -5,7 +5,7 @@ with the same attributes); without it every layer is treated alike.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +92,21 @@ class QuantDenoiser(nn.Module):
         return clone.eval().requires_grad_(False)
 
 
+def count_layers(denoiser: nn.Module) -> int:
+    return sum(isinstance(m, LAYER_TYPES) for m in denoiser.modules())
+
+
 def quantize(
-    denoiser: nn.Module, context: TimestepContext, policy: BitPolicy, roles: Any = None
+    denoiser: nn.Module,
+    context: TimestepContext,
+    policy: BitPolicy,
+    roles: Any = None,
+    on_layer: Callable[[str], None] = lambda name: None,
 ) -> QuantDenoiser:
     """A copy of the denoiser under calibration; the original is not touched.
 
-    Ranges are not set: see grouping.assign. Raises ValueError for unsupported layers, naming
+    Ranges are not set: see grouping.assign. on_layer(name) follows each of count_layers(denoiser)
+    searches of weight scales. Raises ValueError for unsupported layers, naming
     them.
     """
     roles = roles_of(denoiser) if roles is None else roles
@@ -128,6 +137,7 @@ def quantize(
             if cached:
                 replacement = TimestepLayer(context, replacement)
             replace_module(clone, name, replacement)
+            on_layer(name)
         elif name in roles.matmuls and policy.quantize_matmuls and policy.activation is not None:
             bits = policy.activation
             probabilities = roles.matmuls[name] == "values"
