@@ -13,6 +13,7 @@ but alpha is chosen for each layer by the error of its own quantized output, and
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,10 +22,17 @@ from quant.bank import Bank
 from quant.layers import CalibLayer, quantize_input, scale_channels
 from quant.model import QuantDenoiser
 from quant.quantizer import fake_quantize, range_to_scale
-from quant.weights import WeightQuantizer
+from quant.weights import (
+    WeightQuantizer,
+    dequantize,
+    minmax_scale,
+    mse_scale,
+    round_to_nearest,
+)
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 LARGEST = 16.0  # of r and 1 / r
+COMPARED = 12  # weight ranges tried while candidates are compared
 RATIOS = (1.0, 0.85, 0.7, 0.55)  # of the largest value, tried as clipping ranges
 
 
@@ -123,24 +131,25 @@ def _choose(
     layer: CalibLayer, x: torch.Tensor, target: torch.Tensor, largest: torch.Tensor
 ) -> float:
     """Gives the layer its best r; returns the error relative to r = 1."""
-    search = layer.weight_quantizer.scale_search
-    bits = layer.weight_quantizer.bits
+    kind, bits = layer.weight_quantizer.scale_search, layer.weight_quantizer.bits
+    search = partial(mse_scale, ratios=COMPARED) if kind == "mse" else minmax_scale
     quantizers = nn.ModuleList(_DynamicQuantizer(q.bits) for q in layer.inputs)
     candidates: list[torch.Tensor | None] = [None]
     candidates += [candidate(largest, layer.weight, alpha) for alpha in ALPHAS]
-    errors, options = [], []
+    errors = []
     for r in candidates:
         weight = layer.weight if r is None else unscaled_weight(layer.weight, r)
-        quantizer = WeightQuantizer(weight, bits, search)
+        scale, zero = search(weight, bits)
+        rounded = dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero)
         scaled = scale_channels(x, r, layer.op.channel_dim)
         scaled = quantize_input(scaled, quantizers, layer.split, layer.op.channel_dim)
-        out = layer.op(scaled, quantizer(weight), layer.bias)
+        out = layer.op(scaled, rounded, layer.bias)
         errors.append(float((out - target).square().mean()))
-        options.append((r, weight, quantizer))
     best = min(range(len(errors)), key=errors.__getitem__)
-    r, weight, quantizer = options[best]
+    r = candidates[best]
     if r is not None:
-        layer.set_channel_scale(r, weight, quantizer)
+        weight = unscaled_weight(layer.weight, r)
+        layer.set_channel_scale(r, weight, WeightQuantizer(weight, bits, kind))
     return errors[best] / max(errors[0], 1e-20)
 
 
