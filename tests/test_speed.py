@@ -1,0 +1,92 @@
+"""benchmark.py --speed: cells are measured once, and every variant computes something."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from scripts.bench import speed, speed_tables
+from scripts.bench.speed_models import VARIANTS, Models, calls_per_image, obstacle
+from scripts.common.config import load_config
+from scripts.common.strict import ConfigError
+from tests.latent import CONFIG
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("speed") / "narrow.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_a_run_is_recorded_and_continued(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "speed"
+    command = [sys.executable, "scripts/benchmark.py", "--speed", "--configs", str(path)]
+    command += ["--variants", "fp32,fake-w4a8,avx2-w4a8,int8-w8a8", "--batches", "1,2"]
+    command += ["--threads", "1", "--repeats", "3", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run() -> str:
+        given = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, **given)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return done.stdout
+
+    printed = run()
+    cells = json.loads((out / "speed.json").read_text())
+    name = CONFIG["name"]
+    for variant in (v for v in ("fp32", "fake-w4a8", "avx2-w4a8") if not obstacle(VARIANTS[v])):
+        memory = cells[f"{name}/{variant}/memory"]["values"]
+        assert memory["peak"] is None or memory["peak"] > memory["before"] > 0
+        for batch in (1, 2):
+            values = cells[f"{name}/{variant}/{batch} images/1 threads"]["values"]
+            assert len(values["seconds"]) == len(values["full_cpu"]) == 3
+            assert min(values["seconds"]) > 0 and 0 < sum(values["operators"].values()) <= 1
+    text = (out / "speed.md").read_text()
+    assert text in printed and "| fake W4A8" in text
+    size = (out / "models" / f"{name}-w4a8.safetensors").stat().st_size
+    assert f"{size / 2**20:.2f}" in text
+    if reason := obstacle(VARIANTS["int8-w8a8"]):
+        assert reason in text
+    before = (out / "speed.json").stat().st_mtime_ns
+    command[command.index("1,2")] = "2"
+    assert "fake W4A8, 2 images" in run()
+    assert (out / "speed.json").stat().st_mtime_ns > before  # memory is that of the first batch
+    assert len(json.loads((out / "speed.json").read_text())) == len(cells)
+
+
+def test_variants_compute(path: Path, tmp_path: Path) -> None:
+    models, outputs = Models(load_config(path), tmp_path), {}
+    for name, variant in VARIANTS.items():
+        if not variant.compiled and obstacle(variant) is None:
+            outputs[name] = models.call(variant, models.build(variant), 3)()
+            assert outputs[name].shape == (3, 3, 4, 4) and torch.isfinite(outputs[name]).all()
+    assert (outputs["bf16"] - outputs["fp32"]).abs().max() < 0.1 * outputs["fp32"].abs().max()
+    for name in (n for n in outputs if n.startswith(("int8", "avx2"))):
+        fake = outputs[f"fake-{name[-4:]}"]
+        assert (outputs[name] - fake).square().mean() < 1e-3 * fake.square().mean()
+    assert models.bytes(VARIANTS["fake-w4a8"]) < models.bytes(VARIANTS["fake-w8a8"])
+    assert models.bytes(VARIANTS["fake-w8a8"]) < models.bytes(VARIANTS["fp32"])
+
+
+def test_numbers_of_a_line(path: Path) -> None:
+    assert speed_tables.ratio([1.0, 2.0, 1.0], [2.0, 2.0, 1.0]) == "1.00 (1.00-1.50)"
+    config = load_config(path)
+    assert calls_per_image(config) == config.sampler.steps * 2  # guidance
+    assert obstacle(VARIANTS["fp32"]) is None
+
+
+@pytest.mark.parametrize(
+    "given, expected", [("--variants=fp64", "fp64"), ("--batches=0", "--batches")]
+)
+def test_bad_input(given: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        speed.main([given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
