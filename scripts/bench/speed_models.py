@@ -116,7 +116,7 @@ class Models:
 
     def memory(self, variant: Variant, batch: int) -> dict[str, float | None]:
         """Of a fresh process that loads the variant and calls it once, with one thread: its memory
-        in bytes before and at its peak, seconds to load and seconds of that first call."""
+        in bytes before and at its peak, seconds to load, of that first call, and of CPU time."""
         if variant.bits is not None:
             self.file(variant.bits)  # is not part of it
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -127,12 +127,12 @@ def _first_call(models: Models, variant: Variant, batch: int) -> dict[str, float
     keep_freed_memory()
     torch.set_num_threads(1)
     before = resident("VmRSS")
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     model = models.build(variant)
     loaded = time.perf_counter()
     models.call(variant, model, batch)()
     done = time.perf_counter()
-    times = {"load": loaded - began, "first": done - loaded}
+    times = {"load": loaded - began, "first": done - loaded, "cpu": time.process_time() - used}
     return {"before": before, "peak": resident("VmHWM"), **times}
 
 

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 MB = 2**20
 COLUMNS = [
     *("model", "variant", "batch", "threads", "ms per call", "s per image", "times fp32"),
-    *("by CPU time", "peak MB", "of Python", "file MB", "load s"),
+    *("by CPU time", "peak MB", "of Python", "file MB", "load s (CPU)"),
 ]
 
 
@@ -42,7 +42,7 @@ def cells(row: Row) -> Row:
         "peak MB": megabytes(first["peak"]),
         "of Python": megabytes(first["before"]),
         "file MB": f"{row['bytes'] / MB:.2f}",
-        "load s": f"{first['load'] + first['first']:.1f}",
+        "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
     }
 
 
