@@ -7,6 +7,7 @@
         --ablate grouping,assignment --out runs/bench
     python scripts/benchmark.py --config configs/emoji32.yaml --count 1000 --fid \\
         --reference models/pretrained/emoji32_statistics.npz --out runs/bench
+    python scripts/benchmark.py --speed --out runs/speed        # seconds and memory; --speed --help
 
 Each cell is calibrated and sampled by the functions of calibrate.py and sample_diffusion.py, and
 compared with the full-precision images of the same noise. --transfer 20,250,ddpm samples each
@@ -24,22 +25,17 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench import measure, tables  # noqa: E402
+from scripts.bench import measure, speed, tables  # noqa: E402
 from scripts.bench.ablations import PARTS  # noqa: E402
 from scripts.bench.cells import Bench, Row  # noqa: E402
+from scripts.bench.environment import environment  # noqa: E402
 from scripts.bench.plan import (  # noqa: E402
     METHODS,
     NAMES,
@@ -62,8 +58,6 @@ from scripts.common.cli import (  # noqa: E402
 )
 from scripts.common.files import write_json, write_text  # noqa: E402
 from scripts.common.strict import ConfigError  # noqa: E402
-
-PACKAGES = ("torch", "numpy", "scipy", "pytorch-fid", "pillow")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -160,35 +154,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def environment() -> dict[str, Any]:
-    """Where this command ran; each row has the threads of its own calibration."""
-    commit = None
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or None
-    except OSError:
-        pass
-    return {
-        "commit": commit,
-        "machine": platform.machine(),
-        "processor": processor(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }
-
-
-def processor() -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2] for line in text.splitlines() if line.startswith("model name")]
-    return names[0].strip() if names else None
-
-
 def write_tables(folder: Path, name: str, rows: list[Row]) -> None:
     """results.md and ablation.md, as far as there is something in them; prints them."""
     for file, title, ablations in (
@@ -204,6 +169,9 @@ def write_tables(folder: Path, name: str, rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--speed" in argv:
+        return speed.main([word for word in argv if word != "--speed"])
     args = parse_arguments(argv)
     if args.fid and args.reference is None:
         raise ConfigError("--fid: needs --reference FILE, statistics or images")

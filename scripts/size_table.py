@@ -172,6 +172,16 @@ def random_deployed(config: Config, policy: BitPolicy, context: TimestepContext)
     return QuantDenoiser(model, context)
 
 
+def deployed_of(config: Config, settings: QuantSettings) -> QuantDenoiser:
+    """The same with the bits, groups and timesteps that `settings` and `config` ask for."""
+    sampler, schedule = config.sampler, config.schedule
+    steps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
+    steps = calibrated_timesteps(steps, config.calibration.bins)
+    context = TimestepContext(steps, schedule.train_timesteps)
+    policy = replace(bit_policy(settings), weight_scale="minmax")  # random: nothing to search
+    return random_deployed(config, policy, context)
+
+
 def bops_of(rows: list[LayerRow]) -> int:
     """MACs times the bits of both operands; what is not quantized has 32."""
     total = 0
@@ -188,12 +198,7 @@ def packed(
     config: Config, settings: QuantSettings, empty: nn.Module, macs: dict[str, int]
 ) -> tuple[int, int]:
     """Bytes of the quantized file and BOPs of one call. empty: full precision, on no device."""
-    sampler, schedule = config.sampler, config.schedule
-    steps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
-    steps = calibrated_timesteps(steps, config.calibration.bins)
-    context = TimestepContext(steps, schedule.train_timesteps)
-    policy = replace(bit_policy(settings), weight_scale="minmax")  # random: nothing to search
-    deployed = random_deployed(config, policy, context)
+    deployed = deployed_of(config, settings)
     rows = layer_rows(empty, deployed, roles_of(empty), macs)
     return len(to_bytes(deployed, {"config": resolved_yaml(config)})), bops_of(rows)
 

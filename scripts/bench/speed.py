@@ -1,0 +1,195 @@
+"""Seconds, memory and file size of one denoiser call, full precision against quantized.
+
+    python scripts/benchmark.py --speed --out runs/speed
+    python scripts/benchmark.py --speed --configs configs/emoji32.yaml --batches 1,4 --threads 1 \\
+        --variants fp32,fake-w4a8,avx2-w4a8 --repeats 3 --out runs/speed-small    # under a minute
+
+Architectures with random weights; no checkpoint is read. Every variant is timed in turn with fp32
+in one process, call by call, so that what else the machine does meets both. The ratio is the median
+over the pairs of calls, with the quartiles: of seconds on the clock, and of CPU time, which waiting
+for a busy core does not lengthen. Peak memory is that of a fresh process that loads the variant and
+makes one call of the first batch size.
+
+OUT receives speed.json, speed.md and the quantized files in models/. The same command continues a
+killed run; another processor or another --repeats measures anew. Use an idle machine.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler import profile
+
+from scripts.bench import speed_tables
+from scripts.bench.environment import environment, processor
+from scripts.bench.plan import read_names, read_numbers
+from scripts.bench.record import Record
+from scripts.bench.speed_models import VARIANTS, Call, Models, Variant, calls_per_image, obstacle
+from scripts.common.cli import add_out, make_parser
+from scripts.common.config import load_config
+from scripts.common.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
+FULL = "fp32"  # what all are compared with
+SHOWN = 8  # operators of a profile
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    variants: list[str]
+    batches: list[int]
+    threads: list[int]
+    repeats: int
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_out(parser, "folder of the measurement")
+    default = [ROOT / path for path in DEFAULT]
+    parser.add_argument("--configs", nargs="+", metavar="FILE", default=default)
+    known = ",".join(VARIANTS)
+    parser.add_argument("--variants", metavar="A,B", default=known, help=f"some of {known} (all)")
+    parser.add_argument("--batches", metavar="N,M", default="1,4,16", help="images of one call")
+    parser.add_argument("--threads", metavar="N,M", default="1,2", help="of the process")
+    parser.add_argument("--repeats", metavar="N", default="7", help="pairs of calls (7)")
+    return parser.parse_args(argv)
+
+
+def seconds_of(call: Call) -> tuple[float, float]:
+    """On the clock, and of CPU time (all threads together)."""
+    began, used = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def timed(full: Call, call: Call | None, repeats: int) -> Values:
+    """Seconds of each call, the variant's and full precision's (the same without a variant), on the
+    clock and of CPU time."""
+    for one in (full, call):
+        if one is not None:
+            one(), one()  # packing, caches, code generation
+    own, against = [], []
+    for _ in range(repeats):
+        against.append(seconds_of(full))
+        own.append(against[-1] if call is None else seconds_of(call))
+    (seconds, cpu), (full_seconds, full_cpu) = zip(*own, strict=True), zip(*against, strict=True)
+    return {"seconds": seconds, "cpu": cpu, "full_seconds": full_seconds, "full_cpu": full_cpu}
+
+
+def operators(call: Call) -> dict[str, float]:
+    """The operators that take most of a call -> share of its time."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
+    with profile(use_kineto=False) as measured:
+        call()
+    events = measured.key_averages()
+    total = sum(event.self_cpu_time_total for event in events) or 1
+    largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:SHOWN]
+    return {event.key: event.self_cpu_time_total / total for event in largest}
+
+
+class Bench:
+    """The cells of one configuration, each measured unless the record has it."""
+
+    def __init__(self, models: Models, record: Record, plan: Plan):
+        self.models, self.record, self.plan = models, record, plan
+        self._full: nn.Module | None = None  # built when something has to be measured
+
+    def rows(self) -> Iterator[Values]:
+        for name in self.plan.variants:
+            yield from self._variant(name, VARIANTS[name])
+
+    def _variant(self, name: str, variant: Variant) -> Iterator[Values]:
+        config, plan = self.models.config, self.plan
+        start = {"model": config.name, "variant": name, "label": variant.label}
+        reason = obstacle(variant)
+        if reason is not None:
+            yield start | {"reason": reason}
+            return
+        size = self.models.bytes(variant)
+        given = {"batch": plan.batches[0], "bytes": size}
+        first = self._section(
+            f"{config.name}/{name}/memory",
+            given,
+            lambda: self.models.memory(variant, plan.batches[0]),
+        )
+        built: list[nn.Module] = []
+        for batch in plan.batches:
+            for threads in plan.threads:
+                cell = f"{config.name}/{name}/{batch} images/{threads} threads"
+
+                def make(batch: int = batch, threads: int = threads) -> Values:
+                    return self._measure(variant, built, batch, threads)
+
+                values = self._section(cell, {"repeats": plan.repeats, "bytes": size}, make)
+                row = start | {"batch": batch, "threads": threads, "bytes": size}
+                yield row | {"calls": calls_per_image(config), "first": first} | values
+        built.clear()
+        gc.collect()
+
+    def _section(self, name: str, settings: Values, make: Any) -> Values:
+        where = {"processor": processor(), "torch": torch.__version__}
+        return self.record.section(name, where | settings, make)
+
+    def _measure(
+        self, variant: Variant, built: list[nn.Module], batch: int, threads: int
+    ) -> Values:
+        """built: the variant's model, once it is there."""
+        if self._full is None:
+            self._full = self.models.build(VARIANTS[FULL])
+        call = None
+        if variant != VARIANTS[FULL]:
+            if not built:
+                built.append(self.models.build(variant))
+            call = self.models.call(variant, built[0], batch)
+        full = self.models.call(VARIANTS[FULL], self._full, batch)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            values = timed(full, call, self.plan.repeats)
+            return values | {"operators": operators(call or full)}
+        finally:
+            torch.set_num_threads(before)
+
+
+def say(row: Values) -> None:
+    if "reason" in row:
+        print(f"{row['model']} {row['label']}: not here ({row['reason']})", flush=True)
+        return
+    seconds = statistics.median(row["seconds"])
+    where = f"{row['batch']} images, {row['threads']} threads"
+    print(f"{row['model']} {row['label']}, {where}: {seconds:.3f} s", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    configs = [load_config(path, []) for path in args.configs]
+    plan = Plan(
+        read_names("--variants", args.variants, tuple(VARIANTS)),
+        read_numbers("--batches", args.batches),
+        read_numbers("--threads", args.threads),
+        read_numbers("--repeats", args.repeats)[0],
+    )
+    folder = Path(args.out)
+    record, rows = Record(folder / "speed.json"), []
+    for config in configs:
+        for row in Bench(Models(config, folder / "models"), record, plan).rows():
+            say(row)
+            rows.append(row)
+        gc.collect()
+    where = environment()
+    machine = f"{where['processor']}, {os.cpu_count()} processors, torch {torch.__version__}"
+    text = speed_tables.document(rows, machine, where["commit"])
+    write_text(folder / "speed.md", text)
+    print(f"\n{text}\n{folder / 'speed.md'}")

@@ -1,0 +1,76 @@
+"""Rows of speed.py -> Markdown."""
+
+import statistics
+from typing import Any
+
+from scripts.compare import format_table
+
+Row = dict[str, Any]
+MB = 2**20
+COLUMNS = [
+    *("model", "variant", "batch", "threads", "ms per call", "s per image", "times fp32"),
+    *("by CPU time", "peak MB", "of Python", "file MB", "load s (CPU)"),
+]
+
+
+def ratio(own: list[float], full: list[float]) -> str:
+    """How many times as fast as full precision: median over the pairs (quartiles)."""
+    pairs = [theirs / ours for theirs, ours in zip(full, own, strict=True)]
+    if len(pairs) < 2:
+        return f"{pairs[0]:.2f}"
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / MB:.0f}"
+
+
+def cells(row: Row) -> Row:
+    """The texts of one line."""
+    line = dict.fromkeys(COLUMNS, "") | {"model": row["model"], "variant": row["label"]}
+    if "reason" in row:
+        return line | {"times fp32": row["reason"]}
+    seconds, first = statistics.median(row["seconds"]), row["first"]
+    return line | {
+        "batch": row["batch"],
+        "threads": row["threads"],
+        "ms per call": f"{1000 * seconds:.4g}",
+        "s per image": f"{seconds / row['batch'] * row['calls']:.3g}",
+        "times fp32": ratio(row["seconds"], row["full_seconds"]),
+        "by CPU time": ratio(row["cpu"], row["full_cpu"]),
+        "peak MB": megabytes(first["peak"]),
+        "of Python": megabytes(first["before"]),
+        "file MB": f"{row['bytes'] / MB:.2f}",
+        "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
+    }
+
+
+def profiles(rows: list[Row]) -> str:
+    """The operators of each variant's first cell, in percent of the call."""
+    seen, lines = set(), []
+    for row in rows:
+        name = row["model"], row["label"]
+        if "reason" in row or name in seen:
+            continue
+        seen.add(name)
+        shares = ", ".join(f"{k} {100 * v:.0f}" for k, v in row["operators"].items())
+        lines.append(f"- {row['model']}, {row['label']}: {shares}")
+    return "\n".join(lines)
+
+
+def document(rows: list[Row], machine: str, commit: str | None) -> str:
+    return f"""# Speed
+
+{format_table([cells(row) for row in rows], COLUMNS)}
+
+- {machine}; commit {commit}; random weights.
+- times fp32: of the eager float32 model in channels_last, called in turn with the variant; median
+  of the pairs and quartiles. s per image: the denoiser alone, all steps of the configuration.
+- peak MB, load s: a fresh process with one thread that loads the model and makes its first call,
+  with the smallest number of images; what Python and PyTorch take of it is beside it.
+
+Share of the operators in percent (first batch size and number of threads):
+
+{profiles(rows)}
+"""

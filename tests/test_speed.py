@@ -1,0 +1,87 @@
+"""benchmark.py --speed: cells are measured once, and every variant computes something."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from scripts import benchmark
+from scripts.bench import speed, speed_tables
+from scripts.bench.speed_models import VARIANTS, Models, calls_per_image, obstacle
+from scripts.common.config import load_config
+from scripts.common.strict import ConfigError
+from tests.latent import CONFIG
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("speed") / "narrow.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_a_run_is_recorded_and_continued(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "speed"
+    options = ["--speed", "--configs", str(path), "--variants", "fp32,fake-w4a8,int8-w8a8"]
+    options += ["--batches", "1,2", "--threads", "1", "--repeats", "3", "--out", str(out)]
+    command = [sys.executable, "scripts/benchmark.py", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    cells = json.loads((out / "speed.json").read_text())
+    name = CONFIG["name"]
+    for variant in ("fp32", "fake-w4a8"):
+        memory = cells[f"{name}/{variant}/memory"]["values"]
+        assert memory["peak"] is None or memory["peak"] > memory["before"] > 0
+        for batch in (1, 2):
+            values = cells[f"{name}/{variant}/{batch} images/1 threads"]["values"]
+            assert len(values["seconds"]) == len(values["full_cpu"]) == 3
+            assert min(values["seconds"]) > 0 and 0 < sum(values["operators"].values()) < 1.001
+    text = (out / "speed.md").read_text()
+    assert text in done.stdout and "fake W4A8" in text
+    size = (out / "models" / f"{name}-w4a8.safetensors").stat().st_size
+    assert f"{size / 2**20:.2f}" in text
+    if reason := obstacle(VARIANTS["int8-w8a8"]):
+        assert reason in text
+    before = (out / "speed.json").read_bytes()
+    benchmark.main(options)  # again: nothing is measured
+    assert text in capsys.readouterr().out and (out / "speed.json").read_bytes() == before
+
+
+def test_variants_compute(path: Path, tmp_path: Path) -> None:
+    models, outputs = Models(load_config(path), tmp_path), {}
+    for name, variant in VARIANTS.items():
+        if not variant.compiled and obstacle(variant) is None:
+            outputs[name] = models.call(variant, models.build(variant), 3)()
+            assert outputs[name].shape == (3, 3, 4, 4) and torch.isfinite(outputs[name]).all()
+    assert (outputs["bf16"] - outputs["fp32"]).abs().max() < 0.1 * outputs["fp32"].abs().max()
+    for name in (n for n in outputs if n.startswith(("int8", "avx2"))):
+        fake = outputs[f"fake-{name[-4:]}"]
+        assert (outputs[name] - fake).square().mean() < 1e-3 * fake.square().mean()
+    assert models.bytes(VARIANTS["fake-w4a8"]) < models.bytes(VARIANTS["fake-w8a8"])
+    assert models.bytes(VARIANTS["fake-w8a8"]) < models.bytes(VARIANTS["fp32"])
+
+
+def test_numbers_of_a_line(path: Path) -> None:
+    assert speed_tables.ratio([1.0, 2.0, 1.0], [2.0, 2.0, 1.0]) == "1.00 (1.00-1.50)"
+    config = load_config(path)
+    assert calls_per_image(config) == config.sampler.steps * 2  # guidance
+    assert obstacle(VARIANTS["fp32"]) is None
+
+
+@pytest.mark.parametrize(
+    "given, expected", [("--variants=fp64", "fp64"), ("--batches=0", "--batches")]
+)
+def test_bad_input(given: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        speed.main([given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
