@@ -147,13 +147,15 @@ def calibrate(
     progress: Progress,
     state: CalibrationState | None = None,
     save: Callable[[CalibrationState], None] = lambda state: None,
+    collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect,
 ) -> tuple[QuantDenoiser, dict[str, Any]]:
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
     denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
     a quantized model, with full-precision answers. importance (S,): weight of an eps error at each
     sampling step. `state` continues an earlier run; it stands after the last finished phase when
-    DivergenceError is raised, because a loss or a learned value is not finite.
+    DivergenceError is raised, because a loss or a learned value is not finite. `collect` stands for
+    statistics.collect.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
@@ -182,7 +184,17 @@ def calibrate(
         save(state)
 
     job = _Job(
-        denoiser, model, bank, visit, settings, calibration, importance, progress, state, keep
+        denoiser,
+        model,
+        bank,
+        visit,
+        settings,
+        calibration,
+        importance,
+        progress,
+        state,
+        keep,
+        collect,
     )
     for phase in PHASES:
         if phase in state.done:
@@ -209,6 +221,7 @@ class _Job:
     progress: Progress
     state: CalibrationState
     keep: Callable[[dict[str, Any]], None]
+    collect: Callable[..., dict[str, statistics.Statistics]]
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
@@ -245,7 +258,7 @@ def _ranges(job: _Job) -> dict[str, Any]:
     else:
         batches = bank.by_timestep(min(STATISTICS_TRAJECTORIES, bank.trajectories), size)
     job.progress.begin("activation ranges", len(quantizers))
-    stats = statistics.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    stats = job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
     for name, quantizer in quantizers:
         grouping.assign(
             quantizer, stats[name], activation.groups, activation.search, activation.scale
