@@ -8,7 +8,8 @@
 OUT receives quantized.safetensors (everything sampling needs), config.yaml, report.json (times,
 errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
 --resume goes on after the last one, and gives the same file as an uninterrupted run. So does
-torchrun, which spreads the trajectories over its processes; the rest runs on the first.
+torchrun, which spreads the trajectories and the activation statistics over its processes; the rest
+runs on the first.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 """
@@ -19,6 +20,7 @@ import json
 import platform
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from scripts.common.config import Config, load_config, resolved_yaml
 from scripts.common.files import remove_stale, write_bytes, write_json, write_text
 from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
+from scripts.common.shared_statistics import collect_together, help_collect
 from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, record_bank
 from scripts.common.unfinished import STATE, advice, identity_of, load_state, save_state
 from scripts.common.wiring import Assembly, assemble
@@ -124,8 +127,13 @@ def main(argv: list[str] | None = None) -> None:
     assembly = assemble(config, device=device)
     with team_of_processes() as team:
         if team.rank != 0:
-            if team.agree(False):  # rank 0 knows whether trajectories are wanted
+            # Rank 0 knows whether trajectories and statistics are wanted.
+            bank_wanted, statistics_wanted = team.agree(False), team.agree(False)
+            if bank_wanted:
                 make_bank(config, assembly, device, team)
+            if statistics_wanted:
+                seed = config.calibration.seed
+                help_collect(team, assembly.denoiser, config.quant, seed, device)
             return
         options = {"resume": args.resume, "overwrite": args.overwrite, "team": team}
         with locked(folder / LOCK):
@@ -162,6 +170,7 @@ def calibrate_config(
     done = is_done(folder, identity)
     saved = None if done else load_state(folder, config, assembly.sources, resume)
     wanted = team.agree(not done and saved is None and bank is None)
+    team.agree(not done and (saved is None or "ranges" not in saved[0].done))
     if done:
         (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
@@ -216,6 +225,7 @@ def calibrate_config(
                 bars,
                 state,
                 save,
+                partial(collect_together, team),
             )
         except DivergenceError as error:
             raise RunError(advice(error, state.phase)) from error

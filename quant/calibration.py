@@ -160,6 +160,7 @@ def calibrate(
     progress: Progress,
     state: CalibrationState | None = None,
     save: Callable[[CalibrationState], None] = lambda state: None,
+    collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect,
 ) -> tuple[QuantDenoiser, dict[str, Any]]:
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
@@ -168,7 +169,8 @@ def calibrate(
     fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
     output that the sampler gets. importance (S,): weight of an eps error at each sampling step.
     `state` continues an earlier run; it stands after the last finished phase when DivergenceError
-    is raised, because a loss or a learned value is not finite.
+    is raised, because a loss or a learned value is not finite. `collect` stands for
+    statistics.collect.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
@@ -210,6 +212,7 @@ def calibrate(
         progress,
         state,
         keep,
+        collect,
     )
     for phase in PHASES:
         if phase in state.done:
@@ -237,6 +240,7 @@ class _Job:
     progress: Progress
     state: CalibrationState
     keep: Callable[[dict[str, Any]], None]
+    collect: Callable[..., dict[str, statistics.Statistics]]
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
@@ -275,7 +279,7 @@ def _ranges(job: _Job) -> dict[str, Any]:
     else:
         batches = bank.by_timestep(min(STATISTICS_TRAJECTORIES, bank.trajectories), size)
     job.progress.begin("activation ranges", len(quantizers))
-    stats = statistics.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    stats = job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
     for name, quantizer in quantizers:
         grouping.assign(
             quantizer, stats[name], activation.groups, activation.search, activation.scale

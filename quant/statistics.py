@@ -3,16 +3,20 @@
 For each activation quantizer and bin a random subset of values is kept, with the exact extremes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from quant.context import TimestepContext
 from quant.layers import CalibLayer, QuantMatMul, scale_channels
 from quant.model import QuantDenoiser
+
+Tensors = dict[str, torch.Tensor]
+Batch = tuple[torch.Tensor, int, dict[str, Any]]  # x_t (B, C, H, W), t, conditioning
+VALUES = 1024  # per bin
+LARGEST = 2**27  # range up to which torch.randint takes equally many random numbers
 
 
 class StatisticsError(ValueError):
@@ -62,54 +66,105 @@ def _input_part(layer: CalibLayer, part: int) -> Callable:
     return take
 
 
-@torch.no_grad()
+def alone(count: int, make: Callable[[int], Tensors]) -> Iterator[Tensors]:
+    """make(0), make(1), ..., one after the other."""
+    return map(make, range(count))
+
+
 def collect(
     denoiser: nn.Module,
     model: QuantDenoiser,
-    batches: Iterable[tuple[torch.Tensor, int, dict[str, Any]]],
-    values_per_bin: int = 1024,
+    batches: Iterable[Batch],
+    values_per_bin: int = VALUES,
     seed: int = 0,
+    in_turn: Callable[[int, Callable[[int], Tensors]], Iterator[Tensors]] = alone,
 ) -> dict[str, Statistics]:
     """Runs the full-precision denoiser on batches (x_t (B, C, H, W), t, conditioning).
 
     Each batch shares one timestep. Returns the statistics of every activation quantizer of
-    `model`. Bins that no batch reached copy the nearest one that was. Raises StatisticsError on
-    values that are not finite, naming the layer.
+    `model`. Bins that no batch reached copy the nearest one that was. in_turn(count, make) gives
+    make(0), make(1), ... in this order, wherever they are made: by Draws of the same arguments.
+    Raises StatisticsError on values that are not finite, naming the layer.
     """
-    context: TimestepContext = model.context
+    batches, context = list(batches), model.context
+    draws = Draws(denoiser, model, batches, values_per_bin, seed)
     bins = len(context.timesteps)
-    operands = quantizer_operands(model)
-    by_layer: dict[str, list[tuple[str, Callable]]] = {}
-    for name, (layer, take) in operands.items():
-        by_layer.setdefault(layer, []).append((name, take))
-    kept: dict[str, list[list[torch.Tensor]]] = {n: [[] for _ in range(bins)] for n in operands}
-    generator = torch.Generator().manual_seed(seed)
+    kept: dict[str, list[list[torch.Tensor]]] = {n: [[] for _ in range(bins)] for n in draws.names}
     seen = torch.zeros(bins)
-    current = 0
-
-    def hook_of(layer: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            for name, take in by_layer[layer]:
-                x = take(args).detach().flatten()
-                low, high = x.amin(), x.amax()
-                if not (torch.isfinite(low) and torch.isfinite(high)):
-                    raise StatisticsError(f"layer {layer}: its input is NaN or infinite")
-                index = torch.randint(x.numel(), (values_per_bin,), generator=generator)
-                sample = x[index.to(x.device)]
-                kept[name][current].append(torch.cat([sample, low[None], high[None]]))
-
-        return hook
-
-    handles = [denoiser.get_submodule(n).register_forward_pre_hook(hook_of(n)) for n in by_layer]
-    try:
-        for x, t, conditioning in batches:
-            current = int(context.bin_of_t[t])
-            seen[current] += len(x)
-            denoiser(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), **conditioning)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for (x, t, _), values in zip(batches, in_turn(len(batches), draws.make), strict=True):
+        current = int(context.bin_of_t[t])
+        seen[current] += len(x)
+        for name, value in values.items():
+            kept[name][current].append(value)
+    generator = draws.at(len(batches))
     return {name: _merge(lists, seen, values_per_bin, generator) for name, lists in kept.items()}
+
+
+class Draws:
+    """Random values of every activation at every batch, each batch for itself.
+
+    The positions come from one stream of random numbers over all batches; a process that makes
+    some of the batches only passes over the numbers of the others.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        model: QuantDenoiser,
+        batches: Sequence[Batch],
+        values_per_bin: int,
+        seed: int,
+    ):
+        self._denoiser, self._batches, self._count = denoiser, batches, values_per_bin
+        operands = quantizer_operands(model)
+        self.names = list(operands)
+        self._by_layer: dict[str, list[tuple[str, Callable]]] = {}
+        for name, (layer, take) in operands.items():
+            self._by_layer.setdefault(layer, []).append((name, take))
+        self._generator, self._passed = torch.Generator().manual_seed(seed), 0
+
+    def at(self, number: int) -> torch.Generator:
+        """The stream behind the first `number` batches. It cannot go back."""
+        while self._passed < number:
+            for _ in self.names:
+                torch.randint(1, (self._count,), generator=self._generator)
+            self._passed += 1
+        return self._generator
+
+    @torch.no_grad()
+    def make(self, number: int) -> Tensors:
+        """Quantizer -> values_per_bin draws and the two extremes at a batch, on the CPU."""
+        generator, values = self.at(number), {}
+
+        def hook_of(layer: str) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                for name, take in self._by_layer[layer]:
+                    if name in values:
+                        raise ValueError(f"layer {layer} runs twice in one call")
+                    values[name] = self._draw(take(args).detach().flatten(), layer, generator)
+
+            return hook
+
+        modules = {layer: self._denoiser.get_submodule(layer) for layer in self._by_layer}
+        handles = [m.register_forward_pre_hook(hook_of(layer)) for layer, m in modules.items()]
+        x, t, conditioning = self._batches[number]
+        try:
+            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            self._denoiser(x, steps, **conditioning)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._passed += 1
+        return {name: value.cpu() for name, value in values.items()}
+
+    def _draw(self, x: torch.Tensor, layer: str, generator: torch.Generator) -> torch.Tensor:
+        low, high = x.amin(), x.amax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise StatisticsError(f"layer {layer}: its input is NaN or infinite")
+        stride = -(-x.numel() // LARGEST)
+        places = -(-x.numel() // stride)
+        index = torch.randint(places, (self._count,), generator=generator) * stride
+        return torch.cat([x[index.to(x.device)], low[None], high[None]])
 
 
 def _merge(

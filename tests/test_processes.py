@@ -101,16 +101,54 @@ def test_any_number_of_processes_gives_the_same_images(room: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_any_number_of_processes_calibrates_to_the_same_file(room: Path, tmp_path: Path) -> None:
-    """10 trajectories in calls of 2: five blocks, so that no world size divides them."""
+BRIEF = (
+    "quant.method=tinydm",
+    "quant.search.rounds=2",
+    "quant.search.batch_size=4",
+    "quant.reconstruct.finetune_iterations=2",
+    "calibration.batch_size=3",
+)
+
+
+@pytest.mark.parametrize("keys", [("quant.method=minmax",), BRIEF], ids=["minmax", "tinydm"])
+def test_any_number_of_processes_calibrates_to_the_same_file(
+    room: Path, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """10 trajectories in calls of 2: five blocks, so that no world size divides them. tinydm has
+    channel scales when the ranges are found, and batches of 3, 3 and 2 trajectories a step."""
     contents = []
     for world in (1, 2, 4):
-        arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / f"run-{world}")
+        out = tmp_path / f"run-{world}"
+        arguments = ("--config", room / "tiny.yaml", "--out", out, "--set", *keys)
         together(world, calibrate.main, *arguments)
-        contents.append((tmp_path / f"run-{world}" / "quantized.safetensors").read_bytes())
+        contents.append((out / "quantized.safetensors").read_bytes())
     assert contents[0] == contents[1] == contents[2]
     printed = together(2, calibrate.main, *arguments)
     assert "is there already" in printed[0] and printed[1] == ""
+
+
+def test_another_number_of_processes_goes_on_behind_any_phase(room: Path, tmp_path: Path) -> None:
+    """One process is killed as soon as the phase is saved; two go on."""
+    arguments = ("--config", room / "tiny.yaml", "--set", *BRIEF, "--out")
+    together(1, calibrate.main, *arguments, tmp_path / "whole")
+    whole = (tmp_path / "whole" / "quantized.safetensors").read_bytes()
+    for phase in ("trajectories", "equivalent", "ranges"):
+
+        def deadly(phase: str = phase) -> None:
+            real = calibrate.save_state
+
+            def save_state(folder, config, sources, state, bank) -> None:
+                real(folder, config, sources, state, bank)
+                if (state.done or ["trajectories"])[-1] == phase:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            calibrate.save_state = save_state
+
+        out = tmp_path / phase
+        assert forks.run(calibrate.main, *arguments, out, before=deadly).code == -signal.SIGKILL
+        printed = together(2, calibrate.main, *arguments, out, "--resume")
+        assert "resumed after: trajectories" in printed[0] and f"{phase}\n" in printed[0]
+        assert (out / "quantized.safetensors").read_bytes() == whole
 
 
 @needs_package

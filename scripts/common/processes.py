@@ -60,9 +60,20 @@ class Team:
             dist.broadcast(value, src=0)
         return bool(value)
 
+    def share(self, value: Tensors) -> Tensors:
+        """The tensors of rank 0 (on the CPU), on every rank."""
+        if self.world == 1:
+            return value
+        data = _to_bytes(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        with self._with(0):
+            dist.broadcast(length, src=0)
+            data = data if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(data, src=0)
+        return value if self.rank == 0 else load(data.numpy().tobytes())
+
     def _send(self, value: Tensors, to: int) -> None:
-        plain = {name: tensor.contiguous() for name, tensor in value.items()}
-        data = torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
+        data = _to_bytes(value)
         with self._with(to):
             dist.send(torch.tensor([len(data)]), to)
             dist.send(data, to)
@@ -84,6 +95,11 @@ class Team:
                 f"rank {other} is gone or cannot be reached; what ended it stands above, "
                 "the same command continues"
             ) from error
+
+
+def _to_bytes(value: Tensors) -> torch.Tensor:
+    plain = {name: tensor.contiguous() for name, tensor in value.items()}
+    return torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
 
 
 ALONE = Team()

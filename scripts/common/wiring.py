@@ -197,7 +197,9 @@ class _Files:
         if name not in self._states:
             if self.config.model.url and name == "checkpoint" and not path.exists():
                 url = self.config.model.url
-                raise CheckpointError(f"{text}: no such file; download it from {url}")
+                raise CheckpointError(
+                    f"{text}: no such file; download it from {url}, or name yours with --ckpt FILE"
+                )
             if not path.exists():
                 raise CheckpointError(f"{text}: no such file; check the path")
             self._states[name] = checkpoints.load_state_dict(
