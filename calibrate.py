@@ -83,7 +83,7 @@ def is_done(folder: Path, identity: str) -> bool:
         return False
     try:
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found != identity:
         raise RunError(

@@ -23,7 +23,6 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -57,6 +56,8 @@ from scripts.common.cli import (  # noqa: E402
     run,
 )
 from scripts.common.files import write_json, write_text  # noqa: E402
+from scripts.common.reports import ROW  # noqa: E402
+from scripts.common.shapes import ANYTHING, Keys, List, ShapeError, fits, parse_json  # noqa: E402
 from scripts.common.strict import ConfigError  # noqa: E402
 
 
@@ -119,9 +120,10 @@ def measure_all(args: argparse.Namespace, bench: Bench) -> list[Row]:
 def earlier_rows(path: Path) -> list[Row]:
     """Of a results.json, as far as it can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = parse_json(path, Keys({"rows": List(ANYTHING)}))["rows"]
+    except (OSError, ShapeError):
         return []
+    return [row for row in rows if fits(row, ROW)]
 
 
 def summary(line: tables.Line) -> dict[str, Any]:

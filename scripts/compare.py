@@ -9,7 +9,6 @@ RUN/comparison.json, and prints the table. FID is to the reference's statistics;
 it is biased upward and says little by itself.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.files import write_json, write_text  # noqa: E402
 from scripts.common.images import ImageError, grid, write_png  # noqa: E402
 from scripts.common.reference import full_statistics  # noqa: E402
-from scripts.common.runs import beside  # noqa: E402
+from scripts.common.reports import CALIBRATION, IMAGES  # noqa: E402
+from scripts.common.runs import RunError, beside  # noqa: E402
+from scripts.common.shapes import Plain, Shape, read_json  # noqa: E402
 from scripts.metrics import evaluate, paired_psnr  # noqa: E402
 from scripts.metrics.inception import InceptionFeatures, prepare_inception  # noqa: E402
 
@@ -51,11 +52,12 @@ def picture(full: Path, quantized: Path, shown: int, columns: int) -> np.ndarray
     return np.concatenate([sides[0], gap, sides[1]], axis=1)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path}: cannot be read ({error}); run sample_diffusion.py") from error
+def report_of(path: Path, shape: Shape, script: str) -> Plain:
+    """Raises RunError, also where there is none."""
+    report = read_json(path, shape)
+    if report is None:
+        raise RunError(f"{path}: no such file; {script} writes it")
+    return report
 
 
 def _seconds(images: int, rate: float | None) -> str:
@@ -87,9 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ImageError("--shown and --columns must be at least 1")
     folder = Path(args.run)
     full, quantized = folder / args.full, folder / args.quantized
-    write_png(folder / "compare.png", picture(full, quantized, args.shown, args.columns))
-    calibration = read_json(folder / "report.json")
-    reports = [read_json(beside(f, "report.json")) for f in (full, quantized)]
+    board = picture(full, quantized, args.shown, args.columns)
+    calibration = report_of(folder / "report.json", CALIBRATION, "calibrate.py")
+    paths = [beside(f, "report.json") for f in (full, quantized)]
+    reports = [report_of(path, IMAGES, "sample_diffusion.py") for path in paths]
+    write_png(folder / "compare.png", board)
     psnr = paired_psnr(quantized, full)
     fid: list[Any] = ["", ""]
     if args.reference is not None:

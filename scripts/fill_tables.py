@@ -12,7 +12,6 @@ Exit codes: 0 done, 2 bad input.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.bench.paper import TITLES, section  # noqa: E402
-from scripts.bench.plan import Cell  # noqa: E402
+from scripts.bench.plan import BENCHMARK, NAMES, Cell  # noqa: E402
 from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.files import write_text  # noqa: E402
+from scripts.common.reports import RESULTS  # noqa: E402
 from scripts.common.runs import RunError  # noqa: E402
+from scripts.common.shapes import ShapeError, parse_json  # noqa: E402
+from scripts.common.strict import printable  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -37,15 +39,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_results(path: str) -> dict[str, Any]:
     """A results.json of one of the tables' configurations. Raises RunError."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-        name, rows = result["name"], result["rows"]
-        for row in rows:
-            Cell.from_plain(row["cell"]), row["sampler"]["name"], row["calibrated"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        result = parse_json(Path(path), RESULTS)
+    except ShapeError as error:
         raise RunError(f"{path}: not a results.json of benchmark.py ({error})") from error
+    name = result["name"]
+    for row in result["rows"]:
+        cell = Cell.from_plain(row["cell"])
+        if cell.table == BENCHMARK and cell.label not in NAMES:
+            known = ", ".join(NAMES)
+            raise RunError(f"{path}: {printable(cell.label)} is no method (known: {known})")
     if name not in TITLES:
         known = " and ".join(TITLES)
-        raise RunError(f"{path}: measured on '{name}', the tables are of {known}")
+        raise RunError(f"{path}: measured on '{printable(name)}', the tables are of {known}")
     return result
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 from models.pipeline import build_denoiser
 from scripts import benchmark, fill_tables
 from scripts.bench.paper import PUBLISHED, TITLES
+from scripts.common.cli import explain
+from tests.strange import changed
 from tests.test_benchmark import CONFIG, PARAMS
 from tests.test_calibrate import command, refusal
 
@@ -101,6 +105,33 @@ def test_scores_come_with_their_images_and_a_later_file_wins(results: Path) -> N
     assert any(told["50", "32/32", "FP"])
     assert "Scores: 50,000 images against 3,000,000 of bedroom.npz." in text
     assert f"{later}: commit" in text
+
+
+@given(data=st.data())
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+@seed(1)
+def test_changed_results_give_a_table_or_one_line(
+    results: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    """With scores, as a run with --fid has them."""
+    result = json.loads(results.read_text())
+    scores = {"fid": 3.456, "sfid": 7.0, "is": None, "precision": 0.64321}
+    images = {"generated": 50000, "reference": None}
+    quantized_row(result)["scores"] = scores | {"images": images, "reference": "a.npz", "notes": []}
+    path = tmp_path / "strange.json"
+    path.write_text(json.dumps(changed(result, data)))
+    try:
+        fill_tables.main([str(results), str(path), "--out", str(tmp_path / "tables.md")])
+    except Exception as error:
+        line = explain(error)
+        assert line is not None and str(path) in line, path.read_text()
+    else:
+        assert parts((tmp_path / "tables.md").read_text())[LSUN][0] == COLUMNS
 
 
 def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import calibrate
@@ -22,9 +24,12 @@ import sample_diffusion
 from models.ddim_unet import DDIMUNet
 from quant.packed import load_quantized
 from scripts import compare, report
+from scripts.common.cli import explain
 from scripts.metrics import paired_psnr
 from scripts.reporting.contents import bytes_by_kind, read_quantizers
 from scripts.reporting.measurements import FILE, Networks
+from tests import forks
+from tests.strange import changed
 from tests.test_calibrate import CONFIG, command, done, refusal
 from tests.test_calibrate import QUICK as QUICK_CALIBRATION
 
@@ -33,6 +38,8 @@ SECTIONS |= {"size", "speed", "config", "versions"}
 PARAMS = {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8]}
 PARAMS |= {"image_size": 16, "norm_groups": 4}
 QUICK = ["--trajectories", "2", "--states", "3"]
+READ = ["report.json", "comparison.json", FILE]
+READ += [f"images-{kind}.{what}.json" for kind in ("fp", "w4a8") for what in ("report", "identity")]
 VOID = {"meta", "img", "br", "wbr"}
 
 
@@ -115,6 +122,12 @@ def page(home: Path) -> Page:
 @pytest.fixture
 def copy(home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(home / "run", tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def worn(home: Path) -> Path:
+    """A copy whose files are changed, and put back, again and again."""
+    return Path(shutil.copytree(home / "run", home / "worn"))
 
 
 def reported(run: Path, *arguments: str) -> Page:
@@ -283,6 +296,72 @@ def test_text_of_the_run_is_not_markup(copy: Path) -> None:
     page = reported(copy)
     assert "script" not in {tag for tag, _, _ in page.attributes} | set(page.open)
     assert "<script>" not in (copy / "report.html").read_text()
+
+
+@given(data=st.data())
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+@seed(1)
+def test_a_changed_file_gives_a_page_or_one_line(worn: Path, data: st.DataObject) -> None:
+    """Every JSON that the page is made of, with one value of another kind, or without it."""
+    path = worn / data.draw(st.sampled_from(READ))
+    before = {name: (worn / name).read_bytes() for name in READ}
+    try:
+        path.write_text(json.dumps(changed(json.loads(path.read_text()), data)))
+        try:
+            report.main([str(worn), *QUICK])
+        except Exception as error:
+            line = explain(error)
+            assert line is not None and len(line.splitlines()) == 1, path.read_text()
+            assert path.name in line
+        else:
+            assert set(Page(worn / "report.html").text) == SECTIONS
+    finally:
+        for name, content in before.items():
+            (worn / name).write_bytes(content)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+@seed(2)
+def test_compare_with_a_changed_report(worn: Path, data: st.DataObject) -> None:
+    names = ["report.json", "images-fp.report.json", "images-w4a8.report.json"]
+    path = worn / data.draw(st.sampled_from(names))
+    before = path.read_bytes()
+    try:
+        path.write_text(json.dumps(changed(json.loads(before), data)))
+        compare.main(["--run", str(worn), "--full", "images-fp", "--quantized", "images-w4a8"])
+    except Exception as error:
+        line = explain(error)
+        assert line is not None and path.name in line, path.read_text()
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("report.json", "size_mb", "1.3", 'size_mb is "1.3", not a number'),
+        ("report.json", "layers", [{}], "layers[0].name is missing"),
+        ("report.json", "seconds", float("nan"), "no JSON: NaN is not a number"),
+        ("report.json", "activation_bits", None, "activation_bits is null, not a whole number"),
+        ("comparison.json", "rows", {"a": 1}, "rows is an object, not a list"),
+        ("images-fp.report.json", "images_per_second", 0, "images_per_second is 0, not within"),
+        (FILE, "states", {"settings": {}}, "states.values is missing"),
+    ],
+)
+def test_a_wrong_kind_is_named(copy: Path, name: str, key: str, value: object, said: str) -> None:
+    told = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(told | {key: value}))
+    page = copy / "report.html"
+    page.unlink()
+    fork = forks.run(report.main, copy, *QUICK)
+    assert fork.code == 2 and len(fork.errors()) == 1
+    assert f"{copy / name}: damaged ({said}" in fork.errors()[0]
+    assert "Traceback" not in fork.text() and not page.exists()
 
 
 def test_the_map_of_the_groups_as_a_file(home: Path) -> None:

@@ -6,7 +6,6 @@ cells/<steps>-<bits>-<method>-s<seed>-<digest>/   quantized.safetensors and the 
                               cell.json           what was measured
 """
 
-import json
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +20,9 @@ from scripts.bench.plan import BENCHMARK, Cell, Plan, Sampler, is_current
 from scripts.bench.record import Record
 from scripts.bench.scoring import Scorer
 from scripts.common.config import Config, ConfigError
+from scripts.common.reports import CALIBRATION
 from scripts.common.runs import digest_of
+from scripts.common.shapes import read_json
 from scripts.common.wiring import Assembly, assemble
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,15 +114,15 @@ class Bench:
         bank, seconds = self.full(config).calibration_bank(config)
         assembly = assemble(config, device=self.device)
         calibrate.calibrate_config(config, assembly, folder, self.device, resume=True, bank=bank)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        phases = report["phases"]
-        in_phases = sum(p["seconds"] for p in phases.values() if isinstance(p, dict))
+        report = read_json(folder / "report.json", CALIBRATION)
+        phases = report.get("phases", {})
+        in_phases = sum(p.get("seconds", 0) for p in phases.values() if isinstance(p, dict))
         # A resumed run reports its own seconds only; those of the phases are kept over resumes.
         calibrating = max(report["seconds"], in_phases)
         return {
             "size_mb": report["size_mb"],
             "seconds": round(seconds + calibrating, 2),
-            "threads": report["threads"],
+            "threads": report.get("threads"),
             "tuples_per_step": phases.get("tuples_per_step"),
             "code": self.code,
         }

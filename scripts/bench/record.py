@@ -1,12 +1,12 @@
 """What was measured, kept in one JSON file, section by section, so that nothing is done twice."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scripts.common.files import write_json
-from scripts.common.runs import RunError
+from scripts.common.reports import RECORD
+from scripts.common.shapes import read_json
 
 Values = dict[str, Any]
 
@@ -16,12 +16,7 @@ class Record:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._sections = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            self._sections = {}
-        except ValueError as error:
-            raise RunError(f"{path}: damaged ({error}); delete it") from error
+        self._sections = read_json(path, RECORD) or {}
 
     def find(self, name: str, settings: Values) -> Values | None:
         section = self._sections.get(name)

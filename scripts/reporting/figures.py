@@ -22,6 +22,7 @@ Draw = Callable[[Axes], None]
 INK = "#010203"  # stands for the colour of text until the SVG is there
 BLUE, ORANGE = "#3f8fd6", "#e08a2e"  # legible on white and on black
 STYLE = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d7dce1}}</style>"
+SMALLEST = 1e-300  # whose logarithm and reciprocal are numbers
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 
@@ -43,12 +44,13 @@ def write_png(path: Path, draw: Draw, size: tuple[float, float] = (4.8, 3.2)) ->
 
 def _render(draw: Draw, size: tuple[float, float], form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    try:
-        draw(axes)
-        figure.savefig(buffer, format=form, **options)
-    finally:
-        plt.close(figure)
+    with plt.rc_context({"text.parse_math": False}):  # names of layers are no formulas
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        try:
+            draw(axes)
+            figure.savefig(buffer, format=form, **options)
+        finally:
+            plt.close(figure)
     return buffer.getvalue()
 
 
@@ -69,7 +71,7 @@ def sorted_psnr(axes: Axes, psnr: np.ndarray, pooled: float) -> None:
 def eps_error(axes: Axes, timesteps: list[int], errors: list[float]) -> None:
     axes.plot(timesteps, errors, color=BLUE, marker=".", ms=4, lw=1.2)
     axes.set(xlabel="timestep t, in the order of sampling", ylabel="eps-MSE to full precision")
-    if min(errors) > 0:
+    if min(errors) > SMALLEST:
         axes.set_yscale("log")
     axes.invert_xaxis()
     axes.grid(alpha=0.25)
@@ -124,7 +126,7 @@ def block_of(layer: str) -> str:
 def largest_errors(axes: Axes, errors: dict[str, float], shown: int = 20) -> None:
     names = sorted(errors, key=lambda name: -errors[name])[:shown][::-1]
     largest = max(errors.values(), default=0.0)
-    unit = 10.0 ** np.floor(np.log10(largest)) if largest > 0 else 1.0
+    unit = 10.0 ** np.floor(np.log10(largest)) if largest > SMALLEST else 1.0
     axes.barh(names, [errors[name] / unit for name in names], color=BLUE)
     axes.set(xlabel=f"eps-MSE with it alone quantized ({unit:.0e})")
     axes.tick_params(axis="y", labelsize=8)

@@ -21,10 +21,12 @@ from scripts.bench.full import FRESH
 from scripts.bench.measure import eps_errors
 from scripts.bench.record import Record
 from scripts.common.config import Config, ConfigError, repository_path
+from scripts.common.reports import LAYERS, STATES
 from scripts.common.runs import RunError
+from scripts.common.shapes import Plain, ShapeError
 from scripts.common.trajectories import record_bank
 from scripts.common.wiring import Assembly, assemble
-from scripts.reporting.run_folder import Plain, Run
+from scripts.reporting.run_folder import Run
 
 FILE = "report-measurements.json"
 
@@ -63,9 +65,11 @@ def measure(
         if count == 0:
             return Measured(None, "it was switched off on the command line.")
         try:
-            return Measured(record.section(name, settings | more, make))
+            values = record.section(name, settings | more, make)
         except (ConfigError, CheckpointError) as error:
             return Measured(None, f"the network cannot be built: {error}")
+        check_values(name, values, run, reason == "")
+        return Measured(values)
 
     of_states = made("states", trajectories, {}, networks.measure_states)
     eps = Measured(None, reason) if reason else of_states
@@ -73,6 +77,24 @@ def measure(
         return eps, of_states, Measured(None, reason)
     more = {"states": states}
     return eps, of_states, made("layers", states, more, lambda: networks.measure_layers(states))
+
+
+def check_values(name: str, values: Plain, run: Run, has_full: bool) -> None:
+    """Raises RunError for a section of another shape than the run's network gives."""
+    try:
+        (STATES if name == "states" else LAYERS).check(values, name)
+    except ShapeError as error:
+        raise RunError(f"{run.folder / FILE}: damaged ({error}); delete it") from error
+    fits = bool(values["timesteps"])
+    if name == "states":
+        errors = values["eps_mse_of_steps"]
+        fits = fits and len(errors or ()) == (len(values["timesteps"]) if has_full else 0)
+        bins = len(run.metadata["timesteps"])
+        rows = sum(len(entry["inputs"]) for entry in run.metadata["layers"])
+        for side in (values["low"], values["high"]):
+            fits = fits and [len(row) for row in side] == [bins] * rows
+    if not fits:
+        raise RunError(f"{run.folder / FILE}: {name} does not fit the network; delete it")
 
 
 def _checkpoint(config: Config, report: Plain) -> tuple[str | None, str]:

@@ -1,6 +1,5 @@
 """What calibrate.py, sample_diffusion.py and compare.py left in a run folder. None: not there."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ from calibrate import RESULT
 from models.checkpoint import sha256_of
 from quant.packed import read_metadata
 from scripts.common.config import Config, ConfigError, load_config, parse_config
+from scripts.common.reports import CALIBRATION, COMPARISON, IDENTITY, IMAGES
 from scripts.common.runs import RunError, beside
+from scripts.common.shapes import Plain, read_json
 from scripts.metrics.inputs import list_images
-
-Plain = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        report = self.report or {}
-        if not {"name", "method", "weight_bits", "activation_bits"} <= report.keys():
+        report = self.report
+        if report is None:
             return self.folder.resolve().name
         bits = f"W{report['weight_bits']}A{report['activation_bits']}"
         return f"{report['name']}, {report['method']}, {bits}"
@@ -68,7 +67,7 @@ def read_run(folder: str | Path, full: str | None = None, quantized: str | None 
     Raises RunError for a folder that is no run, or with damaged files; PackedFileError.
     """
     folder = Path(folder)
-    report = read_json(folder / "report.json")
+    report = read_json(folder / "report.json", CALIBRATION)
     has_file = (folder / RESULT).exists()
     if report is None and not has_file:
         raise RunError(f"{folder}: neither report.json nor {RESULT}; give a run of calibrate.py")
@@ -79,20 +78,8 @@ def read_run(folder: str | Path, full: str | None = None, quantized: str | None 
     made_from = sets[1].identity.get("files_sha256", {}).get("quantized") if sets[1] else None
     if has_file and made_from not in (None, sha256_of(folder / RESULT)):
         notes.append(f"{sets[1].folder.name} was sampled from another file than today's {RESULT}.")
-    comparison = read_json(folder / "comparison.json")
+    comparison = read_json(folder / "comparison.json", COMPARISON)
     return Run(folder, report, config, text, metadata, comparison, *sets, tuple(notes))
-
-
-def read_json(path: Path) -> Plain | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged ({error}); make it again or delete it") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: damaged (no JSON object); make it again or delete it")
-    return value
 
 
 def _configuration(
@@ -100,7 +87,7 @@ def _configuration(
 ) -> tuple[str | None, Config | None]:
     """config.yaml, or what the quantized file holds: its text, and parsed if it can be."""
     path = folder / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.exists() else (metadata or {}).get("config")
+    text = path.read_text("utf-8", "replace") if path.exists() else (metadata or {}).get("config")
     if text is None:
         return None, None
     try:
@@ -146,8 +133,8 @@ def _placed(folder: Path, name: str) -> Path:
 
 
 def _image_set(path: Path) -> ImageSet:
-    identity = read_json(beside(path, "identity.json")) or {}
-    return ImageSet(path, identity, read_json(beside(path, "report.json")))
+    identity = read_json(beside(path, "identity.json"), IDENTITY) or {}
+    return ImageSet(path, identity, read_json(beside(path, "report.json"), IMAGES))
 
 
 def _noise(images: ImageSet) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from scripts.common.config import Config, sampling_plan
+from scripts.common.shapes import Plain
 from scripts.reporting.contents import Quantizers, bytes_by_kind
 from scripts.reporting.figures import (
     data_uri,
@@ -19,7 +20,7 @@ from scripts.reporting.figures import (
 from scripts.reporting.measurements import Measured
 from scripts.reporting.page import Section, bar, missing, paragraph, picture, table, text
 from scripts.reporting.panels import legend, range_panels
-from scripts.reporting.run_folder import Plain, Run
+from scripts.reporting.run_folder import Run
 
 CALIBRATE = "calibrate.py writes it."
 
