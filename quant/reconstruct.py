@@ -215,7 +215,7 @@ def _learn_unit(
     for i in range(settings.iterations):
         progress = i / settings.iterations
         index = torch.randint(teach, (min(settings.batch_size, teach),), generator=generator)
-        out, target = call(index, mix=True)
+        out, target = call(index, mix=settings.mixed_inputs)
         loss = (out - target).square().mean() * scale_of_loss
         if progress >= 0.2:
             beta = 20 - 18 * (progress - 0.2) / 0.8
