@@ -86,7 +86,8 @@ class DriftFit:
         given = of_eps * _by_channel(eps)
         # given * gain + of_eps * offset = lacks, least squares for each channel
         rows = torch.stack([given, of_eps.expand_as(given)], dim=1)  # (C, 2, N H W)
-        left = rows @ rows.mT / rows.shape[2] + RIDGE * torch.eye(2).to(rows)
+        left = rows @ rows.mT / rows.shape[2]  # (C, 2, 2)
+        left.diagonal(dim1=1, dim2=2).add_(RIDGE)
         right = (rows * lacks[:, None]).mean(2)
         gain, offset = torch.linalg.solve(left, right).unbind(1)
         # Late steps move the state so little that all of the drift would be too much for one.

@@ -175,6 +175,16 @@ class QuantLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(self.quantized_input(x), self.weight(), self.bias)
 
+    def operands(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each of `inputs` quantizes when the layer is given x."""
+        if not len(self.inputs):
+            return []
+        dim = self.op.channel_dim
+        x = scale_channels(x, self.channel_scale, dim)
+        if len(self.inputs) == 1:
+            return [x]
+        return list(x.split([self.split, x.shape[dim] - self.split], dim=dim))
+
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         if not len(self.inputs):
             return x

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models.checkpoint import CheckpointError, sha256_of
 from quant.bank import Bank
+from quant.layers import QuantLayer
 from quant.model import QuantDenoiser, activation_quantizers, replace_module
 from scripts.bench.full import FRESH
 from scripts.bench.measure import eps_errors
@@ -204,16 +205,27 @@ def ranges_of(model: QuantDenoiser) -> Iterator[tuple[torch.Tensor, torch.Tensor
     shape = (len(quantizers), len(model.context.timesteps))
     low, high = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
 
-    def hook_of(row: int) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            column = model.context.bins
-            smallest, largest = (v.double().cpu() for v in torch.aminmax(args[0].detach()))
-            low[row, column] = torch.fmin(low[row, column], smallest)
-            high[row, column] = torch.fmax(high[row, column], largest)
+    row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
 
-        return hook
+    def see(quantizer: nn.Module, x: torch.Tensor) -> None:
+        row, column = row_of[id(quantizer)], model.context.bins
+        smallest, largest = (v.double().cpu() for v in torch.aminmax(x.detach()))
+        low[row, column] = torch.fmin(low[row, column], smallest)
+        high[row, column] = torch.fmax(high[row, column], largest)
 
-    handles = [q.register_forward_pre_hook(hook_of(i)) for i, q in enumerate(quantizers)]
+    def see_layer(layer: QuantLayer, args: tuple[torch.Tensor, ...]) -> None:
+        for quantizer, x in zip(layer.inputs, layer.operands(args[0]), strict=True):
+            see(quantizer, x)
+
+    # A layer quantizes its input in one pass, without calling its quantizers.
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
+    inside = {id(quantizer) for layer in layers for quantizer in layer.inputs}
+    handles = [layer.register_forward_pre_hook(see_layer) for layer in layers]
+    handles += [
+        quantizer.register_forward_pre_hook(lambda module, args: see(module, args[0]))
+        for quantizer in quantizers
+        if id(quantizer) not in inside
+    ]
     try:
         yield low, high
     finally:
