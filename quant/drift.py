@@ -70,7 +70,7 @@ class DriftFit:
         if following is not None and b not in self.fitted:
             self._fit(b, call, following.x, x, eps)
             self.fitted.add(b)
-        scale, offset = (v[b].to(eps).view(1, -1, 1, 1) for v in (self.scale, self.offset))
+        scale, offset = (v[b].to(eps.device).view(1, -1, 1, 1) for v in (self.scale, self.offset))
         return scale * eps + offset
 
     def _fit(
