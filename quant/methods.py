@@ -64,7 +64,8 @@ class ReconstructSettings:
     lr_rounding: float = bounded(0.1, 0.0, 10.0)
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
     regulariser: float = bounded(0.01, 0.0, 1000.0)
-    # Half of the samples see full-precision inputs of the unit, the others quantized ones.
+    # Half of the samples see full-precision inputs of the unit, the others quantized ones; the
+    # release of Q-Diffusion has quantized ones alone, which ends worse in few iterations.
     mixed_inputs: bool = True
     finetune_iterations: int = bounded(0, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
@@ -123,10 +124,7 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     )
     if method in ("qdiffusion", "ptqd"):
         correction = "ptqd" if method == "ptqd" else "none"
-        learned = replace(base.reconstruct, mixed_inputs=False)  # as their releases have it
-        return replace(plain, correction=correction, reconstruct=learned), replace(
-            calibration, timesteps="uniform"
-        )
+        return replace(plain, correction=correction), replace(calibration, timesteps="uniform")
     unlearned = replace(
         plain,
         weight=replace(plain.weight, rounding="nearest"),
