@@ -2,7 +2,7 @@
 # The main job on the embedded checkpoint: calibrate tinyDM at W4A8, sample the same 64 images in
 # full precision and quantized, put them side by side, score them.
 #   sh sample_emoji.sh [options of sample_diffusion.py, for example --count 256]
-#   MODEL=emoji64 sh sample_emoji.sh        the latent one, a column a class (train it first: README)
+#   MODEL=emoji64 sh sample_emoji.sh        the latent one, a column a class
 # A second run continues from what exists. Needs no network but the package index, once.
 set -eu
 cd "$(dirname "$0")"
@@ -18,5 +18,7 @@ COLUMNS=8
 "$PYTHON" sample_diffusion.py --config $CONFIG --out $RUN/images-fp "$@"
 "$PYTHON" sample_diffusion.py --config $CONFIG --quantized $RUN/quantized.safetensors \
     --out $RUN/images-w4a8 "$@"
+STATISTICS=models/pretrained/${MODEL}_statistics.npz  # without them there is no FID in the table
+[ -f $STATISTICS ] && REFERENCE="--reference $STATISTICS" || REFERENCE=
 "$PYTHON" scripts/compare.py --run $RUN --full images-fp --quantized images-w4a8 \
-    --reference "models/pretrained/${MODEL}_statistics.npz" --columns $COLUMNS
+    $REFERENCE --columns $COLUMNS
