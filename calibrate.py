@@ -28,11 +28,12 @@ import torch
 from tqdm import tqdm
 
 from quant.bank import Bank
-from quant.calibration import Adjust, CalibrationState, calibrate
+from quant.calibration import Adjust, calibrate
 from quant.coverage import count_macs, format_table, layer_rows, shares
 from quant.finite import DivergenceError
 from quant.model import roles_of
 from quant.packed import to_bytes
+from quant.state import CalibrationState
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml
 from scripts.common.files import remove_stale, write_bytes, write_json, write_text

@@ -18,7 +18,5 @@ COLUMNS=8
 "$PYTHON" sample_diffusion.py --config $CONFIG --out $RUN/images-fp "$@"
 "$PYTHON" sample_diffusion.py --config $CONFIG --quantized $RUN/quantized.safetensors \
     --out $RUN/images-w4a8 "$@"
-STATISTICS=models/pretrained/${MODEL}_statistics.npz  # without them there is no FID in the table
-[ -f $STATISTICS ] && REFERENCE="--reference $STATISTICS" || REFERENCE=
 "$PYTHON" scripts/compare.py --run $RUN --full images-fp --quantized images-w4a8 \
-    $REFERENCE --columns $COLUMNS
+    --reference "models/pretrained/${MODEL}_statistics.npz" --columns $COLUMNS

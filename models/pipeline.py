@@ -164,6 +164,10 @@ def _rows(value: torch.Tensor, start: int, size: int) -> torch.Tensor:
 Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def _adjusted(model: Denoiser, adjust: Adjust) -> Denoiser:
+    return lambda x, t: adjust(x, t, model(x, t))
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Everything around a denoiser; see build_pipeline. timesteps are in the order of use."""
@@ -242,8 +246,7 @@ class Pipeline:
         model = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
         if adjust is not None:
-            answer = model
-            model = lambda x, t: adjust(x, t, answer(x, t))  # noqa: E731
+            model = _adjusted(model, adjust)
         # Declared by a denoiser whose eps brings noise of its own.
         noise_scale = getattr(denoiser, "noise_scale", None)
         return self._run(model, noise(), noise, noise_scale, on_step)

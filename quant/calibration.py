@@ -14,7 +14,7 @@ everything that a later run needs to go on from there.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,6 @@ from quant.drift import CallRecorder, DriftFit
 from quant.equivalent import scale_equivalently
 from quant.finetune import finetune
 from quant.finite import check_finite
-from quant.layers import CalibLayer
 from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import (
     BitPolicy,
@@ -37,12 +36,10 @@ from quant.model import (
     quantize,
     roles_of,
 )
-from quant.quantizer import LearnedQuantizer
 from quant.reconstruct import reconstruct, unit_names
 from quant.search import SearchResult, search
-from quant.weights import WeightQuantizer
+from quant.state import PHASES, CalibrationState, restore
 
-PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
 STATISTICS_TRAJECTORIES = 8
 CHECKPOINT = 100
 DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
@@ -58,38 +55,6 @@ class Progress(Protocol):
     def begin(self, phase: str, total: int) -> None: ...
     def step(self, text: str) -> None: ...
     def end(self) -> None: ...
-
-
-@dataclass
-class CalibrationState:
-    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values;
-    partial: what the phase after `done` has finished so far, its own business; before: the tensors
-    at that phase's start, if there is a partial."""
-
-    done: list[str] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    tuples: torch.Tensor | None = None
-    report: dict[str, Any] = field(default_factory=dict)
-    partial: dict[str, Any] | None = None
-    before: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def phase(self) -> str:
-        """The first one that is not finished, or the last one."""
-        return next((p for p in PHASES if p not in self.done), PHASES[-1])
-
-    def rewind(self) -> None:
-        """Back to the start of the phase."""
-        if self.partial is not None:
-            self.tensors, self.before, self.partial = self.before, {}, None
-
-    def to_plain(self) -> dict[str, Any]:
-        """Lists, dicts and tensors only, for torch.save and weights_only loading."""
-        return vars(self) | {"tensors": dict(self.tensors)}
-
-    @classmethod
-    def from_plain(cls, value: dict[str, Any]) -> "CalibrationState":
-        return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 
 def bit_policy(settings: QuantSettings) -> BitPolicy:
@@ -118,34 +83,6 @@ def calibrated_timesteps(sampling: list[int], limit: int) -> list[int]:
         return distinct
     ranks = torch.linspace(0, len(distinct) - 1, limit).round().long().unique().tolist()
     return [distinct[r] for r in ranks]
-
-
-def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
-    """Loads a state whose learnable tensors may differ in shape from the fresh model's."""
-    for name, module in model.named_modules():
-        if isinstance(module, LearnedQuantizer):
-            for key in ("log_scale", "zero_point"):
-                old = getattr(module, key)
-                value = tensors[f"{name}.{key}"].to(old.device)
-                setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
-            module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
-            value = tensors.get(f"{name}.group_error")
-            module.group_error = None if value is None else value.to(module.log_scale.device)
-        elif isinstance(module, WeightQuantizer):
-            for key in ("alpha", "latent", "log_gain"):
-                value = tensors.get(f"{name}.{key}")
-                if value is not None:
-                    value = nn.Parameter(value.to(module.scale.device))
-                setattr(module, key, value)
-        elif isinstance(module, CalibLayer):
-            value = tensors.get(f"{name}.channel_scale")
-            module.channel_scale = None if value is None else value.to(module.weight.device)
-    tables = {
-        k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
-    }
-    if tables:
-        model.correction = correction.OutputCorrection.from_state(model.context, tables)
-    model.load_state_dict(tensors)
 
 
 def calibrate(

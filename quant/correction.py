@@ -45,7 +45,7 @@ class OutputCorrection(nn.Module):
         return corrected_variance(sigma_t, direction, sigma_q)
 
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
-        bins = torch.as_tensor(self.context.bins, device=eps.device)
+        bins = self.context.bins  # a number costs no transfer to the device
         shape = (-1, eps.shape[1], 1, 1)
         return (eps - self.mu[bins].view(shape)) / (1 + self.k[bins].view(shape))
 

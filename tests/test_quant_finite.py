@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.calibration import CalibrationState
 from quant.finetune import finetune
 from quant.finite import DivergenceError, check_finite
 from quant.methods import SearchSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers
 from quant.search import search
+from quant.state import CalibrationState
 from quant.timesteps import all_steps, tuples_of_steps
 from tests.test_quant_grouping import STEPS, Toy, toy_bank, toy_model
 from tests.test_quant_reconstruct import FAST, Block, block_bank, block_model, learn

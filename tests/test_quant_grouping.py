@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quant.bank import Bank
-from quant.calibration import PHASES, CalibrationState, calibrate
+from quant.calibration import calibrate
 from quant.context import TimestepContext
 from quant.grouping import (
     assign,
@@ -32,6 +32,7 @@ from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantiz
 from quant.packed import to_bytes
 from quant.quantizer import LearnedQuantizer
 from quant.search import search, start
+from quant.state import PHASES, CalibrationState
 from quant.statistics import LARGEST, Draws, Statistics, collect
 from quant.timesteps import (
     ActiveSelector,

@@ -3,6 +3,7 @@
 Rank 0 has the trajectories: it gives the batches to all, and gets the draws of each in its order.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ def help_collect(
 ) -> None:
     """Makes this rank's part of the draws, and sends them to rank 0."""
     values = team.share({})
-    model = quantize(denoiser, TimestepContext([0], 1), bit_policy(settings))
+    # Its structure alone matters here: no search of weight scales.
+    policy = replace(bit_policy(settings), weight_scale="minmax")
+    model = quantize(denoiser, TimestepContext([0], 1), policy)
     for name, module in model.named_modules():
         if isinstance(module, CalibLayer) and f"{name}{SCALE}" in values:
             module.channel_scale = values[f"{name}{SCALE}"].to(device)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from quant.bank import Bank
-from quant.calibration import CalibrationState
 from quant.finite import DivergenceError
+from quant.state import CalibrationState
 from scripts.common.config import Config
 from scripts.common.files import save_tensors
 from scripts.common.runs import RunError
