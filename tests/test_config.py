@@ -110,6 +110,7 @@ def test_not_a_configuration(text: str) -> None:
         ("sampler.steps", "--set sampler.steps: must be key.sub=value"),
         ("=3", "--set =3: must be key.sub=value"),
         ("sampler.stps=3", "--set sampler.stps: unknown key sampler.stps (did you mean steps?)"),
+        ("smpler.steps=3", "--set smpler.steps: unknown key smpler (did you mean sampler?)"),
         ("quant.weight.bits=9", "--set quant.weight.bits: quant.weight.bits must be within 2..8"),
         ("quant.method=mnmax", "--set quant.method: quant.method is 'mnmax'"),
         ("name.x=1", "--set name.x: name is not a section"),

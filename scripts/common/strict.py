@@ -86,6 +86,7 @@ class Tree:
         for depth, name in enumerate(key[:-1]):
             if values.get(name) is None:
                 values[name] = {}
+                self.places[key[: depth + 1]] = place
             values = values[name]
             if not isinstance(values, dict):
                 raise ConfigError(f"{place}: {'.'.join(key[: depth + 1])} is not a section")
