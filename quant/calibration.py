@@ -14,7 +14,7 @@ everything that a later run needs to go on from there.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,7 @@ from quant.state import PHASES, CalibrationState, restore
 STATISTICS_TRAJECTORIES = 8
 CHECKPOINT = 100
 DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
+MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
 PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
@@ -105,19 +106,22 @@ def calibrate(
     a quantized model, with full-precision answers. drive(model, adjust, count) samples `count`
     fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
     output that the sampler gets. importance (S,): weight of an eps error at each sampling step.
-    `state` continues an earlier run; it stands after the last finished phase when DivergenceError
-    is raised, because a loss or a learned value is not finite. `collect` stands for
-    statistics.collect.
+    `state` continues an earlier run; its `phase` is the one that raised DivergenceError, because a
+    loss or a learned value is not finite. `collect` stands for statistics.collect.
     """
     context = TimestepContext(
         calibrated_timesteps(bank.timesteps, calibration.bins), train_timesteps
     )
-    progress.begin("weight scales", count_layers(denoiser))
-    model = quantize(denoiser, context, bit_policy(settings), on_layer=progress.step)
-    progress.end()
     state = CalibrationState() if state is None else state
+    policy = bit_policy(settings)
+    if state.tensors:  # which hold the scales that were found
+        policy = replace(policy, weight_scale="minmax")
+    progress.begin("weight scales", count_layers(denoiser))
+    model = quantize(denoiser, context, policy, on_layer=progress.step)
+    progress.end()
     if state.tensors:
         restore(model, state.tensors)
+        state.tensors = {}
     phases = {
         "equivalent": _equivalent,
         "ranges": _ranges,
@@ -131,11 +135,15 @@ def calibrate(
     def keep(partial: dict[str, Any] | None) -> None:
         if partial is None:
             state.before = {}
-        elif state.partial is None:
-            state.before = state.tensors
         state.partial = partial
-        state.tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        state.tensors = {k: v.detach() for k, v in model.state_dict().items()}
         save(state)
+        state.tensors = {}  # they change, and a copy would cost as much memory as the model
+
+    def remember() -> None:
+        if not state.before:
+            tensors = model.state_dict().items()
+            state.before = {k: v.detach().cpu().clone() for k, v in tensors}
 
     job = _Job(
         denoiser,
@@ -149,6 +157,7 @@ def calibrate(
         progress,
         state,
         keep,
+        remember,
         collect,
     )
     for phase in PHASES:
@@ -177,6 +186,7 @@ class _Job:
     progress: Progress
     state: CalibrationState
     keep: Callable[[dict[str, Any]], None]
+    remember: Callable[[], None]  # the start of a phase that will keep parts
     collect: Callable[..., dict[str, statistics.Statistics]]
 
     def generator(self, phase: str) -> torch.Generator:
@@ -300,6 +310,7 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
         errors[name] = (before, after)
         job.progress.step(name)
 
+    job.remember()
     job.progress.begin("block reconstruction", len(units))
     for name in errors:
         job.progress.step(name)
@@ -326,6 +337,8 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None
+    enough = -(-MOST_VIEWS * len(job.state.tuples) // settings.finetune_batch_size)
+    iterations = min(settings.finetune_iterations, enough)
     partial = job.state.partial or {}
     losses: list[float] = list(partial.get("losses", ()))
 
@@ -334,8 +347,12 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         recent = losses[-20:]
         job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
 
+    resumable = not settings.progressive and iterations >= CHECKPOINT  # visits would be lost
+    if resumable:
+        job.remember()
+
     def on_checkpoint(progress: dict[str, Any]) -> None:
-        if not settings.progressive and len(losses) % CHECKPOINT == 0:  # visits would be lost
+        if resumable and len(losses) % CHECKPOINT == 0:
             job.keep({"losses": list(losses), "progress": progress})
 
     visits = [0]
@@ -344,14 +361,14 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         visits[0] += 1
         return job.visit(model, visits[0])
 
-    job.progress.begin("end-to-end steps", settings.finetune_iterations)
+    job.progress.begin("end-to-end steps", iterations)
     for _ in losses:
         job.progress.step("")
     finetune(
         job.model,
         job.bank,
         job.state.tuples,
-        settings.finetune_iterations,
+        iterations,
         settings.finetune_batch_size,
         settings.lr_scale,
         job.generator("finetune"),
@@ -360,12 +377,14 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         job.importance if settings.weigh_steps else None,
         on_checkpoint,
         partial.get("progress"),
+        settings.accumulate,
     )
     job.progress.end()
     tenth = max(1, len(losses) // 10)
     return {
         "error_start": sum(losses[:tenth]) / tenth,
         "error_end": sum(losses[-tenth:]) / tenth,
+        "iterations": iterations,
         "visited": visits[0],
     }
 

@@ -34,6 +34,7 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
         quantizer = layer.weight_quantizer
         if quantizer.log_gain is None:
             quantizer.start_latent(layer.weight.detach())
+        layer.weight.data = quantizer.latent.data  # has no use from here on: frees its memory
         groups.append({"params": [quantizer.latent], "lr": LR_LATENT})
         rate = rate_of_scale(lr_scale, quantizer.bits)
         groups.append({"params": [quantizer.log_gain], "lr": rate})
@@ -68,12 +69,14 @@ def finetune(
     step_weight: torch.Tensor | None = None,
     on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
     progress: dict[str, Any] | None = None,
+    accumulate: int = 1,
 ) -> None:
     """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
     the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
     the eps error of each sampling step. on_checkpoint(progress) comes after each iteration; an
     interrupted run goes on when it is given that `progress` beside the model's state of the moment.
-    Raises DivergenceError.
+    accumulate: parts of a batch that follow each other, to need less memory. Raises
+    DivergenceError.
     """
     if iterations == 0:
         return
@@ -97,18 +100,16 @@ def finetune(
             extra[:, 1] += bank.trajectories
             bank, tuples = bank.extend(seen), torch.cat([tuples, extra])
         index = tuples[torch.randint(len(tuples), (batch_size,), generator=generator)]
-        x, t, eps, conditioning = bank.gather(index)
-        error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
-        loss = (
-            error if step_weight is None else error * step_weight[index[:, 0]].to(error.device)
-        ).mean()
-        value = finite_loss(loss, i, iterations)
+        optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for part in index.chunk(accumulate):
+            loss = _loss(model, bank, part, step_weight) * (len(part) / batch_size)
+            value += finite_loss(loss, i, iterations)
+            (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
         done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.zero_grad(set_to_none=True)
-        (loss * 100).backward()  # Adam is scale free; this keeps tiny gradients above its epsilon
         optimizer.step()
         for _, layer in weight_layers(model):
             layer.weight_quantizer.clamp_latent()
@@ -120,5 +121,17 @@ def finetune(
                 "generator": generator.get_state(),
             }
         )
+    optimizer.zero_grad(set_to_none=True)
     for _, layer in weight_layers(model):
         layer.weight_quantizer.fix_scale()
+
+
+def _loss(
+    model: QuantDenoiser, bank: Bank, index: torch.Tensor, step_weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean error of the predicted noise at the samples `index` (n, 2)."""
+    x, t, eps, conditioning = bank.gather(index)
+    error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
+    if step_weight is not None:
+        error = error * step_weight[index[:, 0]].to(error.device)
+    return error.mean()

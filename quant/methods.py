@@ -67,8 +67,10 @@ class ReconstructSettings:
     # Half of the samples see full-precision inputs of the unit, the others quantized ones; the
     # release of Q-Diffusion has quantized ones alone, which ends worse in few iterations.
     mixed_inputs: bool = True
+    # At most as many as show each sample calibration.MOST_VIEWS times.
     finetune_iterations: int = bounded(0, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
+    accumulate: int = bounded(1, 1, 4096)  # parts of that batch, one after the other: less memory
     progressive: bool = False  # end-to-end steps also see states of the quantized sampler
     weigh_steps: bool = False  # weigh eps errors by how much they move the final image
 

@@ -17,9 +17,9 @@ PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune
 
 @dataclass
 class CalibrationState:
-    """done: finished phases; tensors: state of the model; tuples (n, 2); report: plain values;
-    partial: what the phase after `done` has finished so far, its own business; before: the tensors
-    at that phase's start, if there is a partial."""
+    """done: finished phases; tensors: state of the model, empty but while it is saved or restored;
+    tuples (n, 2); report: plain values; partial: what the phase after `done` has finished so far,
+    its own business; before: copies of the tensors at that phase's start, if it has partials."""
 
     done: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -7,7 +7,7 @@ that one formula serves both; below: asymmetric. Every channel has at most 2^b d
 import torch
 from torch import nn
 
-from quant.quantizer import SMALLEST_SCALE, range_to_scale, round_ste
+from quant.quantizer import SMALLEST_SCALE, range_to_scale
 
 LONGEST_ROW = 2304  # weights of a channel that the search of its scale looks at, about
 LARGEST = 32  # weights of such a channel that it looks at besides
@@ -95,6 +95,30 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
     return (q.float() - per_channel(zero_point, q)) * per_channel(scale, q)
 
 
+class _LatentWeight(torch.autograd.Function):
+    """s (round(latent) - z) with straight-through gradients; s and z broadcast against latent.
+
+    Latents lie within the codes (clamp_latent). Only the result is kept for the backward pass, as
+    the convolution does anyway: <g, round(latent) - z> = <g, w_hat> / s.
+    """
+
+    @staticmethod
+    def forward(ctx, latent, scale, zero_point):
+        w_hat = latent.round().sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(w_hat, scale)
+        return w_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        w_hat, scale = ctx.saved_tensors
+        of_latent = grad * scale if ctx.needs_input_grad[0] else None
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            rows = zip(grad.flatten(1), w_hat.flatten(1), strict=True)
+            of_scale = torch.stack([torch.dot(g, w) for g, w in rows]).view_as(scale) / scale
+        return of_latent, of_scale, None
+
+
 class WeightQuantizer(nn.Module):
     """A weight under calibration: fixed scale, and one of three roundings.
 
@@ -164,7 +188,7 @@ class WeightQuantizer(nn.Module):
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Codes as floats; integers unless the rounding is still soft."""
         if self.latent is not None:
-            return round_ste(self.latent.clamp(0, 2**self.bits - 1))
+            return self.latent.round()
         if self.alpha is None:
             return round_to_nearest(weight, self.scale, self.zero_point, self.bits)
         up = self.h() if self.soft else (self.alpha >= 0).to(weight.dtype)
@@ -177,4 +201,9 @@ class WeightQuantizer(nn.Module):
         return self.scale if self.log_gain is None else self.scale * self.log_gain.exp()
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.latent is not None:
+            scale, zero_point = (
+                per_channel(v, self.latent) for v in (self.current_scale(), self.zero_point)
+            )
+            return _LatentWeight.apply(self.latent, scale, zero_point)
         return dequantize(self.codes(weight), self.current_scale(), self.zero_point)

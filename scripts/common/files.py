@@ -1,7 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
 import glob
-import io
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -90,8 +89,31 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+class _Output:
+    """A file that torch.save writes to, which turns what a write raises into errors of its own."""
+
+    def __init__(self, handle: BinaryIO):
+        self.handle, self.error = handle, None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return self.handle.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.handle.flush()
+
+
 def save_tensors(path: str | Path, value: Any) -> None:
-    """torch.save of plain containers of tensors and numbers (read back with weights_only=True)."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_bytes(path, buffer.getvalue())
+    """torch.save of plain containers of tensors and numbers (read back with weights_only=True).
+
+    Needs no memory for a second copy. Raises OSError (a full disk) as the other writers do.
+    """
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        output = _Output(handle)
+        try:
+            torch.save(value, output)
+        except RuntimeError as error:
+            raise output.error or error from None

@@ -20,7 +20,13 @@ from scripts.common.runs import RunError
 
 STATE = "calibration.pt"
 BLOCKS_ALONE = {"iterations", "batch_size", "lr_rounding", "regulariser"}
-STEPS_ALONE = {"finetune_iterations", "finetune_batch_size", "progressive", "weigh_steps"}
+STEPS_ALONE = {
+    "finetune_iterations",
+    "finetune_batch_size",
+    "accumulate",
+    "progressive",
+    "weigh_steps",
+}
 LOWER = {
     "search": "quant.search.lr_scale",
     "reconstruct": "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding",
