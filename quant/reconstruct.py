@@ -1,10 +1,10 @@
 """Block-wise reconstruction: AdaRound and learned activation scales (METHOD 5.4, BRECQ).
 
-The residual units are taken in the order of execution, in chunks whose inputs and outputs fit the
-memory limit. One full-precision and one quantized pass per chunk record them, so the cost is linear
-in samples and layers. A unit learns to give the full-precision output from a mixture of
-full-precision and quantized-prefix inputs (QDrop). It keeps what it learned only if the error of
-held-out samples fell.
+The residual units are taken in the order of execution, in chunks whose full-precision inputs and
+outputs, recorded in one pass, fit the memory limit. The inputs behind the quantized prefix are
+those of the units as reconstructed so far (prefix.py). A unit learns to give the full-precision
+output from a mixture of full-precision and quantized-prefix inputs (QDrop). It keeps what it
+learned only if the error of held-out samples fell.
 """
 
 import math
@@ -20,6 +20,7 @@ from quant.finite import finite_loss
 from quant.layers import CalibLayer, TimestepLayer
 from quant.methods import ReconstructSettings
 from quant.model import QuantDenoiser
+from quant.prefix import Prefix
 from quant.quantizer import LearnedQuantizer
 
 HELD_OUT = 1 / 8  # share of the samples that judge instead of teach
@@ -61,15 +62,15 @@ def _trainable(unit: nn.Module) -> list[CalibLayer]:
 
 @torch.no_grad()
 def _record(
-    run: Callable, roots: dict[str, nn.Module], batches: Iterator, outputs: bool
-) -> dict[str, tuple[list[torch.Tensor], torch.Tensor | None]]:
-    """Runs the batches and keeps the units' tensor arguments (and outputs), on the CPU."""
+    run: Callable, roots: dict[str, nn.Module], batches: Iterator
+) -> dict[str, tuple[list[torch.Tensor], torch.Tensor]]:
+    """Runs the batches and keeps the units' tensor arguments and outputs, on the CPU."""
     kept: dict[str, list[tuple[tuple, torch.Tensor]]] = {name: [] for name in roots}
 
     def hook_of(name: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
             arguments = tuple(a.detach().cpu() for a in args if a is not None)
-            kept[name].append((arguments, output.detach().cpu() if outputs else None))
+            kept[name].append((arguments, output.detach().cpu()))
 
         return hook
 
@@ -83,7 +84,7 @@ def _record(
     result = {}
     for name, calls in kept.items():
         arguments = [torch.cat(parts) for parts in zip(*(c[0] for c in calls), strict=True)]
-        result[name] = (arguments, torch.cat([c[1] for c in calls]) if outputs else None)
+        result[name] = (arguments, torch.cat([c[1] for c in calls]))
     return result
 
 
@@ -127,26 +128,30 @@ def reconstruct(
             yield bank.gather(order[start : start + settings.batch_size])
 
     one = [bank.gather(order[:1])]
-    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one), True)
+    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one))
     sizes = {
-        n: 4 * len(order) * (2 * sum(a.numel() for a in probe[n][0]) + probe[n][1].numel())
+        n: 4 * len(order) * (sum(a.numel() for a in probe[n][0]) + probe[n][1].numel())
         for n in units
     }
+    half = int(memory_gb * 2**29)  # of the memory, for these; the other for the prefix
+    prefix = Prefix(model, half)
     t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
-    for chunk in _chunks(units, sizes, int(memory_gb * 2**30)):
-        if finished.issuperset(chunk):
-            continue
-        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches(), True)
+    for chunk in _chunks(units, sizes, half):
         inside = {n: model.denoiser.get_submodule(n) for n in chunk}
-        prefix = _record(model, inside, batches(), False)
+        if finished.issuperset(chunk):
+            for name in chunk:
+                prefix.finish(name, inside[name])
+            continue
+        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches())
         for name in chunk:
-            record = Record(full[name][0], prefix[name][0], full[name][1])
+            inputs, output = full.pop(name)
+            record = Record(inputs, prefix.inputs(inside[name], batches()), output)
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             before, after = _learn_unit(
                 model, name, record, t_all, settings, learn_scales, generator
             )
+            prefix.finish(name, inside[name])
             on_unit(name, before, after)
-            del full[name], prefix[name]
         on_chunk()
 
 

@@ -24,6 +24,7 @@ from quant.layers import CalibLayer, TimestepLayer
 from quant.methods import ReconstructSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, weight_layers
 from quant.packed import load_quantized, to_bytes
+from quant.prefix import Prefix
 from quant.reconstruct import _chunks, reconstruct, unit_names
 from quant.timesteps import all_steps, tuples_of_steps
 from quant.weights import WeightQuantizer
@@ -201,27 +202,66 @@ def test_chunks_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> No
     assert all(len(c) == 1 or sum(table[n] for n in c) <= limit for c in chunks)
 
 
-@pytest.mark.parametrize("memory_gb", [1e-9, 1e-3, 4.0])
-def test_little_memory_means_more_passes_and_the_same_cover(memory_gb: float) -> None:
+def unet_with_bank() -> tuple[nn.Module, Bank]:
     unet = narrow_unet()
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, 3, 16, 16, generator=g)
+    x = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     steps = [800, 300, 0]
     with torch.no_grad():
         eps = torch.stack([unet(x[k], torch.full((4,), t)) for k, t in enumerate(steps)])
-    bank = Bank(x, eps, steps)
-    model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
-    passes: list[int] = []
-    handle = unet.register_forward_hook(lambda *_: passes.append(1))
+    return unet, Bank(x, eps, steps)
+
+
+def test_little_memory_means_more_passes_and_the_same_result() -> None:
+    unet, bank = unet_with_bank()
     quick = replace(FAST, iterations=4, batch_size=8)
+    results, chunks = [], []
+    for memory_gb in (1e-9, 1e-3, 4.0):
+        model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
+        passes: list[int] = []
+        handle = unet.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        units = unit_names(model, unet.layer_roles().units)
+        errors = learn(unet, model, bank, settings=quick, units=units, memory_gb=memory_gb)
+        handle.remove()
+        assert list(errors) == units
+        assert all(0 <= after <= before < float("inf") for before, after in errors.values())
+        chunks.append((len(passes) - 1) // 2)  # after one probe, 12 samples in batches of 8
+        results.append((errors, model.state_dict()))
+        assert np.isfinite(eps_error(model, bank))
+    assert chunks[0] == len(units) > chunks[1] > chunks[2] == 1
+    for errors, state in results[1:]:
+        assert errors == results[0][0]
+        assert all(torch.equal(v, results[0][1][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("room", [0, 20_000, 10**9])
+def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
+    """Unit by unit: the inputs are those of a plain run, whatever is kept, and one pass is enough
+    for the units that are finished."""
+    unet, bank = unet_with_bank()
+    model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
+    batches = [bank.gather(torch.tensor([[k, 0], [k, 3]])) for k in range(3)]
+    prefix, calls = Prefix(model, room), []
     units = unit_names(model, unet.layer_roles().units)
-    errors = learn(unet, model, bank, settings=quick, units=units, memory_gb=memory_gb)
-    handle.remove()
-    assert list(errors) == units
-    assert all(0 <= after <= before < float("inf") for before, after in errors.values())
-    chunks = (len(passes) - 1) // 2  # after one probe, 12 samples in batches of 8
-    assert {1e-9: chunks == len(units), 1e-3: 1 < chunks < len(units), 4.0: chunks == 1}[memory_gb]
-    assert np.isfinite(eps_error(model, bank))
+    first = model.denoiser.get_submodule(units[0])
+    first.weight_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    for name in units:
+        unit, seen = model.denoiser.get_submodule(name), []
+        hook = unit.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
+        for x, t, _, conditioning in batches:
+            model(x, t, **conditioning)
+        hook.remove()
+        calls.clear()
+        inputs = prefix.inputs(unit, batches)
+        assert len(inputs) == len(seen[0])
+        for i, value in enumerate(inputs):
+            assert torch.equal(value, torch.cat([args[i] for args in seen]).detach())
+        kept = name == units[0] or (room == 10**9 and name != units[1])
+        if room != 20_000:  # which holds some of the batches
+            assert len(calls) == (0 if kept else 3)
+        for layer in (m for m in unit.modules() if isinstance(m, CalibLayer)):
+            layer.weight.data.mul_(1.01)  # as if it had learned
+        prefix.finish(name, unit)
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 # ---- end-to-end steps ----
