@@ -110,7 +110,7 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
-        learned = replace(base.reconstruct, iterations=0, finetune_iterations=150, lr_scale=5e-3)
+        learned = replace(base.reconstruct, iterations=0, finetune_iterations=250, lr_scale=5e-3)
         return replace(
             base,
             weight=replace(base.weight, rounding="gptq"),
