@@ -15,6 +15,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import platform
@@ -28,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 from quant.bank import Bank
-from quant.calibration import Adjust, calibrate
+from quant.calibration import Adjust, calibrate, correct_noise
 from quant.coverage import count_macs, format_table, layer_rows, shares
 from quant.finite import DivergenceError
 from quant.model import roles_of
-from quant.packed import to_bytes
+from quant.packed import load_quantized, to_bytes
 from quant.state import CalibrationState
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml
@@ -233,6 +234,28 @@ def calibrate_config(
     lines = write_result(folder, config, assembly, bank, deployed, phases, began, identity)
     (folder / STATE).unlink(missing_ok=True)
     return lines
+
+
+def correct_config(
+    config: Config, assembly: Assembly, folder: Path, base: Path, bank: Bank
+) -> list[str]:
+    """What calibrate_config gives for a configuration that differs from that of the finished run
+    `base` in the name of the method and in PTQD's correction alone: fits that to the model there.
+
+    assembly: full precision. The reported seconds count those of the base.
+    """
+    report = json.loads((base / "report.json").read_text(encoding="utf-8"))
+    began = time.perf_counter() - report["seconds"]
+    phases = report["phases"]
+    model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
+    with closing(Bars()) as bars:
+        started = time.perf_counter()
+        fitted = correct_noise(model, bank, config.calibration.batch_size, bars)
+        phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", resolved_yaml(config))
+    identity = identity_of(config, assembly.sources)
+    return write_result(folder, config, assembly, bank, model, phases, began, identity)
 
 
 def write_result(

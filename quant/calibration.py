@@ -395,23 +395,29 @@ def _correction(job: _Job) -> dict[str, Any] | None:
     return None if fit is None else fit(job, job.model.deploy())
 
 
-@torch.no_grad()
 def _noise_correction(job: _Job, model: QuantDenoiser) -> dict[str, Any]:
-    bank = job.bank
+    report = correct_noise(model, job.bank, job.calibration.batch_size, job.progress)
+    job.model.correction = model.correction
+    return report
+
+
+@torch.no_grad()
+def correct_noise(
+    model: QuantDenoiser, bank: Bank, batch_size: int, progress: Progress
+) -> dict[str, Any]:
+    """Gives a deployed model PTQD's correction, in place; the report of the phase."""
     outputs, bins = [], []
-    job.progress.begin("noise correction", len(bank.timesteps))
+    progress.begin("noise correction", len(bank.timesteps))
     for k, t in enumerate(bank.timesteps):
-        for x, _, conditioning in bank.at_step(k, job.calibration.batch_size):
+        for x, _, conditioning in bank.at_step(k, batch_size):
             steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
             outputs.append(model(x, steps, **conditioning).cpu())
         bins += [int(model.context.bin_of_t[t])] * bank.trajectories
-        job.progress.step(f"t = {t}")
-    job.progress.end()
+        progress.step(f"t = {t}")
+    progress.end()
     eps = bank.eps.flatten(0, 1)
-    job.model.correction = correction.fit(
-        job.model.context, eps, torch.cat(outputs), torch.tensor(bins)
-    )
-    return {"largest_k": float(job.model.correction.k.abs().max())}
+    model.correction = correction.fit(model.context, eps, torch.cat(outputs), torch.tensor(bins))
+    return {"largest_k": float(model.correction.k.abs().max())}
 
 
 @torch.no_grad()

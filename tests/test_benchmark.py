@@ -110,6 +110,26 @@ def test_table_in_the_papers_layout(first: Path) -> None:
     assert {"eps-mse-3-w4a8.png", "timesteps-3-w4a8.png", "psnr-3.png"} <= names
 
 
+def test_ptqd_is_fitted_to_the_model_of_its_base(room: Path) -> None:
+    """With Q-Diffusion there already, the same file as from nothing, and no reconstruction."""
+    both = ("--methods", "qdiffusion,ptqd", "--bits", "w4a8")
+    benchmark.main(options(room, "based", *both))
+    benchmark.main(options(room, "alone", "--methods", "ptqd", "--bits", "w4a8"))
+    files = [
+        next((room / n).glob("cells/*-ptqd-*/quantized.safetensors")) for n in ("based", "alone")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    reports = [json.loads((f.parent / "report.json").read_text()) for f in files]
+    assert reports[0]["identity"] == reports[1]["identity"]
+    assert reports[0]["layers"] == reports[1]["layers"]
+    base = next((room / "based").glob("cells/*-qdiffusion-*/report.json"))
+    shared = json.loads(base.read_text())["phases"]["reconstruct"]
+    assert reports[0]["phases"]["reconstruct"] == shared  # with its seconds
+    before = made(room / "based")
+    benchmark.main(options(room, "based", *both))
+    assert made(room / "based") == before
+
+
 def test_another_command_adds_and_keeps(first: Path, room: Path) -> None:
     before, rows = made(first), without_times(first / "results.md")
     run_command(room, "first", "--methods", "minmax,tinydm", "--bits", "w4a8")

@@ -7,6 +7,7 @@ cells/<steps>-<bits>-<method>-s<seed>-<digest>/   quantized.safetensors and the 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,10 @@ class Bench:
     def rows(self, cell: Cell, transfers: list[Sampler]) -> list[Row]:
         """One row with the calibrated sampler and one with each of `transfers`."""
         config, digest = self.plan.config(cell), self.digest(cell)
-        folder = self.root / "cells" / f"{cell.name}-{digest[:8]}"
+        folder = self._folder(cell)
         record = Record(folder / "cell.json")
-        made = record.section("calibration", {}, lambda: self._calibrate(config, folder))
+        base = self._base(cell, config)
+        made = record.section("calibration", {}, lambda: self._calibrate(config, folder, base))
         rows = []
         for sampler in [self.plan.sampler(cell.steps), *transfers]:
             config = self.plan.config(cell, sampler)
@@ -110,10 +112,27 @@ class Bench:
             "distinct_calls": len(set(full.calls)),
         }
 
-    def _calibrate(self, config: Config, folder: Path) -> Row:
+    def _base(self, cell: Cell, config: Config) -> Path | None:
+        """The finished run that this cell differs from in PTQD's correction alone, if any."""
+        if cell.table != BENCHMARK or cell.method != "ptqd":
+            return None
+        cell = replace(cell, label="qdiffusion")
+        base = self.plan.config(cell)
+        corrected = replace(base.quant, method="ptqd", correction="ptqd")
+        folder = self._folder(cell)
+        same = replace(base, quant=corrected) == config
+        return folder if same and (folder / calibrate.RESULT).exists() else None
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.root / "cells" / f"{cell.name}-{self.digest(cell)[:8]}"
+
+    def _calibrate(self, config: Config, folder: Path, base: Path | None) -> Row:
         bank, seconds = self.full(config).calibration_bank(config)
         assembly = assemble(config, device=self.device)
-        calibrate.calibrate_config(config, assembly, folder, self.device, resume=True, bank=bank)
+        if base is not None and not (folder / calibrate.RESULT).exists():
+            calibrate.correct_config(config, assembly, folder, base, bank)
+        options = {"resume": True, "bank": bank}
+        calibrate.calibrate_config(config, assembly, folder, self.device, **options)
         report = read_json(folder / "report.json", CALIBRATION)
         phases = report.get("phases", {})
         in_phases = sum(p.get("seconds", 0) for p in phases.values() if isinstance(p, dict))
