@@ -212,8 +212,16 @@ def test_a_damaged_state_is_refused(home: Path, whole: Path) -> None:
     folder.mkdir()
     (folder / "calibration.pt").write_bytes(b"PK\3\4 not a state")
     assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
-    torch.save([1, 2], folder / "calibration.pt")
+    for value in ([1, 2], {"identity": "x", "state": {}}):
+        torch.save(value, folder / "calibration.pt")
+        assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
+    value = {"identity": "x", "settings": {}, "state": {}, "bank": torch.ones(99)}
+    torch.save(value, folder / "calibration.pt")
     assert "another configuration" in refusal(calibration(home, "damaged", "--resume"))
+    content = bytearray((folder / "calibration.pt").read_bytes())
+    content[content.index(torch.ones(9).numpy().tobytes())] ^= 1  # only the checksum tells
+    (folder / "calibration.pt").write_bytes(content)
+    assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
     assert [path.name for path in folder.iterdir()] == ["calibration.pt"]
 
 

@@ -275,6 +275,11 @@ def test_damaged_weights_are_named(weights, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(MetricError, match="other.pth: not pytorch-fid"):
         inception.InceptionFeatures(tmp_path / "other.pth", device="cpu")
+    state = torch.load(weights, weights_only=True)
+    state["fc.weight"][3, 3] = math.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(MetricError, match="nan.pth: weights are NaN or infinite"):
+        inception.InceptionFeatures(tmp_path / "nan.pth", device="cpu")
 
 
 def test_tf_resize_reads_without_half_pixel_centres():
@@ -341,6 +346,16 @@ def test_bad_folders_are_named(tmp_path, kind, message):
         list(inputs.open_source(bad_folder(tmp_path, kind)).images.batches(2))
 
 
+def lying_npz(path: Path, shape: tuple[int, ...]) -> Path:
+    """Images of the claimed shape, of which the file holds 100 bytes."""
+    content = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(content, header)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", content.getvalue() + bytes(100))
+    return path
+
+
 def test_bad_npz_files_are_named(tmp_path):
     nan = np.full((4, 4), np.nan)
     objects = np.array([{"a": 1}], dtype=object)
@@ -350,12 +365,6 @@ def test_bad_npz_files_are_named(tmp_path):
     flipped = bytearray(good.read_bytes())
     flipped[400] ^= 1
     (tmp_path / "flipped.npz").write_bytes(flipped)  # one pixel: only the checksum tells
-    short = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        short, {"descr": "|u1", "fortran_order": False, "shape": (9, 8, 8, 3)}
-    )
-    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
-        archive.writestr("x.npy", short.getvalue() + bytes(100))
     cases = {
         npz(tmp_path / "pickle.npz", x=objects): "pickle.npz",
         npz(tmp_path / "picklemu.npz", mu=objects, sigma=objects): "picklemu.npz",
@@ -365,10 +374,16 @@ def test_bad_npz_files_are_named(tmp_path):
         npz(tmp_path / "keys.npz", other=np.zeros(3)): "holds other",
         npz(tmp_path / "nan.npz", mu=np.zeros(4), sigma=nan): "sigma is not finite",
         npz(tmp_path / "fit.npz", mu=np.zeros(3), sigma=np.eye(4)): "do not fit",
+        npz(tmp_path / "minus.npz", mu=np.zeros(4), sigma=-np.eye(4)): "minus.*not a covariance",
+        npz(tmp_path / "vast.npz", mu=np.zeros(2), sigma=np.eye(2) * 1e308): "sigma is not finite",
+        npz(tmp_path / "skew.npz", mu=np.zeros(2), sigma=np.tri(2)): "skew.*not a covariance",
+        npz(tmp_path / "n.npz", mu=np.zeros(2), sigma=np.eye(2), n=-3): "n is not a number of im",
+        lying_npz(tmp_path / "minus-n.npz", (-5, 8, 8, 3)): "N > 0",
+        lying_npz(tmp_path / "vast-n.npz", (10**30, 8, 8, 3)): "ends inside image 0",
         tmp_path / "cut.npz": "cut.npz",
         tmp_path / "text.npz": "text.npz",
         tmp_path / "flipped.npz": "flipped.npz",
-        tmp_path / "short.npz": "short.npz.*ends inside image 0",
+        lying_npz(tmp_path / "short.npz", (9, 8, 8, 3)): "short.npz.*ends inside image 0",
         tmp_path / "absent.npz": "no such file",
         tmp_path / "absent": "no such folder",
         good.with_suffix(".npz") / "inside": "no such folder",
@@ -492,6 +507,8 @@ def test_statistics_files_need_no_network(tmp_path, capsys):
         (["{stats}", "{images}", "--metrics", "fid,recall"], "statistics only, but recall"),
         (["{images}", "{stats}", "--metrics", "is"], "statistics only, but is"),
         (["{stats}", "{images}"], "mu has 4 features instead of 2048"),
+        (["{one}", "{images}"], "one: 1 images, but fid needs at least 2"),
+        (["{images}", "{images}", "--metrics", "recall"], "2 images, but recall needs at least 4"),
         (["{stats}", "--save-stats", "new.npz"], "is statistics already"),
         (["{images}", "{stats}", "--paired", "{images}"], "stats.npz: not a folder of images"),
     ],
@@ -501,6 +518,7 @@ def test_bad_commands_give_one_line_and_exit_2(tmp_path, capsys, arguments, mess
         "images": write_images(tmp_path / "images", 2, 0),
         "stats": npz(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4)),
         "absent": tmp_path / "absent",
+        "one": write_images(tmp_path / "one", 1, 0),
     }
     assert run_cli(*(a.format(**names) for a in arguments)) == 2
     printed = capsys.readouterr()

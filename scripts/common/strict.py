@@ -24,6 +24,7 @@ Where = Callable[[Key], str]  # where a key was written: "configs/x.yaml:12"
 
 SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 MAXIMAL_DEPTH = 20
+LARGEST_WHOLE = 2**63
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -145,9 +146,12 @@ def _plain(node: yaml.Node, tree: Tree, key: Key, source: str) -> Any:
     if node.tag not in SCALARS:
         raise ConfigError(f"{place}: values of type {printable(node.tag)} are not supported")
     try:
-        return _Loader("").construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
+        value = _Loader("").construct_object(node)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{place}: cannot read the value {printable(node.value)}") from error
+    if isinstance(value, int) and abs(value) >= LARGEST_WHOLE:
+        raise ConfigError(f"{place}: {printable(node.value)} is too large a number")
+    return value
 
 
 # ---- dataclasses ----

@@ -6,6 +6,7 @@ until that phase is done: a run whose end-to-end steps ran away goes on with a l
 
 import dataclasses
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,16 @@ def load_state(
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if archive.testzip() is not None:
+                raise ValueError("a checksum does not match")
         value = torch.load(path, weights_only=True, map_location="cpu")
+        if not value.keys() >= {"identity", "settings", "state", "bank"}:
+            raise ValueError("it is not whole")
     except Exception as error:  # torch has many exceptions for a damaged file
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
     foreign = f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
-    if not isinstance(value, dict) or value.get("identity") != identity_of_start(config, sources):
+    if value["identity"] != identity_of_start(config, sources):
         raise RunError(foreign)
     if not resume:
         raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")

@@ -29,6 +29,7 @@ from scripts.metrics.inputs import (
 )
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+LEAST = {"fid": 2, "sfid": 2, "is": 1, "precision": 4, "recall": 4}  # images that each needs
 FEW = 10_000  # with fewer images FID is so biased and noisy that it must be said
 
 
@@ -184,6 +185,10 @@ def check_side(side: str, source: Source, metrics: Sequence[str], preprocess: st
     for name in metrics:
         if name in needs and source.images is None:
             raise MetricError(f"{path}: holds statistics only, but {name} needs the images")
+        least = 1 if stored and name in ("fid", "sfid") else LEAST[name]
+        if source.images is not None and len(source.images) < least:
+            found = f"{len(source.images)} images"
+            raise MetricError(f"{path}: {found}, but {name} needs at least {least}")
     if stored is None:
         return
     if "sfid" in metrics and stored.mu_s is None:

@@ -266,6 +266,8 @@ class InceptionFeatures:
             self._classifier = state["fc.weight"].float().to(self.device)  # (1008, 2048)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise MetricError(f"{self.file}: not pytorch-fid's Inception weights") from error
+        if not all(v.isfinite().all() for v in state.values()):
+            raise MetricError(f"{self.file}: weights are NaN or infinite; fetch the file again")
         self.has_classifier = bool(self._classifier.any())
         self._network = network.to(self.device, memory_format=torch.channels_last)
         self._mixed_6d: torch.Tensor | None = None

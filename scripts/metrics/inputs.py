@@ -7,6 +7,7 @@ and where.
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
@@ -26,6 +27,8 @@ from scripts.common.images import MetricError
 # What pytorch-fid counts as an image: these endings in lower case, not in sub-folders.
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAY_KEYS = ("x", "arr_0")
+LARGEST = 1e100  # of a mean or a covariance, so that its distances are finite too
+MOST_INFLATED = 1100  # bytes that a byte of an archive can stand for, a little more than 1032
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ class ArrayImages:
         with _reading(self.path), zipfile.ZipFile(self.path) as archive:
             with archive.open(self.member) as stream:
                 self.shape = self._header(stream)
+                claimed = archive.getinfo(self.member).file_size - stream.tell()
+                room = min(claimed, MOST_INFLATED * self.path.stat().st_size)
+                if math.prod(self.shape) > room:
+                    whole = room // math.prod(self.shape[1:])
+                    raise EOFError(f"array ends inside image {whole}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -117,7 +125,7 @@ class ArrayImages:
         old = np.lib.format.read_magic(stream) == (1, 0)
         read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
             raise MetricError(
                 f"{self.path}: array {self.member[:-4]} is {dtype} {shape}; "
                 "expected uint8 (N, H, W, 3) with N > 0 in C order"
@@ -183,11 +191,16 @@ def _read_statistics(path: Path, data: np.lib.npyio.NpzFile) -> Statistics:
                 f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} do not fit together"
             )
         for name, array in ((mean, mu), (covariance, sigma)):
-            if array.dtype.kind != "f" or not np.isfinite(array).all():
+            if array.dtype.kind != "f" or not np.abs(array).max() < LARGEST:
                 raise MetricError(f"{path}: {name} is not finite real numbers; make it again")
+        if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T):
+            raise MetricError(f"{path}: {covariance} is not a covariance; make it again")
         found |= {mean: mu.astype(np.float64), covariance: sigma.astype(np.float64)}
     if "n" in data.files:
-        found["n"] = int(data["n"])
+        n = data["n"]
+        if n.shape != () or n.dtype.kind not in "iu" or n < 1:
+            raise MetricError(f"{path}: n is not a number of images; make it again")
+        found["n"] = int(n)
     if "preprocess" in data.files:
         found["preprocess"] = str(data["preprocess"])
     return Statistics(**found)
@@ -200,7 +213,7 @@ def save_statistics(path: str | Path, statistics: Statistics) -> None:
         with atomic(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)  # to a bare path numpy would append .npz
     except OSError as error:
-        raise MetricError(f"{path}: cannot be written ({_line(error)})") from error
+        raise MetricError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager
