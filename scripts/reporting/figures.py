@@ -73,6 +73,8 @@ def eps_error(axes: Axes, timesteps: list[int], errors: list[float]) -> None:
     axes.set(xlabel="timestep t, in the order of sampling", ylabel="eps-MSE to full precision")
     if min(errors) > SMALLEST:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0e}")  # the default one writes formulas
+        axes.yaxis.set_minor_formatter("")
     axes.invert_xaxis()
     axes.grid(alpha=0.25)
 
