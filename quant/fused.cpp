@@ -21,20 +21,28 @@ inline To bits_of(From value) {
   return result;
 }
 
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // To about one unit in the last place: x = n ln 2 + r, and a polynomial for exp(r).
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504f + ROUNDER;
+  const float shifted = multiply_add(x, 1.44269504f, ROUNDER);
   const float n = shifted - ROUNDER;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
   float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
+  p = multiply_add(p, r, 1.0f / 720);
+  p = multiply_add(p, r, 1.0f / 120);
+  p = multiply_add(p, r, 1.0f / 24);
+  p = multiply_add(p, r, 1.0f / 6);
+  p = multiply_add(p, r, 0.5f);
+  p = multiply_add(p * r, r, r) + 1.0f;
   const int32_t exponent = bits_of<int32_t>(shifted) - bits_of<int32_t>(ROUNDER) + 127;
   return p * bits_of<float>(exponent << 23);
 }
@@ -56,7 +64,7 @@ void quantize_rows(const float* __restrict x, long stride, const float* __restri
     for (long c = 0; c < channels; ++c) {
       float v = x[c];
       if (SILU) {
-        v = v * gain[c] + shift[c];
+        v = multiply_add(v, gain[c], shift[c]);
         v = v / (1.0f + exponential(-v));
       }
       float q = v * factors[c] * inverse + ROUNDER;
