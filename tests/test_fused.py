@@ -1,6 +1,7 @@
 """The compiled pass of --compile: its codes, what falls back, and the command line."""
 
 import copy
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 from quant import fused as fused_module
@@ -15,9 +17,13 @@ from quant.fused import COMPILERS, FusedError, FusedPass, pixel_stride
 from quant.int8 import int8_supported, to_int8
 from quant.int8_layers import ROUNDER, Int8Layer
 from quant.model import QuantDenoiser
+from quant.packed import to_bytes
+from scripts.common.config import load_config, resolved_yaml
+from scripts.common.runs import beside
+from scripts.size_table import deployed_of
 from tests.test_int8 import context, psnr, quant_layer, same, small_unet
+from tests.test_sampling import CONFIG, sample, signals  # noqa: F401, the last is a fixture
 
-ROOT = Path(__file__).resolve().parents[1]
 REASON = int8_supported(vnni=False)
 if not any(map(shutil.which, COMPILERS)):
     REASON = "no C++ compiler"
@@ -159,3 +165,35 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_constant(fused: FusedPass):
     """The rounding constant of both languages is one."""
     assert f"ROUNDER = {ROUNDER}f" in fused_module.SOURCE.read_text()
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same images whatever the batch; their identity says what made them."""
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    config = load_config(tmp_path / "narrow.yaml")
+    file = tmp_path / "quantized.safetensors"
+    file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))
+    out, command = tmp_path / "images", ("--quantized", file, "--backend", "int8-avx2", "--compile")
+
+    def images(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert sample(*command, "--out", out) == 0
+    report = json.loads(beside(out, "report.json").read_text())
+    assert report["backend"] == "int8-avx2, compiled"
+    made = images(out)
+    assert len(made) == 7 and "note" not in capsys.readouterr().out
+    (out / "000003.png").unlink()
+    assert sample(*command, "--out", out, "--set", "sampling.batch_size=1") == 0  # resumes
+    assert images(out) == made
+    assert sample(*command[:-1], "--out", out) == 2  # other bytes could join
+    assert sample(*command[:-1], "--out", tmp_path / "plain") == 0
+    monkeypatch.setenv("PATH", str(tmp_path))
+    capsys.readouterr()
+    assert sample(*command, "--out", tmp_path / "without") == 0
+    assert "note: --compile changes nothing here: no C++ compiler" in capsys.readouterr().out
+    assert images(tmp_path / "without") == images(tmp_path / "plain")
+    without, plain = (beside(tmp_path / n, "identity.json") for n in ("without", "plain"))
+    assert without.read_bytes() == plain.read_bytes()
