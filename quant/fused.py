@@ -43,7 +43,8 @@ class FusedPass:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise FusedError(f"{compiler}: {lines[-1][:200]}")
+                line = next((line for line in lines if "error" in line), lines[-1])
+                raise FusedError(f"{compiler}: {line[:200]}")
             try:
                 library = ctypes.CDLL(str(file))
             except OSError as error:

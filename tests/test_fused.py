@@ -154,7 +154,7 @@ def test_network_uses_the_pass(fused: FusedPass):
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(fused_module, "SOURCE", tmp_path / "missing.cpp")
-    with pytest.raises(FusedError) as refusal:
+    with pytest.raises(FusedError, match="missing.cpp") as refusal:
         FusedPass()
     assert "\n" not in str(refusal.value)
     monkeypatch.setenv("PATH", str(tmp_path))
