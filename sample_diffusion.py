@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from quant.fused import FusedError, FusedPass
 from quant.packed import PackedFileError, read_metadata
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, parse_config, resolved_yaml
@@ -45,6 +46,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
     parser.add_argument("--backend", choices=BACKENDS, default="fake", help="of the quantized file")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="faster int8: fuse by a C++ compiler, if there is one",
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")
     parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first images")
     return parser.parse_args(argv)
@@ -117,8 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.out)
     check_paths(args, folder)
     began = time.perf_counter()
+    fused = compiled_pass(rank == 0) if args.compile else None
     backend = args.backend if args.quantized else None
-    assembly = assemble(config, args.quantized, args.backend, device)
+    if fused is not None:
+        backend = f"{backend}, compiled"
+    assembly = assemble(config, args.quantized, args.backend, device, fused)
     loaded = time.perf_counter() - began
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
@@ -126,7 +135,17 @@ def main(argv: list[str] | None = None) -> None:
             missing = missing_images(folder, config.sampling.count)
             make_images(config, assembly, share(missing, rank, world), folder, device, quiet=True)
             return
-        fill(args, config, assembly, device, world, loaded)
+        fill(args, config, assembly, backend, device, world, loaded)
+
+
+def compiled_pass(speak: bool) -> FusedPass | None:
+    """None where it cannot be compiled, which is said in one line."""
+    try:
+        return FusedPass()
+    except FusedError as error:
+        if speak:
+            print(f"note: --compile changes nothing here: {error}", flush=True)
+        return None
 
 
 def share(missing: list[int], rank: int, world: int) -> list[int]:
@@ -138,6 +157,7 @@ def fill(
     args: argparse.Namespace,
     config: Config,
     assembly: Assembly,
+    backend: str | None,
     device: torch.device,
     world: int,
     loaded: float,
@@ -172,7 +192,6 @@ def fill(
         file.writelines(f"{line}\n" for line in log)
     note = beside(folder, "report.json")
     if todo or not note.exists():  # killed between the last image and its report
-        backend = args.backend if args.quantized else None
         report = report_of(config, assembly, backend, device, world)
         report["images"] = {"count": sampling.count, "made": len(todo), "found": found}
         report["seconds"] = {"load": loaded, "sample": seconds}
@@ -184,6 +203,8 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     """Raises ConfigError for outputs that cannot be what they should be."""
     if args.backend != "fake" and args.quantized is None:
         raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
+    if args.compile and args.backend == "fake":
+        raise ConfigError("--compile: needs --backend int8 or int8-avx2")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, not a folder")
     if args.grid is not None and Path(args.grid).resolve().parent == folder.resolve():

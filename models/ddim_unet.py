@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops import MatMul
+from models.ops import MatMul, after_norm_silu
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         # x (B, C, H, W); temb (B, E) after SiLU
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = after_norm_silu(self.conv1, self.norm1, x)
         h = h + self.temb_proj(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = after_norm_silu(self.conv2, self.norm2, h, self.dropout)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -223,7 +223,7 @@ class DDIMUNet(nn.Module):
                     h = stage.attn[i](h)
             if level != 0:
                 h = stage.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return after_norm_silu(self.conv_out, self.norm_out, h)
 
     def layer_roles(self) -> LayerRoles:
         """See LayerRoles. Names are those of `named_modules()`."""

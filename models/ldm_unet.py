@@ -18,6 +18,7 @@ from torch import nn
 
 from models.attention import AttentionBlock, CrossAttention, SpatialTransformer
 from models.ddim_unet import LayerRoles
+from models.ops import after_norm_silu
 
 # Keys of the public configurations that do not change what the network computes.
 TRAINING_ONLY = ("image_size", "use_checkpoint", "use_fp16", "dims")
@@ -92,15 +93,17 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         # x (B, C, H, W); emb (B, E)
         norm, activation, conv = self.in_layers
-        h = conv(self.resample(activation(norm(x))))
+        if isinstance(self.resample, nn.Identity):
+            h = after_norm_silu(conv, norm, x)
+        else:
+            h = conv(self.resample(activation(norm(x))))
         emb = self.emb_layers(emb)[:, :, None, None]  # (B, C or 2C, 1, 1)
         norm, activation, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
+            h = conv(dropout(activation(norm(h) * (1 + scale) + shift)))
         else:
-            h = norm(h + emb)
-        h = conv(dropout(activation(h)))
+            h = after_norm_silu(conv, norm, h + emb, dropout)
         return self.skip_connection(self.resample(x)) + h
 
 
@@ -268,7 +271,8 @@ class LDMUNet(nn.Module):
         h = self.middle_block(h, emb, context)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+        norm, _, conv = self.out
+        return after_norm_silu(conv, norm, h)
 
     def layer_roles(self) -> LayerRoles:
         """See LayerRoles. Names are those of `named_modules()`."""

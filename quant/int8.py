@@ -11,6 +11,7 @@ int8 weight by oneDNN, and come back as float32 for norms, SiLU, softmax and res
 import torch
 from torch import nn
 
+from quant.fused import FusedPass
 from quant.int8_layers import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
 from quant.layers import QuantLayer, QuantMatMul, TimestepLayer
 from quant.log2 import Log2Quantizer
@@ -36,12 +37,15 @@ def int8_supported(device: str | torch.device = "cpu", vnni: bool = True) -> str
     return None
 
 
-def to_int8(model: QuantDenoiser, vnni: bool = True) -> QuantDenoiser:
+def to_int8(
+    model: QuantDenoiser, vnni: bool = True, fused: FusedPass | None = None
+) -> QuantDenoiser:
     """Replaces, in place, what can run in integers. model: deployed, on the CPU.
 
     vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
-    two products each and attention stays simulated; the results are the same. The uint8 codes and
-    float copies of replaced layers are freed as it goes. Raises Int8Error.
+    two products each and attention stays simulated; the results are the same. fused: does what
+    comes before a convolution's product in one pass. The uint8 codes and float copies of replaced
+    layers are freed as it goes. Raises Int8Error.
     """
     reason = int8_supported(vnni=vnni)
     if reason is not None:
@@ -51,7 +55,7 @@ def to_int8(model: QuantDenoiser, vnni: bool = True) -> QuantDenoiser:
             module.layer = TransientLayer(module.layer)
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
             products = isinstance(module, QuantMatMul)
-            replacement = Int8MatMul(module) if products else Int8Layer(module, vnni)
+            replacement = Int8MatMul(module) if products else Int8Layer(module, vnni, fused)
             replace_module(model.denoiser, name, replacement)
             _free(module)
     return model.eval().requires_grad_(False)

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from quant.fused import FusedPass, pixel_stride
 from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
@@ -78,6 +80,7 @@ class IntegerWeight(nn.Module):
     def __init__(self, op: Operation, codes: torch.Tensor, scale: torch.Tensor, vnni: bool):
         super().__init__()
         self.op, self.vnni = op, vnni
+        self.in_channels = codes.shape[1] * (op.groups if op.is_conv else 1)
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int32), persistent=False)
@@ -168,11 +171,13 @@ class Int8Layer(nn.Module):
     """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on it.
 
     Behind a skip concatenation there are two quantizers and two weights, one for each part of the
-    input channels; the two products are added in floating point.
+    input channels; the two products are added in floating point. fused, or None, quantizes the
+    inputs of convolutions to 8 bits in one pass, see fused.py.
     """
 
-    def __init__(self, layer: QuantLayer, vnni: bool = True):
+    def __init__(self, layer: QuantLayer, vnni: bool = True, fused: FusedPass | None = None):
         super().__init__()
+        self.fused = fused
         self.op, self.split, self.bits = layer.op, layer.split, layer.bits
         self.inputs = nn.ModuleList(CodeQuantizer(q) for q in layer.inputs)
         codes = integer_codes(layer)
@@ -182,15 +187,63 @@ class Int8Layer(nn.Module):
         self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale, vnni) for p in parts)
         self.register_buffer("bias", layer.bias)
         self.register_buffer("channel_scale", layer.channel_scale)
+        self._factors: list[torch.Tensor] | None = None  # of each part's channels, see factors
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
         bins = self.inputs[0].context.bins
         if isinstance(bins, int):
             return self._shared(x, bins)
         rows = [(bins == b).nonzero().flatten() for b in bins.unique()]  # of a mixed batch
         parts = [self._shared(x[r], int(bins[r[0]])) for r in rows]
         return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def after_norm_silu(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+        """The layer of silu(norm(x)). x (B, C, H, W)."""
+        bins = self.inputs[0].context.bins
+        whole = not self.split and self.op.kind == "Conv2d" and isinstance(bins, int)
+        if not (whole and self._one_pass(self.inputs[0]) and pixel_stride(x) == x.shape[1]):
+            return self(F.silu(norm(x), inplace=True))
+        quantizer = self.inputs[0]
+        inverse, scale, zero_point = quantizer.code_step(bins)
+        (factors,) = self.factors()
+        codes = self.fused.norm_silu_codes(x, norm, factors, inverse, zero_point, quantizer.top)
+        return self.weights[0](codes, scale, zero_point, self.bias)
+
+    def factors(self) -> list[torch.Tensor]:
+        """float32 (C,) of each part of the input channels: channel_scale, or ones. Kept."""
+        if self._factors is None:
+            first = self.inputs[0].scale
+            counts = [weight.in_channels for weight in self.weights]
+            scale = (
+                first.new_ones(sum(counts)) if self.channel_scale is None else self.channel_scale
+            )
+            self._factors = [part.contiguous() for part in scale.split(counts)]
+        return self._factors
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Layer":
+        self._factors = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._factors = None
+        super()._load_from_state_dict(*args)
+
+    def _one_pass(self, quantizer: CodeQuantizer) -> bool:
+        return self.fused is not None and quantizer.bits <= 8
+
+    def _codes(
+        self, x: torch.Tensor, part: int, index: int
+    ) -> list[tuple[torch.Tensor, float, int]]:
+        """See CodeQuantizer.codes. x: a part of the input channels, not yet scaled."""
+        quantizer = self.inputs[part]
+        if self.op.is_conv and self._one_pass(quantizer) and pixel_stride(x) is not None:
+            inverse, scale, zero_point = quantizer.code_step(index)
+            factors = self.factors()[part]
+            q = self.fused.codes(x, factors, inverse, zero_point, quantizer.top)
+            return [(q, scale, zero_point)]
+        if self.channel_scale is not None:
+            x = scale_channels(x, self.factors()[part], self.op.channel_dim)
+        return quantizer.codes(x, index)
 
     def _shared(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """All rows share one bin of timesteps."""
@@ -204,8 +257,8 @@ class Int8Layer(nn.Module):
             dim = self.op.channel_dim
             parts = x.split([self.split, x.shape[dim] - self.split], dim=dim)
         out = None
-        for part, quantizer, weight in zip(parts, self.inputs, self.weights, strict=True):
-            for codes in quantizer.codes(part, index):
+        for i, (part, weight) in enumerate(zip(parts, self.weights, strict=True)):
+            for codes in self._codes(part, i, index):
                 if out is None:
                     out = weight(*codes, self.bias)
                 else:

@@ -60,12 +60,12 @@ def test_a_run_is_recorded_and_continued(
 def test_variants_compute(path: Path, tmp_path: Path) -> None:
     models, outputs = Models(load_config(path), tmp_path), {}
     for name, variant in VARIANTS.items():
-        if not variant.compiled and obstacle(variant) is None:
+        if variant != VARIANTS["compiled"] and obstacle(variant) is None:
             outputs[name] = models.call(variant, models.build(variant), 3)()
             assert outputs[name].shape == (3, 3, 4, 4) and torch.isfinite(outputs[name]).all()
     assert (outputs["bf16"] - outputs["fp32"]).abs().max() < 0.1 * outputs["fp32"].abs().max()
     for name in (n for n in outputs if n.startswith(("int8", "avx2"))):
-        fake = outputs[f"fake-{name[-4:]}"]
+        fake = outputs[f"fake-{name.split('-')[1]}"]
         assert (outputs[name] - fake).square().mean() < 1e-3 * fake.square().mean()
     assert models.bytes(VARIANTS["fake-w4a8"]) < models.bytes(VARIANTS["fake-w8a8"])
     assert models.bytes(VARIANTS["fake-w8a8"]) < models.bytes(VARIANTS["fp32"])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quant.fused import COMPILERS, FusedPass
 from quant.int8 import int8_supported
 from quant.packed import load_quantized, to_bytes
 from scripts.common.config import Config, resolved_yaml
@@ -35,7 +36,7 @@ class Variant:
     label: str
     bits: int | None = None
     backend: str = "fake"
-    compiled: bool = False
+    compiled: bool = False  # by torch.compile; a quantized one by --compile
     half: bool = False  # bfloat16 where autocast allows it
 
 
@@ -49,12 +50,16 @@ VARIANTS = {
     "int8-w4a8": Variant("int8 W4A8", 4, "int8"),
     "avx2-w8a8": Variant("int8-avx2 W8A8", 8, "int8-avx2"),
     "avx2-w4a8": Variant("int8-avx2 W4A8", 4, "int8-avx2"),
+    "int8-w8a8-compiled": Variant("int8 W8A8, --compile", 8, "int8", compiled=True),
+    "int8-w4a8-compiled": Variant("int8 W4A8, --compile", 4, "int8", compiled=True),
+    "avx2-w8a8-compiled": Variant("int8-avx2 W8A8, --compile", 8, "int8-avx2", compiled=True),
+    "avx2-w4a8-compiled": Variant("int8-avx2 W4A8, --compile", 4, "int8-avx2", compiled=True),
 }
 
 
 def obstacle(variant: Variant) -> str | None:
     """Why this machine cannot run it, or None."""
-    if variant.compiled and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if variant.compiled and not any(map(shutil.which, COMPILERS)):
         return "no C++ compiler"
     if variant.backend == "fake":
         return None
@@ -89,14 +94,16 @@ class Models:
     def build(self, variant: Variant) -> nn.Module:
         model = empty_denoiser(self.config)
         if variant.bits is not None:
-            model = select_backend(load_quantized(self.file(variant.bits), model), variant.backend)
+            fused = FusedPass() if variant.compiled else None
+            model = load_quantized(self.file(variant.bits), model)
+            model = select_backend(model, variant.backend, fused=fused)
         else:
             generator = torch.Generator().manual_seed(0)
             for module in model.modules():
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     with_random_weights(module, generator)
         model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        return torch.compile(model) if variant.compiled else model
+        return torch.compile(model) if variant.compiled and variant.bits is None else model
 
     def call(self, variant: Variant, model: nn.Module, batch: int) -> Call:
         """One denoiser call on `batch` random inputs of one timestep."""

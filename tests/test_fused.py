@@ -1,0 +1,199 @@
+"""The compiled pass of --compile: its codes, what falls back, and the command line."""
+
+import copy
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from quant import fused as fused_module
+from quant.fused import COMPILERS, FusedError, FusedPass, pixel_stride
+from quant.int8 import int8_supported, to_int8
+from quant.int8_layers import ROUNDER, Int8Layer
+from quant.model import QuantDenoiser
+from quant.packed import to_bytes
+from scripts.common.config import load_config, resolved_yaml
+from scripts.common.runs import beside
+from scripts.size_table import deployed_of
+from tests.test_int8 import context, psnr, quant_layer, same, small_unet
+from tests.test_sampling import CONFIG, sample, signals  # noqa: F401, the last is a fixture
+
+REASON = int8_supported(vnni=False)
+if not any(map(shutil.which, COMPILERS)):
+    REASON = "no C++ compiler"
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"not here: {REASON}")
+LAST = torch.channels_last
+
+
+@pytest.fixture(scope="module")
+def fused() -> FusedPass:
+    return FusedPass()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def codes_of(x: torch.Tensor, inverse: float, zero_point: int, top: int) -> torch.Tensor:
+    return (torch.round(x * inverse) + zero_point).clamp(0, top).to(torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 64, 9, 7), (1, 33, 1, 1)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_plain_codes_are_equal(fused: FusedPass, shape: tuple[int, ...], threads: int):
+    """Bit by bit, ends of the range and ties included; also of a part of the channels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = (20 * torch.randn(shape)).contiguous(memory_format=LAST)
+        x[0, :3] = torch.tensor([0.5, -2.5, 1e9]).view(3, 1, 1)
+        factors = torch.rand(shape[1]) + 0.5
+        scaled = x * factors.view(-1, 1, 1)
+        got = fused.codes(x, factors, 0.75, 9, 200)
+        assert torch.equal(got, codes_of(scaled, 0.75, 9, 200))
+        assert got.is_contiguous(memory_format=LAST)
+        part = fused.codes(x[:, 2:], factors[2:].contiguous(), 1.5, 128, 255)
+        assert torch.equal(part, codes_of(scaled[:, 2:], 1.5, 128, 255))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_codes_of_a_norm(fused: FusedPass, mean: float):
+    """One code apart at most, where a value lies at the border of two codes."""
+    norm = nn.GroupNorm(4, 24, eps=1e-6)
+    norm.weight.uniform_(0.5, 2), norm.bias.normal_()
+    x = (mean + 3 * torch.randn(5, 24, 17, 9)).contiguous(memory_format=LAST)
+    factors = torch.rand(24) + 0.5
+    exact = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
+    exact = exact * factors.view(-1, 1, 1) * 40.0
+    got = fused.norm_silu_codes(x, norm, factors, 40.0, 12, 255)
+    border = (exact - exact.floor() - 0.5).abs() < 1e-3
+    expected = (exact.round() + 12).clamp(0, 255)
+    off = (got.double() - expected).abs()
+    assert off.max() <= 1 and not off[~border].any() and border.double().mean() < 0.01
+    rows = [fused.norm_silu_codes(row[None], norm, factors, 40.0, 12, 255) for row in x]
+    assert torch.equal(torch.cat(rows), got)  # whatever the batch
+
+
+def test_extreme_inputs(fused: FusedPass):
+    """SiLU far from zero, and a constant feature map."""
+    norm = nn.GroupNorm(1, 2)
+    norm.weight.fill_(1e3), norm.bias.zero_()
+    x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous(memory_format=LAST)
+    ones = torch.ones(2)
+    got = fused.norm_silu_codes(x, norm, ones, 0.1, 3, 255)
+    assert got[0, 0].eq(3).all() and got[0, 1].eq(103).all()
+    norm.bias.fill_(50.0)
+    assert fused.norm_silu_codes(x.abs(), norm, ones, 1.0, 0, 255).eq(50).all()
+
+
+def test_strides():
+    x = torch.zeros(2, 8, 4, 4)
+    last = x.contiguous(memory_format=LAST)
+    assert pixel_stride(x) is None and pixel_stride(last) == 8 and pixel_stride(last[:, 3:]) == 8
+    assert pixel_stride(last[:, :, ::2]) is None and pixel_stride(last[::2]) in (8, None)
+    assert pixel_stride(last.double()) is None and pixel_stride(x[:, :, 0]) is None
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("split, act_bits", [(0, 8), (3, 8), (0, 16)])
+def test_layer(fused: FusedPass, scaled: bool, split: int, act_bits: int):
+    """Channels beside each other, or not; one timestep, or a mixed batch."""
+    at = context()
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    fake = quant_layer(at, layer, split=split, act_bits=act_bits, scaled=scaled)
+    exact = Int8Layer(copy.deepcopy(fake), False, fused)
+    for q in exact.inputs:
+        q.context = at
+    x = 2 * torch.randn(4, 8, 6, 6)
+    for t in (torch.full((4,), 300), torch.full((4,), 900), torch.tensor([0, 300, 600, 900])):
+        at.set(t)
+        for given in (x, x.contiguous(memory_format=LAST)):
+            same(exact(given), fake(given))
+
+
+def pair(fused: FusedPass) -> tuple[QuantDenoiser, QuantDenoiser]:
+    model = small_unet()
+    for layer in model.modules():
+        if hasattr(layer, "qweight") and len(layer.inputs):
+            layer.channel_scale = (torch.rand(layer.qweight.shape[1]) + 0.5).half().float()
+    return model, to_int8(copy.deepcopy(model), False, fused).to(memory_format=LAST)
+
+
+def test_network(fused: FusedPass):
+    fake, exact = pair(fused)
+    x = torch.randn(4, 3, 16, 16).contiguous(memory_format=LAST)
+    for t in (torch.full((4,), 70), torch.full((4,), 999), torch.tensor([0, 70, 500, 999])):
+        assert psnr(exact(x, t), fake(x, t)) >= 45
+    expected = exact(x, t)
+    for twin in (copy.deepcopy(exact), pickle.loads(pickle.dumps(exact))):
+        assert torch.equal(twin(x, t), expected)
+
+
+def test_network_uses_the_pass(fused: FusedPass):
+    """Both functions run, and the norms before a fused layer do not."""
+    _, exact = pair(fused)
+    seen = []
+    for name, module in exact.denoiser.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=LAST)
+    exact(x, torch.full((2,), 500))
+    assert seen and all("attn" in name or name == "norm_out" for name in seen)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(fused_module, "SOURCE", tmp_path / "missing.cpp")
+    with pytest.raises(FusedError, match="missing.cpp") as refusal:
+        FusedPass()
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FusedError, match="no C\\+\\+ compiler"):
+        FusedPass()
+
+
+def test_constant(fused: FusedPass):
+    """The rounding constant of both languages is one."""
+    assert f"ROUNDER = {ROUNDER}f" in fused_module.SOURCE.read_text()
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same images whatever the batch; their identity says what made them."""
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    config = load_config(tmp_path / "narrow.yaml")
+    file = tmp_path / "quantized.safetensors"
+    file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))
+    out, command = tmp_path / "images", ("--quantized", file, "--backend", "int8-avx2", "--compile")
+
+    def images(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert sample(*command, "--out", out) == 0
+    report = json.loads(beside(out, "report.json").read_text())
+    assert report["backend"] == "int8-avx2, compiled"
+    made = images(out)
+    assert len(made) == 7 and "note" not in capsys.readouterr().out
+    (out / "000003.png").unlink()
+    assert sample(*command, "--out", out, "--set", "sampling.batch_size=1") == 0  # resumes
+    assert images(out) == made
+    assert sample(*command[:-1], "--out", out) == 2  # other bytes could join
+    assert sample(*command[:-1], "--out", tmp_path / "plain") == 0
+    monkeypatch.setenv("PATH", str(tmp_path))
+    capsys.readouterr()
+    assert sample(*command, "--out", tmp_path / "without") == 0
+    assert "note: --compile changes nothing here: no C++ compiler" in capsys.readouterr().out
+    assert images(tmp_path / "without") == images(tmp_path / "plain")
+    without, plain = (beside(tmp_path / n, "identity.json") for n in ("without", "plain"))
+    assert without.read_bytes() == plain.read_bytes()
