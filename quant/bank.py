@@ -45,10 +45,20 @@ class Bank:
     def by_timestep(
         self, limit: int, batch_size: int
     ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
-        """Batches of one timestep each: the first `limit` trajectories at every step."""
+        """Batches of one timestep each: `limit` trajectories at every step.
+
+        With a conditioning they are others at each step, drawn at random: neighbours may have the
+        same one (with guidance the first of a bank are all unconditional).
+        """
+        limit = min(limit, self.trajectories)
         for k in range(len(self.timesteps)):
-            for start in range(0, min(limit, self.trajectories), batch_size):
-                yield self._part(k, slice(start, min(start + batch_size, limit)))
+            chosen = torch.arange(limit)
+            if self.conditioning:
+                generator = torch.Generator().manual_seed(k)
+                chosen = torch.randperm(self.trajectories, generator=generator)[:limit]
+            for j in chosen.split(batch_size):
+                x, _, _, conditioning = self.gather(torch.stack([torch.full_like(j, k), j], 1))
+                yield x, self.timesteps[k], conditioning
 
     def tuples_by_timestep(
         self, tuples: torch.Tensor, batch_size: int

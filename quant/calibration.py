@@ -40,7 +40,8 @@ from quant.reconstruct import reconstruct, unit_names
 from quant.search import SearchResult, search
 from quant.state import PHASES, CalibrationState, restore
 
-STATISTICS_TRAJECTORIES = 8
+STATISTICS_TRAJECTORIES = 8  # at each timestep
+STATISTICS_CONDITIONED = 32  # likewise: classes and texts have ranges of their own
 CHECKPOINT = 100
 DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
 MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
@@ -224,7 +225,8 @@ def _ranges(job: _Job) -> dict[str, Any]:
         _select(job, None)
         batches = bank.tuples_by_timestep(job.state.tuples, size)
     else:
-        batches = bank.by_timestep(min(STATISTICS_TRAJECTORIES, bank.trajectories), size)
+        limit = STATISTICS_CONDITIONED if bank.conditioning else STATISTICS_TRAJECTORIES
+        batches = bank.by_timestep(limit, size)
     job.progress.begin("activation ranges", len(quantizers))
     stats = job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
     for name, quantizer in quantizers:

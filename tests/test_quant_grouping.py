@@ -626,7 +626,16 @@ def test_each_state_keeps_its_timestep_noise_and_conditioning() -> None:
         assert [steps[int(k)] for k in x[:, 0, 0, 0]] == [t] * len(x)
         assert torch.equal(x[:, 1, 0, 0].long(), conditioning["y"])
         seen += x[:, :, 0, 0].long().tolist()
-    assert seen == [[k, j] for k in range(5) for j in range(5)]
+    assert [k for k, _ in seen] == [k for k in range(5) for _ in range(5)]
+    chosen = [[j for k, j in seen if k == step] for step in range(5)]
+    assert all(len(set(js)) == 5 for js in chosen)
+    # All conditions come up, though those of the first trajectories may be alike.
+    assert {j for js in chosen for j in js} == set(range(6)) and len(set(map(tuple, chosen))) > 1
+    again = [c["y"].tolist() for _, _, c in bank.by_timestep(limit=5, batch_size=5)]
+    assert again == chosen
+    plain = Bank(bank.x, bank.eps, steps)
+    rows = [x[:, 1, 0, 0].tolist() for x, _, _ in plain.by_timestep(limit=4, batch_size=4)]
+    assert rows == [[0, 1, 2, 3]] * 5
     seen = []
     for x, t, conditioning in bank.at_step(3, 4):
         assert t == 0 and (x[:, 0] == 3).all()
