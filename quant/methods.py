@@ -64,8 +64,8 @@ class ReconstructSettings:
     lr_rounding: float = bounded(0.1, 0.0, 10.0)
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
     regulariser: float = bounded(0.01, 0.0, 1000.0)
-    # Half of the samples see full-precision inputs of the unit, the others quantized ones; the
-    # release of Q-Diffusion has quantized ones alone, which ends worse in few iterations.
+    # Half of the samples see full-precision inputs of the unit, the others quantized ones (QDrop);
+    # the release of Q-Diffusion has quantized ones alone.
     mixed_inputs: bool = True
     # At most as many as show each sample calibration.MOST_VIEWS times.
     finetune_iterations: int = bounded(0, 0, 10_000_000)
