@@ -114,8 +114,7 @@ class _LatentWeight(torch.autograd.Function):
         of_latent = grad * scale if ctx.needs_input_grad[0] else None
         of_scale = None
         if ctx.needs_input_grad[1]:
-            rows = zip(grad.flatten(1), w_hat.flatten(1), strict=True)
-            of_scale = torch.stack([torch.dot(g, w) for g, w in rows]).view_as(scale) / scale
+            of_scale = (grad * w_hat).flatten(1).sum(1).view_as(scale) / scale
         return of_latent, of_scale, None
 
 
