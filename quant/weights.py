@@ -98,13 +98,13 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 class _LatentWeight(torch.autograd.Function):
     """s (round(latent) - z) with straight-through gradients; s and z broadcast against latent.
 
-    Latents lie within the codes (clamp_latent). Only the result is kept for the backward pass, as
+    Latents stay within the codes (clamp_latent). Only the result is kept for the backward pass, as
     the convolution does anyway: <g, round(latent) - z> = <g, w_hat> / s.
     """
 
     @staticmethod
-    def forward(ctx, latent, scale, zero_point):
-        w_hat = latent.round().sub_(zero_point).mul_(scale)
+    def forward(ctx, latent, scale, zero_point, top):
+        w_hat = latent.round().clamp_(0, top).sub_(zero_point).mul_(scale)
         ctx.save_for_backward(w_hat, scale)
         return w_hat
 
@@ -115,7 +115,7 @@ class _LatentWeight(torch.autograd.Function):
         of_scale = None
         if ctx.needs_input_grad[1]:
             of_scale = (grad * w_hat).flatten(1).sum(1).view_as(scale) / scale
-        return of_latent, of_scale, None
+        return of_latent, of_scale, None, None
 
 
 class WeightQuantizer(nn.Module):
@@ -187,7 +187,7 @@ class WeightQuantizer(nn.Module):
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """Codes as floats; integers unless the rounding is still soft."""
         if self.latent is not None:
-            return self.latent.round()
+            return self.latent.round().clamp(0, 2**self.bits - 1)
         if self.alpha is None:
             return round_to_nearest(weight, self.scale, self.zero_point, self.bits)
         up = self.h() if self.soft else (self.alpha >= 0).to(weight.dtype)
@@ -204,5 +204,5 @@ class WeightQuantizer(nn.Module):
             scale, zero_point = (
                 per_channel(v, self.latent) for v in (self.current_scale(), self.zero_point)
             )
-            return _LatentWeight.apply(self.latent, scale, zero_point)
+            return _LatentWeight.apply(self.latent, scale, zero_point, 2**self.bits - 1)
         return dequantize(self.codes(weight), self.current_scale(), self.zero_point)
