@@ -172,7 +172,11 @@ def test_mutated_text_gives_a_configuration_or_one_line(start: int, cut: int, te
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers(1 - 2**63, 2**63 - 1)
+        | st.floats(allow_nan=False)
+        | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
