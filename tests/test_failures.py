@@ -5,6 +5,7 @@ Each gives one line, exit code 2 (130 when interrupted), and leaves nothing half
 python -m pytest tests/test_failures.py
 """
 
+import json
 import os
 import re
 import resource
@@ -202,6 +203,14 @@ def test_a_denoiser_that_gives_nan(
     fork = forks.run(main, *arguments, "--out", tmp_path / "out" / "x")
     assert message in refusal(fork)
     assert not [n for n in names_below(tmp_path) if n.endswith((".png", ".tmp", ".safetensors"))]
+
+
+def test_few_samples_are_not_shown_again_and_again(room: Path, tmp_path: Path) -> None:
+    many = ("quant.reconstruct.finetune_iterations=1000", "calibration.samples=5")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path, "--set", *many)
+    assert forks.run(calibrate.main, *arguments).code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["phases"]["finetune"]["iterations"] == 13  # of 4 samples: 52 views of 5
 
 
 WILD = ("quant.reconstruct.finetune_iterations=100", "quant.reconstruct.lr_scale=10")

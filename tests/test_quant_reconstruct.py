@@ -267,6 +267,25 @@ def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
 # ---- end-to-end steps ----
 
 
+def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
+    """Also in uneven ones: 10 samples as 4, 4 and 2."""
+    denoiser = Toy()
+    bank = toy_bank(denoiser, 12)
+    tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
+    losses: list[list[float]] = []
+    for parts in (1, 3):
+        model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=6, edge=4, time=4))
+        seen: list[float] = []
+        generator = torch.Generator().manual_seed(1)
+
+        def keep(i: int, loss: float, seen: list[float] = seen) -> None:
+            seen.append(loss)
+
+        finetune(model, bank, tuples, 3, 10, 1e-3, generator, on_iteration=keep, accumulate=parts)
+        losses.append(seen)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
     denoiser = Toy()

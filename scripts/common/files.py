@@ -93,7 +93,8 @@ class _Output:
     """A file that torch.save writes to, which turns what a write raises into errors of its own."""
 
     def __init__(self, handle: BinaryIO):
-        self.handle, self.error = handle, None
+        self.handle = handle
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         try:
