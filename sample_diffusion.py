@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from quant.fused import FusedError, FusedPass
+from quant.compiled import CompileError, Compiled
 from quant.packed import PackedFileError, read_metadata
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, parse_config, resolved_yaml
@@ -123,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.out)
     check_paths(args, folder)
     began = time.perf_counter()
-    fused = compiled_pass(rank == 0) if args.compile else None
+    compiled = compiled_code(rank == 0) if args.compile else None
     backend = args.backend if args.quantized else None
-    if fused is not None:
+    if compiled is not None:
         backend = f"{backend}, compiled"
-    assembly = assemble(config, args.quantized, args.backend, device, fused)
+    assembly = assemble(config, args.quantized, args.backend, device, compiled)
     loaded = time.perf_counter() - began
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
@@ -138,11 +138,11 @@ def main(argv: list[str] | None = None) -> None:
         fill(args, config, assembly, backend, device, world, loaded)
 
 
-def compiled_pass(speak: bool) -> FusedPass | None:
+def compiled_code(speak: bool) -> Compiled | None:
     """None where it cannot be compiled, which is said in one line."""
     try:
-        return FusedPass()
-    except FusedError as error:
+        return Compiled()
+    except CompileError as error:
         if speak:
             print(f"note: --compile changes nothing here: {error}", flush=True)
         return None

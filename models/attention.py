@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops import MatMul
+from models.ops import MatMul, after_softmax
 
 
 class AttentionBlock(nn.Module):
@@ -44,7 +44,7 @@ class AttentionBlock(nn.Module):
         q, k, v = self._split(self.qkv(self.norm(x).flatten(2)))
         scale = q.shape[1] ** -0.25  # on both factors, which keeps the product small
         scores = self.scores((q * scale).transpose(1, 2), k * scale)  # (B*h, N, N)
-        h = self.values(torch.softmax(scores, dim=-1), v.transpose(1, 2))  # (B*h, N, d)
+        h = after_softmax(self.values, scores, v.transpose(1, 2))  # (B*h, N, d)
         h = h.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)  # (B, C, N)
         return x + self.proj_out(h).reshape(x.shape)
 
@@ -73,8 +73,8 @@ class CrossAttention(nn.Module):
         q, k, v = (
             self._to_heads(p) for p in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        scores = self.scores(q, k.transpose(1, 2)) * self.scale  # (B*h, N, L)
-        h = self.values(torch.softmax(scores, dim=-1), v)  # (B*h, N, d)
+        scores = self.scores(q, k.transpose(1, 2))  # (B*h, N, L)
+        h = after_softmax(self.values, scores, v, self.scale)  # (B*h, N, d)
         h = h.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)  # (B, N, h*d)
         return self.to_out(h)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops import MatMul, after_norm_silu
+from models.ops import MatMul, after_norm_silu, after_softmax
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         # x (B, C, H, W); temb (B, E) after SiLU
-        h = after_norm_silu(self.conv1, self.norm1, x)
-        h = h + self.temb_proj(temb)[:, :, None, None]
-        h = after_norm_silu(self.conv2, self.norm2, h, self.dropout)
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        shift = self.temb_proj(temb)[:, :, None, None]
+        h = after_norm_silu(self.conv1, self.norm1, x, plus=shift)
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return after_norm_silu(self.conv2, self.norm2, h, self.dropout, plus=shortcut)
 
 
 class AttnBlock(nn.Module):
@@ -118,8 +118,9 @@ class AttnBlock(nn.Module):
         q = self.q(h).flatten(2).transpose(1, 2)  # (B, HW, C)
         k = self.k(h).flatten(2)  # (B, C, HW)
         v = self.v(h).flatten(2).transpose(1, 2)  # (B, HW, C)
-        probabilities = torch.softmax(self.scores(q, k) * c**-0.5, dim=-1)  # (B, HW, HW)
-        h = self.values(probabilities, v).transpose(1, 2).reshape(b, c, height, width)
+        scores = self.scores(q, k)  # (B, HW, HW)
+        h = after_softmax(self.values, scores, v, c**-0.5)
+        h = h.transpose(1, 2).reshape(b, c, height, width)
         return x + self.proj_out(h)
 
 

@@ -92,19 +92,20 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         # x (B, C, H, W); emb (B, E)
+        emb = self.emb_layers(emb)[:, :, None, None]  # (B, C or 2C, 1, 1)
+        shift = None if self.scale_shift else emb
         norm, activation, conv = self.in_layers
         if isinstance(self.resample, nn.Identity):
-            h = after_norm_silu(conv, norm, x)
+            h = after_norm_silu(conv, norm, x, plus=shift)
         else:
             h = conv(self.resample(activation(norm(x))))
-        emb = self.emb_layers(emb)[:, :, None, None]  # (B, C or 2C, 1, 1)
+            h = h if shift is None else h + shift
+        skip = self.skip_connection(self.resample(x))
         norm, activation, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = conv(dropout(activation(norm(h) * (1 + scale) + shift)))
-        else:
-            h = after_norm_silu(conv, norm, h + emb, dropout)
-        return self.skip_connection(self.resample(x)) + h
+            return skip + conv(dropout(activation(norm(h) * (1 + scale) + shift)))
+        return after_norm_silu(conv, norm, h, dropout, plus=skip)
 
 
 class Stage(nn.Sequential):

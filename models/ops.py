@@ -15,16 +15,34 @@ class MatMul(nn.Module):
         return torch.matmul(left, right)  # (B, N, K) @ (B, K, M) -> (B, N, M)
 
 
-def after_norm_silu(
-    layer: nn.Module, norm: nn.Module, x: torch.Tensor, dropout: nn.Module | None = None
+def after_softmax(
+    product: nn.Module, scores: torch.Tensor, right: torch.Tensor, scale: float = 1.0
 ) -> torch.Tensor:
-    """layer(dropout(silu(norm(x)))). x (B, C, H, W).
+    """softmax(scores * scale) @ right, by `product`. scores (B, N, K), right (B, K, M).
 
-    A layer that can take the three as one step has a method `after_norm_silu(norm, x)`; such layers
-    are never trained, so that they have no dropout.
+    A product that can take them as one step has a method `after_softmax(scores, scale, right)`.
+    """
+    together = getattr(product, "after_softmax", None)
+    if together is not None:
+        return together(scores, scale, right)
+    return product(torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1), right)
+
+
+def after_norm_silu(
+    layer: nn.Module,
+    norm: nn.Module,
+    x: torch.Tensor,
+    dropout: nn.Module | None = None,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """layer(dropout(silu(norm(x)))) + plus. x (B, C, H, W); plus (B, O, H, W) or (B, O, 1, 1).
+
+    A layer that can take them as one step has a method `after_norm_silu(norm, x, plus)`; such
+    layers are never trained, so that they have no dropout.
     """
     together = getattr(layer, "after_norm_silu", None)
     if together is not None:
-        return together(norm, x)
+        return together(norm, x, plus)
     h = F.silu(norm(x))
-    return layer(h if dropout is None else dropout(h))
+    h = layer(h if dropout is None else dropout(h))
+    return h if plus is None else h + plus

@@ -11,7 +11,8 @@ int8 weight by oneDNN, and come back as float32 for norms, SiLU, softmax and res
 import torch
 from torch import nn
 
-from quant.fused import FusedPass
+from quant.compiled import Compiled
+from quant.compiled_layers import CompiledLayer, CompiledMatMul
 from quant.int8_layers import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
 from quant.layers import QuantLayer, QuantMatMul, TimestepLayer
 from quant.log2 import Log2Quantizer
@@ -38,12 +39,12 @@ def int8_supported(device: str | torch.device = "cpu", vnni: bool = True) -> str
 
 
 def to_int8(
-    model: QuantDenoiser, vnni: bool = True, fused: FusedPass | None = None
+    model: QuantDenoiser, vnni: bool = True, compiled: Compiled | None = None
 ) -> QuantDenoiser:
     """Replaces, in place, what can run in integers. model: deployed, on the CPU.
 
     vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
-    two products each and attention stays simulated; the results are the same. fused: does what
+    two products each and attention stays simulated; the results are the same. compiled: does what
     comes before a convolution's product in one pass. The uint8 codes and float copies of replaced
     layers are freed as it goes. Raises Int8Error.
     """
@@ -54,9 +55,7 @@ def to_int8(
         if isinstance(module, TimestepLayer):
             module.layer = TransientLayer(module.layer)
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
-            products = isinstance(module, QuantMatMul)
-            replacement = Int8MatMul(module) if products else Int8Layer(module, vnni, fused)
-            replace_module(model.denoiser, name, replacement)
+            replace_module(model.denoiser, name, _replacement(module, vnni, compiled))
             _free(module)
     return model.eval().requires_grad_(False)
 
@@ -69,6 +68,17 @@ def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
         for name, module in model.denoiser.named_modules()
         if _replaceable(model, name, module) and (reason := _obstacle(module, vnni)) is not None
     }
+
+
+def _replacement(
+    module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None
+) -> nn.Module:
+    products = vnni and compiled is not None and compiled.products
+    if isinstance(module, QuantMatMul):
+        return CompiledMatMul(module, compiled) if products else Int8MatMul(module)
+    if products and CompiledLayer.fits(module.op):
+        return CompiledLayer(module, vnni, compiled)
+    return Int8Layer(module, vnni, compiled)
 
 
 def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant.fused import FusedPass, pixel_stride
+from quant.compiled import Compiled, pixel_stride
 from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
@@ -85,7 +85,7 @@ class IntegerWeight(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int32), persistent=False)
         if op.is_conv:
-            self.geometry = [_pair(v) for v in (op.stride, op.padding, op.dilation)] + [op.groups]
+            self.geometry = [pair(v) for v in (op.stride, op.padding, op.dilation)] + [op.groups]
             if op.kind == "Conv1d":  # a unit height
                 self.geometry[1][0] = 0
         self._packed: list[torch.Tensor] = []  # the summands of the weight
@@ -161,7 +161,7 @@ class IntegerWeight(nn.Module):
         return super().__getstate__()
 
 
-def _pair(value: int | tuple[int, ...]) -> list[int]:
+def pair(value: int | tuple[int, ...]) -> list[int]:
     """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first."""
     value = [value] if isinstance(value, int) else list(value)
     return value if len(value) == 2 else [1, *value]
@@ -171,23 +171,28 @@ class Int8Layer(nn.Module):
     """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on it.
 
     Behind a skip concatenation there are two quantizers and two weights, one for each part of the
-    input channels; the two products are added in floating point. fused, or None, quantizes the
-    inputs of convolutions to 8 bits in one pass, see fused.py.
+    input channels; the two products are added in floating point. compiled, or None, quantizes the
+    inputs of convolutions to 8 bits in one pass.
     """
 
-    def __init__(self, layer: QuantLayer, vnni: bool = True, fused: FusedPass | None = None):
+    def __init__(self, layer: QuantLayer, vnni: bool = True, compiled: Compiled | None = None):
         super().__init__()
-        self.fused = fused
+        self.compiled = compiled
         self.op, self.split, self.bits = layer.op, layer.split, layer.bits
         self.inputs = nn.ModuleList(CodeQuantizer(q) for q in layer.inputs)
         codes = integer_codes(layer)
         if self.op.kind == "Conv1d":
             codes = codes.unsqueeze(2)
         parts = [codes[:, : self.split], codes[:, self.split :]] if self.split else [codes]
-        self.weights = nn.ModuleList(IntegerWeight(self.op, p, layer.w_scale, vnni) for p in parts)
+        self.vnni = vnni
+        self.weights = nn.ModuleList(self._weight(p, layer.w_scale) for p in parts)
         self.register_buffer("bias", layer.bias)
         self.register_buffer("channel_scale", layer.channel_scale)
         self._factors: list[torch.Tensor] | None = None  # of each part's channels, see factors
+
+    def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> nn.Module:
+        """Of one part of the input channels; codes int8 (O, C, ...), Conv1d with a unit height."""
+        return IntegerWeight(self.op, codes, scale, self.vnni)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bins = self.inputs[0].context.bins
@@ -197,17 +202,25 @@ class Int8Layer(nn.Module):
         parts = [self._shared(x[r], int(bins[r[0]])) for r in rows]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
-    def after_norm_silu(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """The layer of silu(norm(x)). x (B, C, H, W)."""
+    def after_norm_silu(
+        self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer of silu(norm(x)), + plus. x (B, C, H, W)."""
         bins = self.inputs[0].context.bins
         whole = not self.split and self.op.kind == "Conv2d" and isinstance(bins, int)
-        if not (whole and self._one_pass(self.inputs[0]) and pixel_stride(x) == x.shape[1]):
-            return self(F.silu(norm(x), inplace=True))
-        quantizer = self.inputs[0]
-        inverse, scale, zero_point = quantizer.code_step(bins)
-        (factors,) = self.factors()
-        codes = self.fused.norm_silu_codes(x, norm, factors, inverse, zero_point, quantizer.top)
-        return self.weights[0](codes, scale, zero_point, self.bias)
+        if whole and self._one_pass(self.inputs[0]) and pixel_stride(x) == x.shape[1]:
+            return self._of_norm(norm, x, bins, plus)
+        out = self(F.silu(norm(x), inplace=True))
+        return out if plus is None else out + plus
+
+    def _of_norm(
+        self, norm: nn.GroupNorm, x: torch.Tensor, index: int, plus: torch.Tensor | None
+    ) -> torch.Tensor:
+        (factors,), quantizer = self.factors(), self.inputs[0]
+        step = quantizer.code_step(index)
+        (codes,) = self.compiled.norm_silu_codes(x, norm, factors, step, quantizer.bits)
+        out = self.weights[0](*codes, self.bias)
+        return out if plus is None else out.add_(plus)
 
     def factors(self) -> list[torch.Tensor]:
         """float32 (C,) of each part of the input channels: channel_scale, or ones. Kept."""
@@ -229,7 +242,7 @@ class Int8Layer(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _one_pass(self, quantizer: CodeQuantizer) -> bool:
-        return self.fused is not None and quantizer.bits <= 8
+        return self.compiled is not None and quantizer.bits <= 8
 
     def _codes(
         self, x: torch.Tensor, part: int, index: int
@@ -237,10 +250,8 @@ class Int8Layer(nn.Module):
         """See CodeQuantizer.codes. x: a part of the input channels, not yet scaled."""
         quantizer = self.inputs[part]
         if self.op.is_conv and self._one_pass(quantizer) and pixel_stride(x) is not None:
-            inverse, scale, zero_point = quantizer.code_step(index)
-            factors = self.factors()[part]
-            q = self.fused.codes(x, factors, inverse, zero_point, quantizer.top)
-            return [(q, scale, zero_point)]
+            step = quantizer.code_step(index)
+            return self.compiled.codes(x, self.factors()[part], step, quantizer.bits)
         if self.channel_scale is not None:
             x = scale_channels(x, self.factors()[part], self.op.channel_dim)
         return quantizer.codes(x, index)
@@ -283,9 +294,13 @@ class Int8MatMul(QuantMatMul):
         bins = self.left.context.bins
         if not isinstance(bins, int):
             return super().forward(left, right)
+        return self._shared(left, right, bins)
+
+    def _shared(self, left: torch.Tensor, right: torch.Tensor, index: int) -> torch.Tensor:
+        """All rows share one bin of timesteps."""
         left, top = self.left_operand(left)
-        inverse, scale, z = self.left.code_step(bins)
-        right_inverse, right_scale, right_z = self.right.code_step(bins)
+        inverse, scale, z = self.left.code_step(index)
+        right_inverse, right_scale, right_z = self.right.code_step(index)
         k = shifted_codes(right, right_inverse, right_z, self.right.top).to(torch.int8)
         out = torch.empty(*left.shape[:-1], right.shape[-1])
         total = torch.empty(out.shape[1:], dtype=torch.int32)

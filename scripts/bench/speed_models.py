@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant.fused import COMPILERS, FusedPass
+from quant.compiled import COMPILERS, Compiled
 from quant.int8 import int8_supported
 from quant.packed import load_quantized, to_bytes
 from scripts.common.config import Config, resolved_yaml
@@ -94,9 +94,9 @@ class Models:
     def build(self, variant: Variant) -> nn.Module:
         model = empty_denoiser(self.config)
         if variant.bits is not None:
-            fused = FusedPass() if variant.compiled else None
+            compiled = Compiled() if variant.compiled else None
             model = load_quantized(self.file(variant.bits), model)
-            model = select_backend(model, variant.backend, fused=fused)
+            model = select_backend(model, variant.backend, compiled=compiled)
         else:
             generator = torch.Generator().manual_seed(0)
             for module in model.modules():

@@ -19,7 +19,7 @@ from models.conditioning import (
     tokenize,
 )
 from models.pipeline import Pipeline, build_denoiser, build_pipeline
-from quant.fused import FusedPass
+from quant.compiled import Compiled
 from quant.int8 import int8_supported, to_int8
 from quant.model import QuantDenoiser
 from quant.packed import load_quantized
@@ -45,7 +45,7 @@ def assemble(
     quantized: str | Path | None = None,
     backend: str = "fake",
     device: str | torch.device = "cpu",
-    fused: FusedPass | None = None,
+    compiled: Compiled | None = None,
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
@@ -57,7 +57,7 @@ def assemble(
     if quantized is None:
         load_denoiser(config, model, files)
     else:
-        model = select_backend(load_quantized(quantized, model), backend, device, fused)
+        model = select_backend(load_quantized(quantized, model), backend, device, compiled)
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -86,11 +86,11 @@ def select_backend(
     model: QuantDenoiser,
     backend: str,
     device: str | torch.device = "cpu",
-    fused: FusedPass | None = None,
+    compiled: Compiled | None = None,
 ) -> QuantDenoiser:
     """The quantized model as it is (fake: integers in floating point) or on integer kernels.
 
-    int8 relies on VNNI, int8-avx2 does not; fused is for both. Raises ConfigError where there are
+    int8 relies on VNNI, int8-avx2 does not; compiled is for both. Raises ConfigError where there are
     none.
     """
     if backend == "fake":
@@ -100,7 +100,7 @@ def select_backend(
     if reason is not None:
         other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
         raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
-    return to_int8(model, vnni, fused)
+    return to_int8(model, vnni, compiled)
 
 
 def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:

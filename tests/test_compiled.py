@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from quant import fused as fused_module
-from quant.fused import COMPILERS, FusedError, FusedPass, pixel_stride
+from quant import compiled as compiled_module
+from quant.compiled import COMPILERS, CompileError, Compiled, pixel_stride
 from quant.int8 import int8_supported, to_int8
 from quant.int8_layers import ROUNDER, Int8Layer
 from quant.model import QuantDenoiser
@@ -32,8 +32,8 @@ LAST = torch.channels_last
 
 
 @pytest.fixture(scope="module")
-def fused() -> FusedPass:
-    return FusedPass()
+def compiled() -> Compiled:
+    return Compiled()
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def codes_of(x: torch.Tensor, inverse: float, zero_point: int, top: int) -> torc
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 64, 9, 7), (1, 33, 1, 1)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_plain_codes_are_equal(fused: FusedPass, shape: tuple[int, ...], threads: int):
+def test_plain_codes_are_equal(compiled: Compiled, shape: tuple[int, ...], threads: int):
     """Bit by bit, ends of the range and ties included; also of a part of the channels."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -58,17 +58,17 @@ def test_plain_codes_are_equal(fused: FusedPass, shape: tuple[int, ...], threads
         x[0, :3] = torch.tensor([0.5, -2.5, 1e9]).view(3, 1, 1)
         factors = torch.rand(shape[1]) + 0.5
         scaled = x * factors.view(-1, 1, 1)
-        got = fused.codes(x, factors, 0.75, 9, 200)
+        got = compiled.codes(x, factors, 0.75, 9, 200)
         assert torch.equal(got, codes_of(scaled, 0.75, 9, 200))
         assert got.is_contiguous(memory_format=LAST)
-        part = fused.codes(x[:, 2:], factors[2:].contiguous(), 1.5, 128, 255)
+        part = compiled.codes(x[:, 2:], factors[2:].contiguous(), 1.5, 128, 255)
         assert torch.equal(part, codes_of(scaled[:, 2:], 1.5, 128, 255))
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_codes_of_a_norm(fused: FusedPass, mean: float):
+def test_codes_of_a_norm(compiled: Compiled, mean: float):
     """One code apart at most, where a value lies at the border of two codes."""
     norm = nn.GroupNorm(4, 24, eps=1e-6)
     norm.weight.uniform_(0.5, 2), norm.bias.normal_()
@@ -76,25 +76,25 @@ def test_codes_of_a_norm(fused: FusedPass, mean: float):
     factors = torch.rand(24) + 0.5
     exact = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
     exact = exact * factors.view(-1, 1, 1) * 40.0
-    got = fused.norm_silu_codes(x, norm, factors, 40.0, 12, 255)
+    got = compiled.norm_silu_codes(x, norm, factors, 40.0, 12, 255)
     border = (exact - exact.floor() - 0.5).abs() < 1e-3
     expected = (exact.round() + 12).clamp(0, 255)
     off = (got.double() - expected).abs()
     assert off.max() <= 1 and not off[~border].any() and border.double().mean() < 0.01
-    rows = [fused.norm_silu_codes(row[None], norm, factors, 40.0, 12, 255) for row in x]
+    rows = [compiled.norm_silu_codes(row[None], norm, factors, 40.0, 12, 255) for row in x]
     assert torch.equal(torch.cat(rows), got)  # whatever the batch
 
 
-def test_extreme_inputs(fused: FusedPass):
+def test_extreme_inputs(compiled: Compiled):
     """SiLU far from zero, and a constant feature map."""
     norm = nn.GroupNorm(1, 2)
     norm.weight.fill_(1e3), norm.bias.zero_()
     x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous(memory_format=LAST)
     ones = torch.ones(2)
-    got = fused.norm_silu_codes(x, norm, ones, 0.1, 3, 255)
+    got = compiled.norm_silu_codes(x, norm, ones, 0.1, 3, 255)
     assert got[0, 0].eq(3).all() and got[0, 1].eq(103).all()
     norm.bias.fill_(50.0)
-    assert fused.norm_silu_codes(x.abs(), norm, ones, 1.0, 0, 255).eq(50).all()
+    assert compiled.norm_silu_codes(x.abs(), norm, ones, 1.0, 0, 255).eq(50).all()
 
 
 def test_strides():
@@ -107,12 +107,12 @@ def test_strides():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("split, act_bits", [(0, 8), (3, 8), (0, 16)])
-def test_layer(fused: FusedPass, scaled: bool, split: int, act_bits: int):
+def test_layer(compiled: Compiled, scaled: bool, split: int, act_bits: int):
     """Channels beside each other, or not; one timestep, or a mixed batch."""
     at = context()
     layer = nn.Conv2d(8, 8, 3, padding=1)
     fake = quant_layer(at, layer, split=split, act_bits=act_bits, scaled=scaled)
-    exact = Int8Layer(copy.deepcopy(fake), False, fused)
+    exact = Int8Layer(copy.deepcopy(fake), False, compiled)
     for q in exact.inputs:
         q.context = at
     x = 2 * torch.randn(4, 8, 6, 6)
@@ -122,16 +122,16 @@ def test_layer(fused: FusedPass, scaled: bool, split: int, act_bits: int):
             same(exact(given), fake(given))
 
 
-def pair(fused: FusedPass) -> tuple[QuantDenoiser, QuantDenoiser]:
+def pair(compiled: Compiled) -> tuple[QuantDenoiser, QuantDenoiser]:
     model = small_unet()
     for layer in model.modules():
         if hasattr(layer, "qweight") and len(layer.inputs):
             layer.channel_scale = (torch.rand(layer.qweight.shape[1]) + 0.5).half().float()
-    return model, to_int8(copy.deepcopy(model), False, fused).to(memory_format=LAST)
+    return model, to_int8(copy.deepcopy(model), False, compiled).to(memory_format=LAST)
 
 
-def test_network(fused: FusedPass):
-    fake, exact = pair(fused)
+def test_network(compiled: Compiled):
+    fake, exact = pair(compiled)
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=LAST)
     for t in (torch.full((4,), 70), torch.full((4,), 999), torch.tensor([0, 70, 500, 999])):
         assert psnr(exact(x, t), fake(x, t)) >= 45
@@ -140,9 +140,9 @@ def test_network(fused: FusedPass):
         assert torch.equal(twin(x, t), expected)
 
 
-def test_network_uses_the_pass(fused: FusedPass):
-    """Both functions run, and the norms before a fused layer do not."""
-    _, exact = pair(fused)
+def test_network_uses_the_pass(compiled: Compiled):
+    """Both functions run, and the norms before a compiled layer do not."""
+    _, exact = pair(compiled)
     seen = []
     for name, module in exact.denoiser.named_modules():
         if isinstance(module, nn.GroupNorm):
@@ -153,18 +153,18 @@ def test_network_uses_the_pass(fused: FusedPass):
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(fused_module, "SOURCE", tmp_path / "missing.cpp")
-    with pytest.raises(FusedError, match="missing.cpp") as refusal:
-        FusedPass()
+    monkeypatch.setattr(compiled_module, "SOURCE", tmp_path / "missing.cpp")
+    with pytest.raises(CompileError, match="missing.cpp") as refusal:
+        Compiled()
     assert "\n" not in str(refusal.value)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FusedError, match="no C\\+\\+ compiler"):
-        FusedPass()
+    with pytest.raises(CompileError, match="no C\\+\\+ compiler"):
+        Compiled()
 
 
-def test_constant(fused: FusedPass):
+def test_constant(compiled: Compiled):
     """The rounding constant of both languages is one."""
-    assert f"ROUNDER = {ROUNDER}f" in fused_module.SOURCE.read_text()
+    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCE.read_text()
 
 
 def test_command_line(

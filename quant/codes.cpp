@@ -1,7 +1,9 @@
-// Quantization to uint8, alone or with the GroupNorm and SiLU before it, in one pass over the memory.
+// Quantization to uint8 codes, alone or with the GroupNorm and SiLU before it, in one pass over the
+// memory.
 //
-// Inputs are float32 with the channels beside each other (channels_last); see fused.py. A sample is
-// computed by one thread, so that its bytes depend neither on the batch nor on the threads.
+// Inputs are float32 with the channels beside each other (channels_last); see compiled.py. A sample is
+// computed by one thread, so that its bytes depend neither on the batch nor on the threads. Codes of
+// more than 8 bits go to two maps, of their low and high bytes.
 
 #include <algorithm>
 #include <cmath>
@@ -52,14 +54,27 @@ struct Step {  // clamp(round(x * inverse) + zero_point, 0, top)
   int32_t zero_point, top;
 };
 
-template <bool SILU>
-void quantize_rows(const float* __restrict x, long stride, const float* __restrict gain,
-                   const float* __restrict shift, const float* __restrict factors,
-                   uint8_t* __restrict out, long pixels, long channels, Step step) {
+struct Size {  // of the float map and of the codes: border zero points around it, pitch bytes a pixel
+  long batch, height, width, channels, border_y, border_x, pitch;
+};
+
+struct Input {
+  const float* x;
+  long stride;  // values from one pixel to the next
+  const float *gain, *shift, *factors;  // per channel; gain and shift of the norm
+};
+
+template <bool SILU, bool WIDE>
+void quantize_row(const float* __restrict x, const Input& in, uint8_t* __restrict out,
+                  uint8_t* __restrict high_out, const Size& size, Step step) {
+  const float* __restrict gain = in.gain;
+  const float* __restrict shift = in.shift;
+  const float* __restrict factors = in.factors;
   const float low = ROUNDER - step.zero_point, high = low + step.top;
   const int32_t offset = step.zero_point - bits_of<int32_t>(ROUNDER);
   const float inverse = step.inverse;
-  for (long i = 0; i < pixels; ++i, x += stride, out += channels) {
+  const long channels = size.channels;
+  for (long i = 0; i < size.width; ++i, x += in.stride, out += size.pitch, high_out += size.pitch) {
 #pragma omp simd
     for (long c = 0; c < channels; ++c) {
       float v = x[c];
@@ -70,8 +85,38 @@ void quantize_rows(const float* __restrict x, long stride, const float* __restri
       float q = v * factors[c] * inverse + ROUNDER;
       q = q < low ? low : q;
       q = q > high ? high : q;
-      out[c] = static_cast<uint8_t>(bits_of<int32_t>(q) + offset);
+      const int32_t code = bits_of<int32_t>(q) + offset;
+      out[c] = static_cast<uint8_t>(code);
+      if (WIDE) high_out[c] = static_cast<uint8_t>(code >> 8);
     }
+  }
+}
+
+// The codes of a border, which stand for zeros: above, below, left and right of the map.
+void fill_border(uint8_t* out, const Size& size, int32_t zero_point) {
+  const long row = (size.width + 2 * size.border_x) * size.pitch;
+  const long side = size.border_x * size.pitch;
+  std::memset(out, zero_point, size.border_y * row);
+  out += size.border_y * row;
+  for (long y = 0; side > 0 && y < size.height; ++y) {
+    std::memset(out + y * row, zero_point, side);
+    std::memset(out + (y + 1) * row - side, zero_point, side);
+  }
+  std::memset(out + size.height * row, zero_point, size.border_y * row);
+}
+
+template <bool SILU>
+void quantize_map(const Input& in, uint8_t* out, uint8_t* high_out, const Size& size, Step step) {
+  fill_border(out, size, step.zero_point & 255);
+  if (high_out) fill_border(high_out, size, step.zero_point >> 8);
+  const long row = (size.width + 2 * size.border_x) * size.pitch;
+  for (long y = 0; y < size.height; ++y) {
+    const long at = (y + size.border_y) * row + size.border_x * size.pitch;
+    const float* x = in.x + y * size.width * in.stride;
+    if (high_out)
+      quantize_row<SILU, true>(x, in, out + at, high_out + at, size, step);
+    else
+      quantize_row<SILU, false>(x, in, out + at, out + at, size, step);
   }
 }
 
@@ -117,27 +162,34 @@ void affine(const float* x, const float* weight, const float* bias, long pixels,
 
 }  // namespace
 
-extern "C" void codes(const float* x, long stride, const float* factors, uint8_t* out, long batch,
-                      long pixels, long channels, float inverse, int32_t zero_point, int32_t top,
-                      int32_t threads) {
+// high_out is null where 8 bits are enough.
+extern "C" void codes(const float* x, long stride, const float* factors, uint8_t* out,
+                      uint8_t* high_out, const Size* size, float inverse, int32_t zero_point,
+                      int32_t top, int32_t threads) {
+  const long pixels = size->height * size->width;
+  const long plane =
+      (size->height + 2 * size->border_y) * (size->width + 2 * size->border_x) * size->pitch;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (long n = 0; n < batch; ++n)
-    quantize_rows<false>(x + n * pixels * stride, stride, factors, factors, factors,
-                         out + n * pixels * channels, pixels, channels,
-                         Step{inverse, zero_point, top});
+  for (long n = 0; n < size->batch; ++n)
+    quantize_map<false>(Input{x + n * pixels * stride, stride, nullptr, nullptr, factors},
+                        out + n * plane, high_out ? high_out + n * plane : nullptr, *size,
+                        Step{inverse, zero_point, top});
 }
 
 extern "C" void norm_silu_codes(const float* x, const float* weight, const float* bias,
                                 long groups, double eps, const float* factors, uint8_t* out,
-                                long batch, long pixels, long channels, float inverse,
+                                uint8_t* high_out, const Size* size, float inverse,
                                 int32_t zero_point, int32_t top, int32_t threads) {
+  const long pixels = size->height * size->width, channels = size->channels;
+  const long plane =
+      (size->height + 2 * size->border_y) * (size->width + 2 * size->border_x) * size->pitch;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (long n = 0; n < batch; ++n) {
+  for (long n = 0; n < size->batch; ++n) {
     const float* sample = x + n * pixels * channels;
     std::vector<float> gain(channels), shift(channels);
     affine(sample, weight, bias, pixels, channels, groups, eps, gain.data(), shift.data());
-    quantize_rows<true>(sample, channels, gain.data(), shift.data(), factors,
-                        out + n * pixels * channels, pixels, channels,
-                        Step{inverse, zero_point, top});
+    quantize_map<true>(Input{sample, channels, gain.data(), shift.data(), factors},
+                       out + n * plane, high_out ? high_out + n * plane : nullptr, *size,
+                       Step{inverse, zero_point, top});
   }
 }
