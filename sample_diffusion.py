@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from quant.compiled import CompileError, Compiled
+from quant.compiled import Compiled, CompileError
 from quant.packed import PackedFileError, read_metadata
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, parse_config, resolved_yaml

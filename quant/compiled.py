@@ -19,7 +19,8 @@ from torch import nn
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "products.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+NATIVE = ("-O3", "-march=native", "-mprefer-vector-width=512")
+EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 LIBRARY = ("-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
@@ -166,8 +167,8 @@ class Compiled:
 class BlockedWeight(nn.Module):
     """int8 codes in the order that products.cpp reads. Geometry in pixels, (vertical, horizontal).
 
-    Buffers: codes int8 (O / 16, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32 (O,) of an
-    output's codes; scale float32 (O,).
+    Buffers: codes int8 (O / 16, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32 (O,)
+    of an output's codes; scale float32 (O,).
     """
 
     def __init__(
@@ -221,9 +222,7 @@ def _targets(
     return out, torch.empty_like(out) if bits > 8 else None, size
 
 
-def _planes(
-    out: torch.Tensor, high: torch.Tensor | None, scale: float, zero_point: int
-) -> Planes:
+def _planes(out: torch.Tensor, high: torch.Tensor | None, scale: float, zero_point: int) -> Planes:
     if high is None:
         return [(out, scale, zero_point)]
     return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
@@ -235,7 +234,7 @@ def _compile() -> ctypes.CDLL:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "compiled.so"
-        command = [compiler, *FLAGS, *LIBRARY, *map(str, SOURCES), "-o", str(file)]
+        command = [compiler, *NATIVE, *EXACT, *LIBRARY, *map(str, SOURCES), "-o", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -44,9 +44,9 @@ def to_int8(
     """Replaces, in place, what can run in integers. model: deployed, on the CPU.
 
     vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
-    two products each and attention stays simulated; the results are the same. compiled: does what
-    comes before a convolution's product in one pass. The uint8 codes and float copies of replaced
-    layers are freed as it goes. Raises Int8Error.
+    two products each and attention stays simulated; the results are the same. compiled: C++ for
+    what comes before the products and, with VNNI, for the products. The uint8 codes and float
+    copies of replaced layers are freed as it goes. Raises Int8Error.
     """
     reason = int8_supported(vnni=vnni)
     if reason is not None:
@@ -55,7 +55,7 @@ def to_int8(
         if isinstance(module, TimestepLayer):
             module.layer = TransientLayer(module.layer)
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
-            replace_module(model.denoiser, name, _replacement(module, vnni, compiled))
+            replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
             _free(module)
     return model.eval().requires_grad_(False)
 
@@ -70,9 +70,10 @@ def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
     }
 
 
-def _replacement(
-    module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None
+def integer_module(
+    module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
 ) -> nn.Module:
+    """The integer form of a deployed module that has one, see `fake_layers`."""
     products = vnni and compiled is not None and compiled.products
     if isinstance(module, QuantMatMul):
         return CompiledMatMul(module, compiled) if products else Int8MatMul(module)

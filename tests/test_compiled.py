@@ -13,15 +13,16 @@ import yaml
 from torch import nn
 
 from quant import compiled as compiled_module
-from quant.compiled import COMPILERS, CompileError, Compiled, pixel_stride
-from quant.int8 import int8_supported, to_int8
+from quant.compiled import COMPILERS, Compiled, CompileError, pixel_stride
+from quant.int8 import int8_supported, integer_module, to_int8
 from quant.int8_layers import ROUNDER, Int8Layer
+from quant.layers import QuantMatMul
 from quant.model import QuantDenoiser
 from quant.packed import to_bytes
 from scripts.common.config import load_config, resolved_yaml
 from scripts.common.runs import beside
 from scripts.size_table import deployed_of
-from tests.test_int8 import context, psnr, quant_layer, same, small_unet
+from tests.test_int8 import context, psnr, quant_layer, quantizer, same, small_unet
 from tests.test_sampling import CONFIG, sample, signals  # noqa: F401, the last is a fixture
 
 REASON = int8_supported(vnni=False)
@@ -58,11 +59,20 @@ def test_plain_codes_are_equal(compiled: Compiled, shape: tuple[int, ...], threa
         x[0, :3] = torch.tensor([0.5, -2.5, 1e9]).view(3, 1, 1)
         factors = torch.rand(shape[1]) + 0.5
         scaled = x * factors.view(-1, 1, 1)
-        got = compiled.codes(x, factors, 0.75, 9, 200)
-        assert torch.equal(got, codes_of(scaled, 0.75, 9, 200))
+        ((got, scale, zero_point),) = compiled.codes(x, factors, (0.75, 4 / 3, 9), 7)
+        assert torch.equal(got, codes_of(scaled, 0.75, 9, 127)) and (scale, zero_point) == (
+            4 / 3,
+            9,
+        )
         assert got.is_contiguous(memory_format=LAST)
-        part = compiled.codes(x[:, 2:], factors[2:].contiguous(), 1.5, 128, 255)
-        assert torch.equal(part, codes_of(scaled[:, 2:], 1.5, 128, 255))
+        rest, step = factors[2:].contiguous(), (1.5, 2 / 3, 128)
+        ((part, *_),) = compiled.codes(x[:, 2:], rest, step, 8, (2, 1), shape[1] + 1)
+        inner = F.pad(codes_of(scaled[:, 2:], 1.5, 128, 255).int(), (1, 1, 2, 2), value=128)
+        assert torch.equal(part[:, : shape[1] - 2].int(), inner)
+        planes = compiled.codes(x, factors, (200.0, 1 / 200, 32000), 16, (0, 1))
+        value = sum(scale * (q.double() - z) for q, scale, z in planes)
+        codes = (torch.round(scaled * 200.0) + 32000).clamp(0, 65535) - 32000
+        assert torch.allclose(value, F.pad(codes.double(), (1, 1)) / 200)
     finally:
         torch.set_num_threads(before)
 
@@ -76,13 +86,15 @@ def test_codes_of_a_norm(compiled: Compiled, mean: float):
     factors = torch.rand(24) + 0.5
     exact = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
     exact = exact * factors.view(-1, 1, 1) * 40.0
-    got = compiled.norm_silu_codes(x, norm, factors, 40.0, 12, 255)
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, factors, (40.0, 1 / 40, 12), 8)
     border = (exact - exact.floor() - 0.5).abs() < 1e-3
     expected = (exact.round() + 12).clamp(0, 255)
     off = (got.double() - expected).abs()
     assert off.max() <= 1 and not off[~border].any() and border.double().mean() < 0.01
-    rows = [compiled.norm_silu_codes(row[None], norm, factors, 40.0, 12, 255) for row in x]
-    assert torch.equal(torch.cat(rows), got)  # whatever the batch
+    for row, codes in zip(x, got, strict=True):  # whatever the batch and the border
+        ((one, *_),) = compiled.norm_silu_codes(row[None], norm, factors, (40.0, 1, 12), 8, (1, 1))
+        assert torch.equal(one[0, :, 1:-1, 1:-1], codes)
+        assert one[:, :, 0].eq(12).all() and one[..., -1].eq(12).all()
 
 
 def test_extreme_inputs(compiled: Compiled):
@@ -91,10 +103,11 @@ def test_extreme_inputs(compiled: Compiled):
     norm.weight.fill_(1e3), norm.bias.zero_()
     x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous(memory_format=LAST)
     ones = torch.ones(2)
-    got = compiled.norm_silu_codes(x, norm, ones, 0.1, 3, 255)
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, ones, (0.1, 10.0, 3), 8)
     assert got[0, 0].eq(3).all() and got[0, 1].eq(103).all()
     norm.bias.fill_(50.0)
-    assert compiled.norm_silu_codes(x.abs(), norm, ones, 1.0, 0, 255).eq(50).all()
+    ((got, *_),) = compiled.norm_silu_codes(x.abs(), norm, ones, (1.0, 1.0, 0), 8)
+    assert got.eq(50).all()
 
 
 def test_strides():
@@ -120,6 +133,58 @@ def test_layer(compiled: Compiled, scaled: bool, split: int, act_bits: int):
         at.set(t)
         for given in (x, x.contiguous(memory_format=LAST)):
             same(exact(given), fake(given))
+
+
+@pytest.fixture(params=[True, False], ids=["vnni", "avx2"])
+def vnni(request: pytest.FixtureRequest) -> bool:
+    if int8_supported(vnni=request.param) is not None:
+        pytest.skip("no VNNI here")
+    return request.param
+
+
+@pytest.mark.parametrize("scaled, bits", [(False, 4), (True, 8)])
+@pytest.mark.parametrize("channels, outputs", [(8, 5), (20, 70), (16, 33)])
+def test_layer_of_a_norm(
+    compiled: Compiled, vnni: bool, scaled: bool, bits: int, channels: int, outputs: int
+):
+    """With something to add: for each pixel, for each sample, or the same for all of them."""
+    at, norm = context(), nn.GroupNorm(4, channels)
+    layer = nn.Conv2d(channels, outputs, 3, padding=1)
+    fake = quant_layer(at, layer, bits=bits, scaled=scaled)
+    exact = integer_module(copy.deepcopy(fake), vnni, compiled)
+    exact.inputs[0].context = at
+    x = torch.randn(3, channels, 5, 13).contiguous(memory_format=LAST)
+    vector = torch.randn(3, outputs, 1, 1)
+    pluses = [None, torch.randn(3, outputs, 5, 13), vector, vector[:1].expand(3, -1, -1, -1)]
+    for t in (torch.full((3,), 300), torch.tensor([0, 300, 600])):
+        at.set(t)
+        for plus in pluses:
+            expected = fake(F.silu(norm(x))) + (0 if plus is None else plus)
+            given = exact.after_norm_silu(norm, x.clone(), plus)
+            assert psnr(given, expected) >= 45
+            assert torch.equal(exact.after_norm_silu(norm, x.contiguous(), plus), given) or t[0]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_product_of_a_softmax(compiled: Compiled, by_row: bool, threads: int):
+    """One code apart at most in a few probabilities."""
+    if not compiled.products:
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    at = context()
+    fake = QuantMatMul(quantizer(at, 8, [0, 0]), quantizer(at, 8, [128, 128]), by_row)
+    fake.left.scale[:] = torch.tensor([1 / 255, 0.8 / 255])
+    exact = integer_module(fake, True, compiled)
+    scores, right = 30 * torch.randn(3, 70, 53), 2 * torch.randn(3, 53, 37)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for t in (torch.full((3,), 300), torch.full((3,), 900), torch.tensor([0, 300, 900])):
+            at.set(t)
+            expected = fake(torch.softmax(scores * 0.3, -1), right)
+            assert psnr(exact.after_softmax(scores, 0.3, right), expected) >= 45
+    finally:
+        torch.set_num_threads(before)
 
 
 def pair(compiled: Compiled) -> tuple[QuantDenoiser, QuantDenoiser]:
@@ -153,7 +218,7 @@ def test_network_uses_the_pass(compiled: Compiled):
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(compiled_module, "SOURCE", tmp_path / "missing.cpp")
+    monkeypatch.setattr(compiled_module, "SOURCES", [tmp_path / "missing.cpp"])
     with pytest.raises(CompileError, match="missing.cpp") as refusal:
         Compiled()
     assert "\n" not in str(refusal.value)
@@ -164,7 +229,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_constant(compiled: Compiled):
     """The rounding constant of both languages is one."""
-    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCE.read_text()
+    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCES[0].read_text()
 
 
 def test_command_line(

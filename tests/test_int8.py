@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from models.ddim_unet import DDIMUNet
 from models.ldm_unet import LDMUNet
 from quant import int8
+from quant.compiled import Compiled, CompileError
 from quant.context import TimestepContext
-from quant.int8 import Int8Error, fake_layers, int8_supported, to_int8
+from quant.int8 import Int8Error, fake_layers, int8_supported, integer_module, to_int8
 from quant.int8_layers import Int8Layer, Int8MatMul
 from quant.layers import Operation, QuantLayer, QuantMatMul
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize
@@ -22,7 +24,6 @@ from scripts.common.wiring import select_backend
 
 REASONS = {vnni: int8_supported(vnni=vnni) for vnni in (True, False)}
 ONCE = REASONS[False]  # of what both kinds share
-needs_int8 = pytest.mark.skipif(ONCE is not None, reason=f"no int8 execution here: {ONCE}")
 TIMESTEPS = (0, 300, 600, 900)
 
 
@@ -36,12 +37,39 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[True, False], ids=["vnni", "avx2"])
-def vnni(request: pytest.FixtureRequest) -> bool:
-    """Both kinds of execution, as far as this processor has them."""
-    if REASONS[request.param] is not None:
-        pytest.skip(f"no such int8 execution here: {REASONS[request.param]}")
-    return request.param
+@dataclass(frozen=True)
+class Kind:
+    """A way to execute: with or without VNNI, by oneDNN or by compiled code."""
+
+    vnni: bool
+    compiled: Compiled | None
+
+    def module(self, quantized: nn.Module) -> nn.Module:
+        return integer_module(quantized, self.vnni, self.compiled)
+
+    def network(self, model: QuantDenoiser) -> QuantDenoiser:
+        return to_int8(model, self.vnni, self.compiled)
+
+
+@pytest.fixture(scope="module", params=["vnni", "vnni, compiled", "avx2"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Every kind that this processor has."""
+    vnni, compiled = request.param != "avx2", None
+    if REASONS[vnni] is not None:
+        pytest.skip(f"no such int8 execution here: {REASONS[vnni]}")
+    if "compiled" in request.param:
+        compiled = compiled_code()
+        if not compiled.products:
+            pytest.skip("products.cpp needs AVX512-VNNI")
+    return Kind(vnni, compiled)
+
+
+def compiled_code() -> Compiled:
+    """Skips where there is no compiler."""
+    try:
+        return Compiled()
+    except CompileError as error:
+        pytest.skip(f"not here: {error}")
 
 
 def context() -> TimestepContext:
@@ -87,11 +115,11 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def check_layer(layer: nn.Module, x: torch.Tensor, vnni: bool, **kwargs) -> None:
+def check_layer(layer: nn.Module, x: torch.Tensor, kind: Kind, **kwargs) -> None:
     """Equal at every group of timesteps, and for a batch that mixes them."""
     at = context()
     fake = quant_layer(at, layer, **kwargs)
-    exact = Int8Layer(copy.deepcopy(fake), vnni)
+    exact = kind.module(copy.deepcopy(fake))
     for q in exact.inputs:
         q.context = at
     for t in TIMESTEPS:
@@ -114,45 +142,45 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_convolution(shape, vnni: bool):
+def test_convolution(shape, kind: Kind):
     shape = dict(shape)
     c, split = shape.pop("c"), shape.pop("split", 0)
     layer = nn.Conv2d(c, shape.pop("o"), shape.pop("k"), **shape)
     x = 2 * torch.randn(3, c, 9, 11)
-    check_layer(layer, x.contiguous(memory_format=torch.channels_last), vnni, split=split)
-    check_layer(layer, x, vnni, split=split, bits=8)
-    check_layer(layer, x.expand(3, -1, -1, -1)[:, :, ::2], vnni, split=split, bits=3)
+    check_layer(layer, x.contiguous(memory_format=torch.channels_last), kind, split=split)
+    check_layer(layer, x, kind, split=split, bits=8)
+    check_layer(layer, x.expand(3, -1, -1, -1)[:, :, ::2], kind, split=split, bits=3)
     if layer.groups == 1:  # others are never scaled
-        check_layer(layer, x, vnni, split=split, scaled=True)
+        check_layer(layer, x, kind, split=split, scaled=True)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weight_and_activation_bits(bits, vnni: bool):
+def test_weight_and_activation_bits(bits, kind: Kind):
     layer, x = nn.Conv2d(8, 8, 3, padding=1), 2 * torch.randn(2, 8, 6, 6)
     for act_bits in (bits, 8, 8 + bits):
-        check_layer(layer, x, vnni, bits=bits, act_bits=act_bits)
+        check_layer(layer, x, kind, bits=bits, act_bits=act_bits)
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 7, 12), (2, 3, 4, 12)], ids=str)
-def test_linear(shape, vnni: bool):
+def test_linear(shape, kind: Kind):
     x = 2 * torch.randn(shape)
-    check_layer(nn.Linear(12, 20), x, vnni, bits=8)
-    check_layer(nn.Linear(12, 7, bias=False), x, vnni, split=5)
-    check_layer(nn.Linear(12, 7), x, vnni, act_bits=16)
-    check_layer(nn.Linear(12, 7), x, vnni, split=5, scaled=True)
+    check_layer(nn.Linear(12, 20), x, kind, bits=8)
+    check_layer(nn.Linear(12, 7, bias=False), x, kind, split=5)
+    check_layer(nn.Linear(12, 7), x, kind, act_bits=16)
+    check_layer(nn.Linear(12, 7), x, kind, split=5, scaled=True)
 
 
-def test_conv1d(vnni: bool):
+def test_conv1d(kind: Kind):
     x = 2 * torch.randn(3, 8, 10)
-    check_layer(nn.Conv1d(8, 24, 1), x, vnni)
-    check_layer(nn.Conv1d(8, 24, 1), x.transpose(1, 2).contiguous().transpose(1, 2), vnni, split=3)
-    check_layer(nn.Conv1d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2), x, vnni, bits=8)
-    check_layer(nn.Conv1d(8, 6, 3, padding=1), x, vnni, scaled=True)
+    check_layer(nn.Conv1d(8, 24, 1), x, kind)
+    check_layer(nn.Conv1d(8, 24, 1), x.transpose(1, 2).contiguous().transpose(1, 2), kind, split=3)
+    check_layer(nn.Conv1d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2), x, kind, bits=8)
+    check_layer(nn.Conv1d(8, 6, 3, padding=1), x, kind, scaled=True)
 
 
 @pytest.mark.parametrize("code", [0, 255])
 @pytest.mark.parametrize("layer", [nn.Conv2d(64, 4, 3, padding=1), nn.Linear(64, 4)], ids=str)
-def test_largest_sums_do_not_saturate(layer: nn.Module, code: int, vnni: bool):
+def test_largest_sums_do_not_saturate(layer: nn.Module, code: int, kind: Kind):
     """Weights of -128 or 127 against activations at the end of their range."""
     at = context()
     fake = quant_layer(at, layer, bits=8)
@@ -160,27 +188,26 @@ def test_largest_sums_do_not_saturate(layer: nn.Module, code: int, vnni: bool):
     x = torch.full((2, 64) if isinstance(layer, nn.Linear) else (2, 64, 5, 5), 1e3)
     for t in TIMESTEPS:
         at.set(torch.full((2,), t))
-        same(Int8Layer(copy.deepcopy(fake), vnni)(x), fake(x))
+        same(kind.module(copy.deepcopy(fake))(x), fake(x))
 
 
-def test_padding_is_the_zero_point(vnni: bool):
+def test_padding_is_the_zero_point(kind: Kind):
     """Zero padding must mean x = 0, whatever its code."""
     at = context()
     fake = quant_layer(at, nn.Conv2d(4, 4, 3, padding=1))
     at.set(torch.tensor([300]))
     same(
-        Int8Layer(fake, vnni)(torch.zeros(1, 4, 5, 5)),
+        kind.module(fake)(torch.zeros(1, 4, 5, 5)),
         fake.bias.view(1, -1, 1, 1).expand(1, 4, 5, 5).contiguous(),
     )
 
 
-@needs_int8
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("left_zero", [[0, 0], [128, 128], [3, 200]], ids=str)
-def test_matrix_product(left_zero: list[int], by_row: bool):
+def test_matrix_product(left_zero: list[int], by_row: bool, kind: Kind):
     at = context()
     fake = QuantMatMul(quantizer(at, 8, left_zero), quantizer(at, 8, [128, 128]), by_row)
-    exact = Int8MatMul(fake)
+    exact = kind.module(fake) if kind.vnni else Int8MatMul(fake)
     left, right = 2 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
     if by_row:
         left = torch.softmax(left, -1)
@@ -222,11 +249,11 @@ def small_unet(**policy) -> QuantDenoiser:
     return deployed(net, torch.randn(4, 3, 16, 16), torch.full((4,), 500), **policy)
 
 
-def simulated(model: QuantDenoiser, vnni: bool) -> set[str]:
+def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
     """Names of the layers that stay simulated; those of attention are expected without VNNI."""
-    names = fake_layers(model, vnni)
+    names = fake_layers(model, kind.vnni)
     products = {n for n, m in model.denoiser.named_modules() if type(m) is QuantMatMul}
-    assert not products if vnni else products
+    assert not products if kind.vnni else products
     return names.keys() - products
 
 
@@ -236,13 +263,13 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits, softmax_codes", [(4, "row"), (8, "uniform")])
-def test_network(bits: int, softmax_codes: str, vnni: bool):
+def test_network(bits: int, softmax_codes: str, kind: Kind):
     """With scaled channels as well."""
     fake = small_unet(weight=bits, softmax_codes=softmax_codes)
     for layer in (m for m in fake.modules() if isinstance(m, QuantLayer) and len(m.inputs)):
         layer.channel_scale = (torch.rand(layer.qweight.shape[1]) + 0.5).half().float()
-    exact = to_int8(copy.deepcopy(fake), vnni)
-    assert simulated(exact, vnni) == set()
+    exact = kind.network(copy.deepcopy(fake))
+    assert simulated(exact, kind) == set()
     assert not any(m._weight is not None for m in exact.modules() if isinstance(m, QuantLayer))
     x = torch.randn(4, 3, 16, 16)
     for t in (0, 70, 500, 999):
@@ -253,7 +280,7 @@ def test_network(bits: int, softmax_codes: str, vnni: bool):
 
 
 @pytest.mark.parametrize("transformer", [False, True])
-def test_latent_network(transformer, vnni: bool):
+def test_latent_network(transformer, kind: Kind):
     params = dict(in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, num_heads=2)
     params |= dict(attention_resolutions=[1, 2], channel_mult=[1, 2], norm_groups=8)
     if transformer:
@@ -263,20 +290,20 @@ def test_latent_network(transformer, vnni: bool):
     if transformer:
         call.append(torch.randn(2, 3, 12))
     fake = deployed(net, *call)
-    exact = to_int8(copy.deepcopy(fake), vnni)
-    assert simulated(exact, vnni) == set()
+    exact = kind.network(copy.deepcopy(fake))
+    assert simulated(exact, kind) == set()
     assert psnr(exact(*call), fake(*call)) >= 45
 
 
-def test_rows_do_not_depend_on_the_batch(vnni: bool):
-    model = to_int8(small_unet(), vnni)
+def test_rows_do_not_depend_on_the_batch(kind: Kind):
+    model = kind.network(small_unet())
     x, t = torch.randn(5, 3, 16, 16), torch.full((5,), 300)
     assert psnr(model(x, t), torch.cat([model(row[None], t[:1]) for row in x])) >= 45
 
 
-def test_state_is_plain(vnni: bool):
+def test_state_is_plain(kind: Kind):
     """No packed tensor in the state, before or after calls, and copies compute the same."""
-    model = to_int8(small_unet(), vnni)
+    model = kind.network(small_unet())
     x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = model(x, t)
@@ -288,33 +315,35 @@ def test_state_is_plain(vnni: bool):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x, t), expected)
     assert torch.equal(model.to(memory_format=torch.channels_last)(x, t), expected)
-    other = to_int8(small_unet(), vnni)
+    other = kind.network(small_unet())
     other(x, torch.full((2,), 700))  # packs other weights
     other.load_state_dict(after)
     assert torch.equal(other(x, t), expected)
 
 
-def test_memory_is_one_byte_per_weight(vnni: bool):
-    model = to_int8(small_unet(), vnni)
+def test_memory_is_one_byte_per_weight(kind: Kind):
+    model = kind.network(small_unet())
     model(torch.randn(2, 3, 16, 16), torch.full((2,), 300))
     for layer in (m for m in model.modules() if isinstance(m, Int8Layer)):
-        assert all(w.codes.numel() == 0 for w in layer.weights)  # only the packed form is kept
+        if kind.compiled is None:
+            assert all(w.codes.numel() == 0 for w in layer.weights)  # only the packed form is kept
         assert all(b.dtype != torch.float32 or b.dim() == 1 for b in layer.buffers())
 
 
-def test_what_stays_simulated_is_listed(vnni: bool):
+def test_what_stays_simulated_is_listed(kind: Kind):
     model = small_unet()
-    integers = {type(m) for m in to_int8(copy.deepcopy(model), vnni).modules()}
-    assert Int8Layer in integers and (Int8MatMul in integers) == vnni
+    integers = list(kind.network(copy.deepcopy(model)).modules())
+    assert any(isinstance(m, Int8Layer) for m in integers)
+    assert any(isinstance(m, Int8MatMul) for m in integers) == kind.vnni
     first, second = model.denoiser.conv_in, model.denoiser.conv_out
     first.inputs = nn.ModuleList()
     second.w_zero_point[0], second.qweight[0, 0, 0, 0] = 3, 255
     second._weight = None
     x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
     expected = model(x, t)
-    exact = to_int8(model, vnni)
-    assert simulated(exact, vnni) == {"conv_in", "conv_out"}
-    assert "zero point" in fake_layers(exact, vnni)["conv_out"]
+    exact = kind.network(model)
+    assert simulated(exact, kind) == {"conv_in", "conv_out"}
+    assert "zero point" in fake_layers(exact, kind.vnni)["conv_out"]
     assert psnr(exact(x, t), expected) >= 45
 
 

@@ -90,8 +90,8 @@ def select_backend(
 ) -> QuantDenoiser:
     """The quantized model as it is (fake: integers in floating point) or on integer kernels.
 
-    int8 relies on VNNI, int8-avx2 does not; compiled is for both. Raises ConfigError where there are
-    none.
+    int8 relies on VNNI, int8-avx2 does not; compiled is for both. Raises ConfigError where there
+    are none.
     """
     if backend == "fake":
         return model
