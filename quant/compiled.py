@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "products.cpp"))
@@ -179,10 +180,12 @@ class BlockedWeight(nn.Module):
         outputs, channels, *kernel = codes.shape
         self.kernel, self.stride, self.padding = tuple(kernel), tuple(stride), tuple(padding)
         self.in_channels, self.pitch = channels, -(-channels // 4) * 4
-        full = codes.new_zeros(-(-outputs // 16) * 16, kernel[0] * kernel[1], self.pitch)
-        full[:outputs, :, :channels] = codes.flatten(2).transpose(1, 2)
-        blocks = full.unflatten(0, (-1, 16)).unflatten(3, (-1, 4))  # (O/16, 16, taps, C/4, 4)
-        self.register_buffer("codes", blocks.permute(0, 2, 3, 1, 4).flatten(1).contiguous())
+        taps, blocks = kernel[0] * kernel[1], -(-outputs // 16)
+        blocked = codes.new_zeros(blocks, taps, self.pitch // 4, 16, 4)
+        for block, part in zip(blocked, codes.flatten(2).split(16), strict=True):  # little memory
+            rows = F.pad(part.transpose(1, 2), (0, self.pitch - channels))  # (16, taps, pitch)
+            block[:, :, : len(part)] = rows.unflatten(2, (-1, 4)).permute(1, 2, 0, 3)
+        self.register_buffer("codes", blocked.flatten(1))
         self.register_buffer("sums", codes.flatten(1).sum(1, dtype=torch.int32))
         self.register_buffer("scale", scale)
 

@@ -51,7 +51,9 @@ def to_int8(
     reason = int8_supported(vnni=vnni)
     if reason is not None:
         raise Int8Error(reason)
-    for name, module in list(model.denoiser.named_modules()):
+    # Large layers first: what they leave behind in memory has room for the others.
+    modules = sorted(model.denoiser.named_modules(), key=lambda item: -_size(item[1]))
+    for name, module in modules:
         if isinstance(module, TimestepLayer):
             module.layer = TransientLayer(module.layer)
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
@@ -108,6 +110,10 @@ def _obstacle(module: QuantLayer | QuantMatMul, vnni: bool) -> str | None:
     if module.split and module.op.is_conv and module.op.groups != 1:
         return "a grouped convolution behind a skip concatenation"
     return None if weights_fit(module) else "8-bit weights with a zero point other than 128"
+
+
+def _size(module: nn.Module) -> int:
+    return module.qweight.numel() if isinstance(module, QuantLayer) else 0
 
 
 def _free(module: nn.Module) -> None:

@@ -331,7 +331,7 @@ class _Builder:
         return kind(
             self.context,
             self.tensors["activations.scale"][row].clone(),
-            zero_point,
+            zero_point.clone(),
             self.tensors["activations.group"][row].clone(),
             bits,
         )
@@ -401,8 +401,8 @@ class _Builder:
         self._check(self.bias == len(self.tensors["layers.bias"]), "unused biases")
         unused = self.scaled != len(self.tensors["layers.channel_scale"])
         self._check(not unused, "unused channel scales")
-        for name, target in rest.items():
-            value = self._get(f"float.{name}", torch.float32)
+        for name, target in rest.items():  # copies: a view would keep the whole file in memory
+            value = self._get(f"float.{name}", torch.float32).clone()
             self._check(value.shape == target.shape, f"{name} has shape {tuple(value.shape)}")
             parent, _, child = name.rpartition(".")
             owner = self.denoiser.get_submodule(parent)
@@ -412,7 +412,7 @@ class _Builder:
                 owner._buffers[child] = value
         model = QuantDenoiser(self.denoiser, self.context)
         correction = {
-            k.removeprefix("correction."): v
+            k.removeprefix("correction."): v.clone()
             for k, v in self.tensors.items()
             if k.startswith("correction.")
         }

@@ -40,8 +40,9 @@ def test_a_run_is_recorded_and_continued(
     cells = json.loads((out / "speed.json").read_text())
     name = CONFIG["name"]
     for variant in ("fp32", "fake-w4a8"):
-        memory = cells[f"{name}/{variant}/memory"]["values"]
-        assert memory["peak"] is None or memory["peak"] > memory["before"] > 0
+        memory = cells[f"{name}/{variant}/first call"]["values"]
+        if memory["peak"] is not None:  # the system updates it a little late
+            assert 1.01 * memory["peak"] >= memory["after"] > memory["before"] > 0
         for batch in (1, 2):
             values = cells[f"{name}/{variant}/{batch} images/1 threads"]["values"]
             assert len(values["seconds"]) == len(values["full_cpu"]) == 3

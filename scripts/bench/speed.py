@@ -7,8 +7,8 @@
 Architectures with random weights; no checkpoint is read. Every variant is timed in turn with fp32
 in one process, call by call, so that what else the machine does meets both. The ratio is the median
 over the pairs of calls, with the quartiles: of seconds on the clock, and of CPU time, which waiting
-for a busy core does not lengthen. Peak memory is that of a fresh process that loads the variant and
-makes one call of the first batch size.
+for a busy core does not lengthen. Memory is that of a fresh process that loads the variant and
+makes one call of the first batch size: at its peak, and afterwards.
 
 OUT receives speed.json, speed.md and the quantized files in models/. The same command continues a
 killed run; another processor or another --repeats measures anew. Use an idle machine.
@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
 FULL = "fp32"  # what all are compared with
 SHOWN = 8  # operators of a profile
+REST = "C++ of --compile and Python"
 Values = dict[str, Any]
 
 
@@ -89,14 +90,17 @@ def timed(full: Call, call: Call | None, repeats: int) -> Values:
 
 
 def operators(call: Call) -> dict[str, float]:
-    """The operators that take most of a call -> share of its time."""
+    """The operators that take most of a call -> share of its time; REST: between the operators."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
     with profile(use_kineto=False) as measured:
+        began = time.perf_counter()
         call()
+        total = 1e6 * (time.perf_counter() - began)
     events = measured.key_averages()
-    total = sum(event.self_cpu_time_total for event in events) or 1
     largest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:SHOWN]
-    return {event.key: event.self_cpu_time_total / total for event in largest}
+    rest = total - sum(event.self_cpu_time_total for event in events)
+    shares = {event.key: event.self_cpu_time_total / total for event in largest}
+    return {REST: max(rest, 0.0) / total} | shares
 
 
 class Bench:
@@ -120,9 +124,9 @@ class Bench:
         size = self.models.bytes(variant)
         given = {"batch": plan.batches[0], "bytes": size}
         first = self._section(
-            f"{config.name}/{name}/memory",
+            f"{config.name}/{name}/first call",
             given,
-            lambda: self.models.memory(variant, plan.batches[0]),
+            lambda: self.models.first_call(variant, plan.batches[0]),
         )
         built: list[nn.Module] = []
         for batch in plan.batches:

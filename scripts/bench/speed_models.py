@@ -121,9 +121,10 @@ class Models:
 
         return run
 
-    def memory(self, variant: Variant, batch: int) -> dict[str, float | None]:
+    def first_call(self, variant: Variant, batch: int) -> dict[str, float | None]:
         """Of a fresh process that loads the variant and calls it once, with one thread: its memory
-        in bytes before and at its peak, seconds to load, of that first call, and of CPU time."""
+        in bytes before, at its peak and at the end; seconds to load, of that first call, and of CPU
+        time."""
         if variant.bits is not None:
             self.file(variant.bits)  # is not part of it
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -140,7 +141,7 @@ def _first_call(models: Models, variant: Variant, batch: int) -> dict[str, float
     models.call(variant, model, batch)()
     done = time.perf_counter()
     times = {"load": loaded - began, "first": done - loaded, "cpu": time.process_time() - used}
-    return {"before": before, "peak": resident("VmHWM"), **times}
+    return {"before": before, "peak": resident("VmHWM"), "after": resident("VmRSS"), **times}
 
 
 def resident(kind: str) -> float | None:

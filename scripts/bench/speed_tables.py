@@ -9,7 +9,7 @@ Row = dict[str, Any]
 MB = 2**20
 COLUMNS = [
     *("model", "variant", "batch", "threads", "ms per call", "s per image", "times fp32"),
-    *("by CPU time", "peak MB", "of Python", "file MB", "load s (CPU)"),
+    *("by CPU time", "peak MB", "MB", "of Python", "file MB", "load s (CPU)"),
 ]
 
 
@@ -40,6 +40,7 @@ def cells(row: Row) -> Row:
         "times fp32": ratio(row["seconds"], row["full_seconds"]),
         "by CPU time": ratio(row["cpu"], row["full_cpu"]),
         "peak MB": megabytes(first["peak"]),
+        "MB": megabytes(first["after"]),
         "of Python": megabytes(first["before"]),
         "file MB": f"{row['bytes'] / MB:.2f}",
         "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
@@ -67,8 +68,9 @@ def document(rows: list[Row], machine: str, commit: str | None) -> str:
 - {machine}; commit {commit}; random weights.
 - times fp32: of the eager float32 model in channels_last, called in turn with the variant; median
   of the pairs and quartiles. s per image: the denoiser alone, all steps of the configuration.
-- peak MB, load s: a fresh process with one thread that loads the model and makes its first call,
-  with the smallest number of images; what Python and PyTorch take of it is beside it.
+- peak MB, MB, load s: a fresh process with one thread that loads the model and makes its first
+  call, with the smallest number of images: its memory at most and at the end, and what Python and
+  PyTorch take of it.
 
 Share of the operators in percent (first batch size and number of threads):
 

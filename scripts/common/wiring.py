@@ -24,6 +24,7 @@ from quant.int8 import int8_supported, to_int8
 from quant.model import QuantDenoiser
 from quant.packed import load_quantized
 from scripts.common.config import ConditioningConfig, Config, repository_path
+from scripts.common.memory import return_freed_memory
 from scripts.common.strict import ConfigError, printable
 
 BACKENDS = ("fake", "int8", "int8-avx2")
@@ -100,7 +101,9 @@ def select_backend(
     if reason is not None:
         other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
         raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
-    return to_int8(model, vnni, compiled)
+    model = to_int8(model, vnni, compiled)
+    return_freed_memory()
+    return model
 
 
 def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:
