@@ -376,7 +376,7 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         job.generator("finetune"),
         visit if settings.progressive else None,
         on_iteration,
-        job.importance if settings.weigh_steps else None,
+        job.importance.sqrt() if settings.weigh_steps else None,
         on_checkpoint,
         partial.get("progress"),
         settings.accumulate,

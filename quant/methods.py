@@ -72,7 +72,9 @@ class ReconstructSettings:
     finetune_batch_size: int = bounded(16, 1, 4096)
     accumulate: int = bounded(1, 1, 4096)  # parts of that batch, one after the other: less memory
     progressive: bool = False  # end-to-end steps also see states of the quantized sampler
-    weigh_steps: bool = False  # weigh eps errors by how much they move the final image
+    # Weigh squared eps errors by how far one moves the final image: else the last steps, which move
+    # it least, make most of the loss.
+    weigh_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,14 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
-        learned = replace(base.reconstruct, iterations=0, finetune_iterations=250, lr_scale=5e-3)
+        learned = replace(
+            base.reconstruct,
+            iterations=0,
+            finetune_iterations=500,
+            finetune_batch_size=8,
+            weigh_steps=True,
+            lr_scale=5e-3,
+        )
         return replace(
             base,
             weight=replace(base.weight, rounding="gptq"),
