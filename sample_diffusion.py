@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="faster int8: fuse by a C++ compiler, if there is one",
+        help="faster int8: compile C++ for it at the start (seconds), if there is a compiler",
     )
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")
     parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first images")

@@ -146,6 +146,7 @@ class Compiled:
         """(B, N, K) @ (B, K, M), both quantized to at most 8 bits, the right one to values that fit
         int8. relative: rows of the left one are divided by their largest value before, and the
         result's multiplied by it. score_scale: the left operand is softmax(left * score_scale)."""
+        left, right = left.float(), right.float()
         if left.stride(2) != 1:
             left = left.contiguous()
         if 1 not in right.stride()[1:]:

@@ -52,7 +52,7 @@ class CompiledLayer(Int8Layer):
     def _of_map(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """x (B, C, H, W) -> (B, O, H, W), channels_last."""
         if pixel_stride(x) is None:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.float().contiguous(memory_format=torch.channels_last)
         out, bias, plus = self.weights[0].empty_output(x), self.bias, None
         parts = x.split([weight.in_channels for weight in self.weights], dim=1)
         for i, (part, weight) in enumerate(zip(parts, self.weights, strict=True)):
