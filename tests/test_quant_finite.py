@@ -15,8 +15,8 @@ from quant.model import BitPolicy, QuantDenoiser, activation_quantizers
 from quant.search import search
 from quant.state import CalibrationState
 from quant.timesteps import all_steps, tuples_of_steps
-from tests.test_quant_grouping import STEPS, Toy, toy_bank, toy_model
 from tests.test_quant_reconstruct import FAST, Block, block_bank, block_model, learn
+from tests.toy import STEPS, Toy, toy_bank, toy_model
 
 NAN, INF = float("nan"), float("inf")
 

@@ -28,9 +28,9 @@ from quant.prefix import Prefix
 from quant.reconstruct import _chunks, reconstruct, unit_names
 from quant.timesteps import all_steps, tuples_of_steps
 from quant.weights import WeightQuantizer
-from tests.test_quant_grouping import STEPS, Toy, eps_error, toy_bank, toy_model
 from tests.test_quant_packed import meta, quantized
 from tests.test_quant_quantizer import narrow_unet
+from tests.toy import STEPS, Toy, eps_error, toy_bank, toy_model
 
 FAST = ReconstructSettings(iterations=250, batch_size=16, lr_rounding=0.1)
 

@@ -32,10 +32,10 @@ from quant.quantizer import ActivationQuantizer
 from quant.statistics import collect
 from quant.timesteps import all_steps, tuples_of_steps
 from quant.weights import WeightQuantizer
-from tests.test_quant_grouping import Toy, eps_error, toy_bank, toy_model
 from tests.test_quant_packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import narrow_unet
 from tests.test_quant_reconstruct import Block, block_bank, block_model
+from tests.toy import Toy, eps_error, toy_bank, toy_model
 
 
 def every_state(bank, count: int | None = None) -> torch.Tensor:

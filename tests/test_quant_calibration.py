@@ -1,0 +1,165 @@
+"""The whole calibration of a plain module, by every method, interrupted anywhere."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from quant.calibration import calibrate
+from quant.layers import QuantLayer
+from quant.methods import CalibrationSettings, QuantSettings, preset
+from quant.model import QuantDenoiser
+from quant.packed import to_bytes
+from quant.state import PHASES, CalibrationState
+from tests.toy import STEPS, Toy, eps_error, toy_bank, toy_sampler
+
+
+class Silent:
+    """Progress that is only counted: phase -> (announced, done)."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, list[int]] = {}
+        self.open = ""
+
+    def begin(self, phase: str, total: int) -> None:
+        assert not self.open
+        self.open, self.phases[phase] = phase, [total, 0]
+
+    def step(self, text: str) -> None:
+        self.phases[self.open][1] += 1
+
+    def end(self) -> None:
+        self.open = ""
+
+
+def tiny(
+    method: str = "tinydm", progressive: bool = True, **calibration: object
+) -> tuple[QuantSettings, object]:
+    """Settings of a method in seconds instead of minutes."""
+    quant, calib = preset(method)
+    finetune = 30 if quant.reconstruct.finetune_iterations else 0
+    quant = replace(
+        quant,
+        activation=replace(quant.activation, bits=6, groups=min(3, quant.activation.groups)),
+        search=replace(quant.search, rounds=6, batch_size=8),
+        reconstruct=replace(
+            quant.reconstruct,
+            iterations=25,
+            finetune_iterations=finetune,
+            progressive=progressive and bool(finetune),  # off by default; it must work too
+        ),
+    )
+    values = {"samples": 64, "trajectories": 12, "batch_size": 8} | calibration
+    return quant, replace(calib, **values)
+
+
+def run(
+    denoiser: nn.Module, method: str, state: CalibrationState | None = None, **calibration: object
+) -> tuple[QuantDenoiser, dict, Silent, list[dict]]:
+    bank, progress, saved = toy_bank(denoiser), Silent(), []
+    quant, calib = tiny(method, **calibration)
+    model, report = calibrate(
+        denoiser,
+        bank,
+        lambda model, number: toy_bank(denoiser, 4, 100 + number, 50 * number),
+        toy_sampler,
+        quant,
+        calib,
+        1000,
+        torch.ones(len(STEPS)),
+        progress,
+        state,
+        lambda state: saved.append(copy.deepcopy(state.to_plain())),
+    )
+    return model, report, progress, saved
+
+
+@pytest.mark.parametrize("method", ["tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax"])
+def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
+    denoiser = Toy()
+    original = copy.deepcopy(denoiser.state_dict())
+    model, report, progress, saved = run(denoiser, method)
+    assert all(torch.equal(v, original[k]) for k, v in denoiser.state_dict().items())
+    whole = [state["done"][-1] for state in saved if state["partial"] is None]
+    assert whole == list(PHASES)
+    for phase, (announced, done) in progress.phases.items():
+        assert announced == done, phase
+    layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
+    assert [layer.bits for layer in layers] == [4, 4, 4, 4]
+    fresh = toy_bank(denoiser, 6, seed=77)
+    error, power = eps_error(model, fresh), float(fresh.eps.square().mean())
+    assert math.isfinite(error) and error < 0.1 * power
+    assert report["tuples_per_step"] and sum(report["tuples_per_step"]) == 64
+    assert ("reconstruct" in report) == (method in ("qdiffusion", "ptqd"))
+    assert ("finetune" in report) == ("search" in report) == (method == "tinydm")
+    assert (model.correction is not None) == (method in ("tinydm", "ptqd"))
+    if method == "tinydm":
+        assert report["finetune"]["visited"] == 2
+        assert len(report["rounding"]["relative_errors"]) == 4
+        assert len(report["equivalent"]["relative_errors"]) == 4
+
+
+def test_tinydm_beats_the_naive_floor() -> None:
+    denoiser = Toy()
+    fresh = toy_bank(denoiser, 8, seed=78)
+    assert eps_error(run(denoiser, "tinydm")[0], fresh) < 0.75 * eps_error(
+        run(denoiser, "minmax")[0], fresh
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "progressive", "parts"),
+    [("tinydm", True, 0), ("tinydm", False, 2), ("ptqd", False, 4)],
+)
+def test_calibration_resumed_anywhere_gives_the_same_bytes(
+    method: str, progressive: bool, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any phase, after each block, between end-to-end steps."""
+    monkeypatch.setattr("quant.calibration.CHECKPOINT", 12)
+    denoiser = Toy()
+    limits = {"progressive": progressive, "memory_gb": 1e-6}  # a block a chunk
+    model, _, _, saved = run(denoiser, method, **limits)
+    whole = to_bytes(model, {})
+    assert sum(plain["partial"] is not None for plain in saved) == parts
+    for plain in saved:
+        state = CalibrationState.from_plain(copy.deepcopy(plain))
+        resumed, report, progress, _ = run(denoiser, method, state, **limits)
+        assert all(announced == done for announced, done in progress.phases.values())
+        assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
+        assert report["tuples_per_step"]
+
+
+@pytest.mark.parametrize("kind", ["active", "uniform", "normal", "all"])
+def test_every_choice_of_timesteps_gives_the_asked_samples(kind: str) -> None:
+    saved = run(Toy(), "tinydm", timesteps=kind, samples=40)[3]
+    tuples = saved[-1]["tuples"]
+    assert tuples.shape == (40, 2)
+    assert int(tuples[:, 0].max()) < len(STEPS) and int(tuples[:, 1].max()) < 12
+
+
+def test_the_toy_does_refuse_a_wrong_pair() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    with pytest.raises(AssertionError, match="timestep"):
+        denoiser(bank.x[0], torch.full((12,), STEPS[1]), bank.conditioning["y"])
+
+
+def test_settings_of_the_presets_are_what_they_are_called() -> None:
+    methods = {m: preset(m) for m in ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")}
+    for method, (quant, calibration) in methods.items():
+        assert isinstance(calibration, CalibrationSettings)
+        assert quant.method == method
+        assert (quant.activation.groups > 1) == (method == "tinydm")
+        assert (quant.correction == "ptqd") == (method == "ptqd")
+    assert {m: c.timesteps for m, (_, c) in methods.items()} == {
+        "tinydm": "active",
+        "qdiffusion": "uniform",
+        "ptqd": "uniform",
+        "ptq4dm": "normal",
+        "minmax": "uniform",
+    }
+    with pytest.raises(ValueError, match="unknown method"):
+        preset("apq")

@@ -1,0 +1,87 @@
+"""The differentiable search of the groups, on a toy denoiser."""
+
+import copy
+
+import torch
+
+from quant.methods import SearchSettings
+from quant.model import BitPolicy, activation_quantizers
+from quant.search import search, start
+from quant.timesteps import (
+    normalised_entropy,
+)
+from tests.toy import STEPS, Toy, eps_error, toy_bank, toy_model
+
+
+def test_search_lowers_the_entropy_and_ends_hard() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
+    quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
+    assert len(quantizers) >= 2
+    before = {n: q.log_scale.detach().clone() for n, q in activation_quantizers(model)}
+    logits = start(quantizers)
+    sigma = [torch.softmax(p, -1) for p in logits]
+    for s, q in zip(sigma, quantizers, strict=True):
+        cost = q.group_error / q.group_error.amin(1, keepdim=True)
+        assert torch.equal(s.max(-1).values, s.gather(1, q.group_of_bin[:, None])[:, 0])
+        worse = cost > 1.4  # hopeless ranges start far behind, near ties start undecided
+        assert (s[worse] < 0.05).all() and s[(cost < 1.02) & (s < 1)].min() > 0.1
+    entropy = torch.stack([normalised_entropy(s) for s in sigma]).mean()
+    rounds: list[int] = []
+    result = search(
+        model,
+        bank,
+        SearchSettings(rounds=30, batch_size=8),
+        torch.Generator().manual_seed(0),
+        torch.ones(len(STEPS)),
+        lambda i, loss: rounds.append(i),
+    )
+    assert rounds == list(range(30))
+    assert result.selector.entropy.mean() < 0.2 * entropy
+    assert result.decided > 0.95 and 0 <= result.moved < 0.5
+    assert result.tuples.shape == (240, 2)
+    assert result.tuples[:, 0].unique().tolist() == list(range(len(STEPS)))  # none left out
+    for name, q in activation_quantizers(model):
+        assert q.logits is None and q.temperature == 1.0
+        assert int(q.group_of_bin.max()) < q.groups
+        if q.groups > 1:
+            assert not torch.equal(q.log_scale, before[name])  # the scales learn as well
+        else:
+            assert torch.equal(q.log_scale, before[name])
+
+
+def test_search_repairs_a_wrong_group() -> None:
+    """One timestep starts in the group of the small range: the loss takes it to the other."""
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 2, BitPolicy(weight=8, activation=6))
+    quantizer = dict(activation_quantizers(model))["denoiser.second.inputs.0"]
+    right = quantizer.group_of_bin.clone()
+    assert len(right.unique()) == 2
+    wrong = right.clone()
+    wrong[-1] = 1 - wrong[-1]
+    quantizer.group_of_bin = wrong
+    for _, q in activation_quantizers(model):
+        q.group_error = None  # which would say so at once
+    hurt = eps_error(model, bank)
+    search(
+        model,
+        bank,
+        SearchSettings(rounds=60, batch_size=8, lr_logits=0.3, entropy=0.1),
+        torch.Generator().manual_seed(0),
+        torch.ones(len(STEPS)),
+    )
+    assert quantizer.group_of_bin[-1] == right[-1]
+    assert eps_error(model, bank) < 0.5 * hurt
+
+
+def test_search_without_groups_does_nothing() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = toy_model(denoiser, bank, 1, BitPolicy())
+    state = copy.deepcopy(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    result = search(model, bank, SearchSettings(rounds=2), generator, torch.ones(len(STEPS)))
+    assert len(result.tuples) == 0
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

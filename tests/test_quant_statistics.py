@@ -1,0 +1,69 @@
+"""Statistics of the activations, which the ranges come from."""
+
+import copy
+
+import pytest
+import torch
+
+from quant.context import TimestepContext
+from quant.model import BitPolicy, quantize
+from quant.statistics import LARGEST, Draws, collect
+from tests.toy import STEPS, Toy, toy_bank
+
+
+def test_statistics_hold_the_extremes_of_each_timestep() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = quantize(denoiser, TimestepContext(STEPS, 1000), BitPolicy())
+    stats = collect(denoiser, model, bank.by_timestep(12, 5))
+    first = stats["denoiser.first.inputs.0"]
+    for b, t in enumerate(sorted(STEPS)):
+        x = bank.x[STEPS.index(t)]
+        assert first.low[b] == x.min() and first.high[b] == x.max()
+        assert first.values[b].min() == x.min() and first.values[b].max() == x.max()
+    second = stats["denoiser.second.inputs.0"]
+    assert second.high[-1] > 8 * second.high[0]
+    broken = copy.deepcopy(denoiser)
+    broken.first.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="second"):
+        collect(broken, model, bank.by_timestep(12, 5))
+
+
+# ---- statistics in parts ----
+
+
+def test_statistics_made_in_parts_are_the_same() -> None:
+    """Three processes' worth of draws, each of every third batch, joined in the order."""
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    model = quantize(denoiser, TimestepContext(STEPS, 1000), BitPolicy())
+    batches = list(bank.by_timestep(12, 5))
+    whole = collect(denoiser, model, batches, 64, seed=3)
+    parts = [Draws(denoiser, model, batches, 64, 3) for _ in range(3)]
+    made = [parts[i % 3].make(i) for i in range(len(batches))]
+    joined = collect(denoiser, model, batches, 64, 3, lambda count, make: iter(made))
+    assert set(joined) == set(whole) and len(whole) >= 3
+    for name, statistics in whole.items():
+        for key, value in vars(statistics).items():
+            assert torch.equal(vars(joined[name])[key], value), (name, key)
+    other = collect(denoiser, model, batches, 64, seed=4)
+    assert not torch.equal(other[name].values, statistics.values)
+
+
+@pytest.mark.parametrize("places", [2, 1000, LARGEST])
+def test_a_draw_takes_equally_many_random_numbers_of_any_range(places: int) -> None:
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    torch.randint(1, (99,), generator=one)
+    torch.randint(places, (99,), generator=other)
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_a_layer_that_runs_twice_is_named() -> None:
+    class Twice(Toy):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, t, y) + self.last(self.first(x))
+
+    bank, denoiser = toy_bank(Toy()), Twice()
+    model = quantize(denoiser, TimestepContext(STEPS, 1000), BitPolicy())
+    with pytest.raises(ValueError, match="layer (first|last) runs twice"):
+        collect(denoiser, model, bank.by_timestep(4, 4))

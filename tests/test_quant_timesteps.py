@@ -1,0 +1,153 @@
+"""The choice of calibration samples, and the bank that they come from."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.bank import Bank
+from quant.timesteps import (
+    ActiveSelector,
+    all_steps,
+    normal_steps,
+    normalised_entropy,
+    tuples_of_steps,
+    uniform_steps,
+)
+
+FEW = settings(max_examples=80, deadline=None)
+
+
+def test_score_is_the_formula_of_the_paper_without_the_error_term() -> None:
+    selector = ActiveSelector(3, exploration=1.5, error_weight=0.0)
+    selector.entropy = normalised_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]]))
+    selector.chosen = torch.tensor([4, 0, 1])
+    selector.error = torch.tensor([1.0, 2.0, 3.0])
+    in_nats = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    expected = [1 + 1.5 / 5, 0 + 1.5, in_nats / math.log(2) + 1.5 / 2]
+    assert torch.allclose(selector.score(), torch.tensor(expected), atol=1e-5)
+    assert selector.pick(1).tolist() == [1]
+    # 1.3, 0.75, 1.219 -> 0; then 1.25, .., 1.219 -> 0; then 1.214, .., 1.219 -> 2
+    assert selector.pick(3).tolist() == [0, 0, 2]
+    assert selector.chosen.tolist() == [6, 1, 2]
+
+
+def test_error_term_is_relative_to_the_largest() -> None:
+    selector = ActiveSelector(3, exploration=0.0, error_weight=2.0)
+    assert selector.score().tolist() == [0, 0, 0]
+    selector.observe_error(torch.tensor([0, 2, 2]), torch.tensor([1.0, 3.0, 5.0]))
+    assert torch.allclose(selector.score(), torch.tensor([0.5, 0.0, 2.0]))
+    selector.observe_error(torch.tensor([2]), torch.tensor([0.0]))
+    assert torch.allclose(selector.error, torch.tensor([1.0, 0.0, 2.0]))
+    assert selector.pick(1).tolist() == [2]
+
+
+def test_samples_are_shared_in_proportion_to_the_error() -> None:
+    """The best score again and again must not end in one step: weights 2, 1.5 and 1 here."""
+    selector = ActiveSelector(3, exploration=1.0, error_weight=1.0)
+    selector.error = torch.tensor([4.0, 2.0, 0.0])
+    selector.pick(450)
+    assert (selector.chosen - torch.tensor([200, 150, 100])).abs().max() <= 2
+
+
+@pytest.mark.parametrize("count", [1, 5, 20, 100])
+def test_every_step_is_eligible(count: int) -> None:
+    """The released APQ-DM code can never choose the 30 noisiest steps and fails below 31."""
+    for error_weight in (0.0, 1.0):
+        selector = ActiveSelector(count, 1.5, error_weight)
+        assert sorted(selector.pick(count).tolist()) == list(range(count))
+        selector.entropy[0] = 1.0
+        selector.chosen += 10
+        assert selector.pick(1).tolist() == [0]
+        selector.entropy = torch.zeros(count)
+        selector.entropy[-1] = 1.0
+        assert selector.pick(1).tolist() == [count - 1]
+
+
+def test_uniform_steps_are_evenly_spaced_with_both_ends() -> None:
+    steps = uniform_steps(1000, 100)
+    assert len(steps) == 1000 and len(steps.unique()) == 20
+    assert steps.min() == 0 and steps.max() == 99
+    assert set(steps.unique().diff().tolist()) <= {5, 6}
+    assert torch.bincount(steps)[steps.unique()].tolist() == [50] * 20
+    assert uniform_steps(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert uniform_steps(2, 1).tolist() == [0, 0]
+
+
+def test_normal_steps_lean_to_the_clean_end() -> None:
+    steps = normal_steps(20_000, 100, torch.Generator().manual_seed(0), 0.4, 0.1)
+    assert float(steps.float().mean()) == pytest.approx(59.5, abs=0.5)
+    assert float(steps.float().std()) == pytest.approx(10, abs=0.5)
+    wide = normal_steps(5000, 10, torch.Generator().manual_seed(0))
+    assert wide.min() == 0 and wide.max() == 9
+
+
+def test_all_steps_come_alike() -> None:
+    assert torch.bincount(all_steps(64, 8)).tolist() == [8] * 8
+    assert all_steps(3, 8).tolist() == [0, 1, 2]
+
+
+@FEW
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 99))
+def test_no_trajectory_repeats_before_all_were_used(
+    steps: list[int], trajectories: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = tuples_of_steps(torch.tensor(steps), trajectories, generator)
+    assert pairs[:, 0].tolist() == steps
+    for k in set(steps):
+        used = pairs[pairs[:, 0] == k, 1]
+        counts = torch.bincount(used, minlength=trajectories)
+        assert len(counts) == trajectories and counts.max() - counts.min() <= 1
+
+
+def coded_bank(steps: list[int], trajectories: int, first: int = 0) -> Bank:
+    """x = (k, j) and eps = -(k, j) for step k and trajectory j."""
+    k, j = torch.meshgrid(
+        torch.arange(len(steps)), torch.arange(first, first + trajectories), indexing="ij"
+    )
+    x = torch.stack([k, j], -1).float()[..., None, None]
+    return Bank(x, -x, steps, {"y": torch.arange(first, first + trajectories)})
+
+
+def test_each_state_keeps_its_timestep_noise_and_conditioning() -> None:
+    steps = [30, 20, 10, 0, 0]  # a quad schedule repeats t = 0
+    bank = coded_bank(steps, 6)
+    index = tuples_of_steps(all_steps(60, 5), 6, torch.Generator().manual_seed(0))
+    x, t, eps, conditioning = bank.gather(index)
+    assert torch.equal(x[:, :, 0, 0].long(), index)
+    assert t.tolist() == [steps[k] for k in index[:, 0].tolist()]
+    assert torch.equal(eps, -x)
+    assert torch.equal(conditioning["y"], index[:, 1])
+    seen = []
+    for x, t, conditioning in bank.by_timestep(limit=5, batch_size=2):
+        assert [steps[int(k)] for k in x[:, 0, 0, 0]] == [t] * len(x)
+        assert torch.equal(x[:, 1, 0, 0].long(), conditioning["y"])
+        seen += x[:, :, 0, 0].long().tolist()
+    assert [k for k, _ in seen] == [k for k in range(5) for _ in range(5)]
+    chosen = [[j for k, j in seen if k == step] for step in range(5)]
+    assert all(len(set(js)) == 5 for js in chosen)
+    # All conditions come up, though those of the first trajectories may be alike.
+    assert {j for js in chosen for j in js} == set(range(6)) and len(set(map(tuple, chosen))) > 1
+    again = [c["y"].tolist() for _, _, c in bank.by_timestep(limit=5, batch_size=5)]
+    assert again == chosen
+    plain = Bank(bank.x, bank.eps, steps)
+    rows = [x[:, 1, 0, 0].tolist() for x, _, _ in plain.by_timestep(limit=4, batch_size=4)]
+    assert rows == [[0, 1, 2, 3]] * 5
+    seen = []
+    for x, t, conditioning in bank.at_step(3, 4):
+        assert t == 0 and (x[:, 0] == 3).all()
+        seen += conditioning["y"].tolist()
+    assert seen == list(range(6))
+
+
+def test_joined_banks_keep_both() -> None:
+    both = coded_bank([9, 0], 3).extend(coded_bank([9, 0], 2, first=3))
+    assert both.trajectories == 5
+    x, t, _, conditioning = both.gather(torch.tensor([[1, 4], [0, 0]]))
+    assert x[:, :, 0, 0].tolist() == [[1, 4], [0, 0]]
+    assert t.tolist() == [0, 9] and conditioning["y"].tolist() == [4, 0]
+    with pytest.raises(ValueError, match="timesteps"):
+        both.extend(coded_bank([9, 1], 2))
