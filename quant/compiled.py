@@ -11,6 +11,7 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,14 +75,8 @@ class Compiled:
         (B, pitch, H + 2 border[0], W + 2 border[1]), channels_last; those of channels beyond C are
         not set. More than 8 bits give two, of the low and the high byte: s (q - z) is their sum.
         """
-        out, high, size = _targets(x, bits, border, pitch)
-        inverse, scale, zero_point = step
-        self._library.codes(
-            *(x.data_ptr(), pixel_stride(x), factors.data_ptr(), out.data_ptr()),
-            *(None if high is None else high.data_ptr(), size),
-            *(inverse, zero_point, 2**bits - 1, torch.get_num_threads()),
-        )
-        return _planes(out, high, scale, zero_point)
+        given = (x.data_ptr(), pixel_stride(x))
+        return self._make(self._library.codes, given, x, factors, step, bits, border, pitch)
 
     def norm_silu_codes(
         self,
@@ -94,15 +89,32 @@ class Compiled:
         pitch: int | None = None,
     ) -> Planes:
         """`codes` of silu(norm(x)). x: float32 (B, C, H, W) whose `pixel_stride` is C."""
+        given = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups)
+        function = self._library.norm_silu_codes
+        return self._make(function, (*given, norm.eps), x, factors, step, bits, border, pitch)
+
+    def _make(
+        self,
+        function: Callable[..., None],
+        given: tuple[int | float | None, ...],
+        x: torch.Tensor,
+        factors: torch.Tensor,
+        step: Step,
+        bits: int,
+        border: tuple[int, int],
+        pitch: int | None,
+    ) -> Planes:
+        """Codes by a function of codes.cpp; given: its first arguments, of the input."""
         out, high, size = _targets(x, bits, border, pitch)
         inverse, scale, zero_point = step
-        self._library.norm_silu_codes(
-            *(x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups),
-            *(norm.eps, factors.data_ptr(), out.data_ptr()),
+        function(
+            *(*given, factors.data_ptr(), out.data_ptr()),
             *(None if high is None else high.data_ptr(), size),
             *(inverse, zero_point, 2**bits - 1, torch.get_num_threads()),
         )
-        return _planes(out, high, scale, zero_point)
+        if high is None:
+            return [(out, scale, zero_point)]
+        return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
 
     def convolution(
         self,
@@ -224,12 +236,6 @@ def _targets(
     out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     size = (ctypes.c_long * 7)(batch, height, width, channels, *border, pitch)
     return out, torch.empty_like(out) if bits > 8 else None, size
-
-
-def _planes(out: torch.Tensor, high: torch.Tensor | None, scale: float, zero_point: int) -> Planes:
-    if high is None:
-        return [(out, scale, zero_point)]
-    return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
 
 
 def _compile() -> ctypes.CDLL:
