@@ -38,6 +38,7 @@ from quant.state import CalibrationState
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml
 from scripts.common.files import remove_stale, write_bytes, write_json, write_text
+from scripts.common.memory import return_freed_memory
 from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
 from scripts.common.shared_statistics import collect_together, help_collect
@@ -63,6 +64,7 @@ class Bars:
 
     def end(self) -> None:
         self.bar.close()
+        return_freed_memory()  # phases want blocks of other sizes
 
     def close(self) -> None:
         """Of a phase that failed: what is printed next begins a line."""
