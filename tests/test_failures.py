@@ -347,6 +347,20 @@ def test_interrupted_is_130_and_resumable(
         assert (out / RESULT).read_bytes() == (undisturbed / RESULT).read_bytes()
 
 
+def test_an_interruption_of_a_destructor_is_not_lost() -> None:
+    class Closing:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def main(arguments: list[str]) -> None:
+        Closing()
+        time.sleep(60)
+
+    began = time.monotonic()
+    fork = forks.run(main)
+    assert fork.code == 130 and time.monotonic() - began < 50
+
+
 def test_scoring_images_that_cannot_be_decoded(room: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 2, 0)
     (folder / "001.png").write_bytes(b"half")

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -171,6 +172,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Anything else is a defect of the program and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _Unraisable(sys.unraisablehook)
     keep_freed_memory()
     try:
         sys.exit(main() or 0)
@@ -217,3 +219,17 @@ def _tell_torchrun(line: str) -> None:
 
 def _terminate(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+class _Unraisable:
+    """An interruption that came while a destructor ran, where Python drops it, comes once more."""
+
+    def __init__(self, previous: Callable[[Any], None]):
+        self.previous = previous
+
+    def __call__(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = (threading.main_thread().ident, signal.SIGINT)
+            threading.Timer(0.05, signal.pthread_kill, again).start()  # the destructor is over then
+        else:
+            self.previous(unraisable)
