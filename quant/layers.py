@@ -5,7 +5,7 @@ timestep. A layer behind a skip concatenation has two of them, one for each part
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,20 @@ class CalibLayer(nn.Module):
         )
 
 
+class SharedStep(NamedTuple):
+    """What a deployed layer needs for a batch that shares its timestep.
+
+    step of the input's quantizers, for q - z where there is one of them and for the dequantized
+    input where there are two; factors of the channels, or None; scale of the output, or None; bias
+    divided by it, or None.
+    """
+
+    step: Step
+    factors: torch.Tensor | None
+    scale: float | None
+    bias: torch.Tensor | None
+
+
 class QuantLayer(nn.Module):
     """A deployed layer: nothing but plain buffers.
 
@@ -161,7 +175,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.inputs = nn.ModuleList(inputs)
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
-        self._steps: dict[int, tuple[Step, torch.Tensor | None]] = {}  # likewise, see _step
+        self._steps: dict[int, SharedStep] = {}  # likewise, see _step
 
     def weight(self) -> torch.Tensor:
         """The dequantized weight, float32 (O, I, ...)."""
@@ -173,7 +187,32 @@ class QuantLayer(nn.Module):
         return self._weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.op(self.quantized_input(x), self.weight(), self.bias)
+        return self._output(x)
+
+    def after_norm_silu(
+        self, norm: nn.Module, x: torch.Tensor, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer of silu(norm(x)), + plus. x (B, C, H, W)."""
+        return self._output(F.silu(norm(x), inplace=True), plus, inplace=True)
+
+    def _output(
+        self, x: torch.Tensor, plus: torch.Tensor | None = None, inplace: bool = False
+    ) -> torch.Tensor:
+        """The layer of x, + plus; x may be overwritten if inplace.
+
+        With a common timestep the activation's scale multiplies the output, together with the
+        addition of plus, and not the input:  plus + s (conv(q - z, w) + b / s).
+        """
+        bins = self.inputs[0].context.bins if len(self.inputs) else None
+        if not isinstance(bins, int):
+            out = self.op(self.quantized_input(x), self.weight(), self.bias)
+            return out if plus is None else out + plus
+        known = self._steps.get(bins) or self._step(bins, x.shape[self.op.channel_dim])
+        q = fake_quantize_shared(x, known.step, known.factors, self.op.channel_dim, inplace)
+        out = self.op(q, self.weight(), known.bias)
+        if plus is None:
+            return out if known.scale is None else out.mul_(known.scale)
+        return torch.add(plus, out, alpha=1.0 if known.scale is None else known.scale, out=out)
 
     def operands(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What each of `inputs` quantizes when the layer is given x."""
@@ -186,30 +225,28 @@ class QuantLayer(nn.Module):
         return list(x.split([self.split, x.shape[dim] - self.split], dim=dim))
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x quantized and dequantized."""
         if not len(self.inputs):
             return x
-        dim, bins = self.op.channel_dim, self.inputs[0].context.bins
-        if isinstance(bins, int):
-            known = self._steps.get(bins) or self._step(bins, x.shape[dim])
-            return fake_quantize_shared(x, *known, dim)
-        x = scale_channels(x, self.channel_scale, dim)
-        return quantize_input(x, self.inputs, self.split, dim)
+        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
+        return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
-    def _step(self, index: int, channels: int) -> tuple[Step, torch.Tensor | None]:
-        """Of a bin of timesteps: the step of the one quantizer, or one value for each channel, and
-        the channels' factors. Kept."""
-        device = self.qweight.device
+    def _step(self, index: int, channels: int) -> "SharedStep":
+        """Of a bin of timesteps. Kept."""
+        device, factors = self.qweight.device, self.channel_scale
+        factors = None if factors is None else self.op.beside(factors)
         inverse, scale, low, high = zip(*(q.step(index) for q in self.inputs), strict=True)
         if self.split:
             second = (torch.arange(channels, device=device) >= self.split).long()
             values = (torch.tensor(v, device=device).float() for v in (inverse, scale, low, high))
             step: Step = tuple(self.op.beside(v[second]) for v in values)
+            known = SharedStep(step, factors, None, self.bias)
         else:  # a multiplication by a tensor starts sooner than one by a number
-            step = (*(torch.tensor(v[0], device=device) for v in (inverse, scale)), low[0], high[0])
-        factors = self.channel_scale
-        factors = None if factors is None else self.op.beside(factors)
-        self._steps[index] = step, factors
-        return step, factors
+            step = torch.tensor(inverse[0], device=device), None, low[0], high[0]
+            bias = None if self.bias is None else self.bias / scale[0]
+            known = SharedStep(step, factors, scale[0], bias)
+        self._steps[index] = known
+        return known
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
         self._forget()
@@ -281,12 +318,38 @@ class QuantMatMul(nn.Module):
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
         mixed = not isinstance(bins, int)
+        if not mixed and isinstance(self.left, ActivationQuantizer):
+            return self._scaled_after(left, right, bins)
         if mixed:
             left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
         left, top = self.left_operand(left)
         out = torch.matmul(self.left(left), self.right(right))
         out = out if top is None else out * top
         return out.flatten(0, 1) if mixed else out
+
+    def after_softmax(
+        self, scores: torch.Tensor, scale: float, right: torch.Tensor
+    ) -> torch.Tensor:
+        """softmax(scores * scale) @ right."""
+        bins = self.left.context.bins
+        probabilities = torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1)
+        if isinstance(bins, int) and isinstance(self.left, ActivationQuantizer):
+            return self._scaled_after(probabilities, right, bins, inplace=True)
+        return self(probabilities, right)
+
+    def _scaled_after(
+        self, left: torch.Tensor, right: torch.Tensor, index: int, inplace: bool = False
+    ) -> torch.Tensor:
+        """Deployed, with a common bin of timesteps: the scales multiply the product. inplace:
+        left may be overwritten."""
+        top = left.amax(-1, keepdim=True) if self.by_row else None
+        if top is not None:
+            left = torch.div(left, top, out=left if inplace else None)
+        q, scale = self.left.shared(left, index, inplace=inplace or self.by_row)
+        k, right_scale = self.right.shared(right, index)
+        nothing = q.new_empty(1)  # multiplied by beta = 0
+        out = torch.baddbmm(nothing, q, k, beta=0, alpha=scale * right_scale)
+        return out if top is None else out.mul_(top)
 
     def deploy(self) -> "QuantMatMul":
         return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -44,3 +44,8 @@ class Log2Quantizer(ActivationQuantizer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale, _ = self.current(x.dim())
         return log2_quantize(x, scale, 2**self.bits - 1)
+
+    def shared(
+        self, x: torch.Tensor, index: int, inplace: bool = False
+    ) -> tuple[torch.Tensor, float]:
+        return log2_quantize(x, self.scale[self._groups[index]], 2**self.bits - 1), 1.0

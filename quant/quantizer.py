@@ -59,23 +59,27 @@ def _per_row(value: torch.Tensor, count: int) -> list[float]:
 
 
 Number = float | torch.Tensor
-Step = tuple[Number, Number, Number, Number]  # 1 / scale, scale, lowest and highest q - z
+Step = tuple[Number, Number | None, Number, Number]  # 1 / scale, scale, lowest and highest q - z
 
 
 def fake_quantize_shared(
-    x: torch.Tensor, step: Step, factors: torch.Tensor | None = None, channel_dim: int = -1
+    x: torch.Tensor,
+    step: Step,
+    factors: torch.Tensor | None = None,
+    channel_dim: int = -1,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """fake_quantize of a batch that shares its timestep, the same bit by bit.
 
     step: numbers, which take a third of the time that tensors do, or a tensor for each channel
-    where two quantizers share the channels. factors, or None, multiply the channels first. Tensors
-    are shaped to broadcast against the end of x.
+    where two quantizers share the channels; without a scale the result is q - z. factors, or None,
+    multiply the channels first. Tensors are shaped to broadcast against the end of x. inplace: x
+    may be overwritten.
     """
-    pieces = _pieces(x, channel_dim)
-    if len(pieces) == 1:
-        return _chain(x, step, factors, None)
-    out = torch.empty_like(x)
-    for piece, target in zip(pieces, _pieces(out, channel_dim), strict=True):
+    if x.numel() <= BLOCK or x.device.type != "cpu" or x.dim() < 2:
+        return _chain(x, step, factors, x if inplace else None)
+    out = x if inplace else torch.empty_like(x)
+    for piece, target in zip(_pieces(x, channel_dim), _pieces(out, channel_dim), strict=True):
         _chain(piece, step, factors, target)
     return out
 
@@ -88,7 +92,8 @@ def _chain(
         q = torch.mul(x, inverse, out=out)
     else:
         q = torch.mul(x, factors, out=out).mul_(inverse)
-    return q.round_().clamp_(low, high).mul_(scale)
+    q = q.round_().clamp_(low, high)
+    return q if scale is None else q.mul_(scale)
 
 
 BLOCK = 1 << 18  # values (1 MB) that stay in the cache from one pass to the next
@@ -97,8 +102,6 @@ BLOCK = 1 << 18  # values (1 MB) that stay in the cache from one pass to the nex
 def _pieces(x: torch.Tensor, channel_dim: int) -> Sequence[torch.Tensor]:
     """Views of about BLOCK values that cover x, whole in their channels."""
     count = -(-x.numel() // BLOCK)
-    if count < 2 or x.device.type != "cpu" or x.dim() < 2:
-        return (x,)
     samples = min(count, len(x))
     inner = x.dim() - 2 if channel_dim == -1 else 2
     return [v for part in x.chunk(samples) for v in part.chunk(-(-count // samples), inner)]
@@ -238,6 +241,13 @@ class ActivationQuantizer(nn.Module):
         group = self.group_of_bin[bins].long()
         shape = (-1,) + (1,) * (dims - 1)
         return self.scale[group].view(shape), self.zero_point[group].view(shape)
+
+    def shared(
+        self, x: torch.Tensor, index: int, inplace: bool = False
+    ) -> tuple[torch.Tensor, float]:
+        """For a bin of timesteps, two whose product is the quantized x: q - z and the scale."""
+        inverse, scale, low, high = self.step(index)
+        return fake_quantize_shared(x, (inverse, None, low, high), inplace=inplace), scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bins = self.context.bins

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from models.ops import after_norm_silu
 from quant import gptq
 from quant import quantizer as quantizer_module
 from quant.context import TimestepContext
@@ -25,13 +27,18 @@ from quant.gptq import (
     second_order_codes,
 )
 from quant.grouping import assign
-from quant.layers import CalibLayer, quantize_input, scale_channels
+from quant.layers import (
+    CalibLayer,
+    Operation,
+    QuantLayer,
+    quantize_input,
+    scale_channels,
+)
 from quant.model import BitPolicy, GenericRoles, activation_quantizers, quantize
 from quant.packed import load_quantized, to_bytes
 from quant.quantizer import ActivationQuantizer
 from quant.statistics import collect
 from quant.timesteps import all_steps, tuples_of_steps
-from quant.weights import WeightQuantizer
 from tests.test_quant_packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import narrow_unet
 from tests.test_quant_reconstruct import Block, block_bank, block_model
@@ -235,6 +242,20 @@ def test_channel_scales_survive_the_file(tmp_path: Path) -> None:
         assert torch.equal(loaded(x, step), copy.deepcopy(model)(x, step))
 
 
+def given_layer(kind: str, split: int, scaled: bool, context: TimestepContext) -> QuantLayer:
+    """Of 16 channels, whose weight is the identity, so that the output is the quantized input."""
+    layer = nn.Linear(16, 16, False) if kind == "linear" else nn.Conv2d(16, 16, 1, bias=False)
+    inputs = []
+    for _ in range(2 if split else 1):
+        zero_point = torch.tensor([3, 120], dtype=torch.int32)
+        scale = torch.rand(2) * 0.05 + 0.01
+        inputs.append(ActivationQuantizer(context, scale, zero_point, torch.tensor([1, 0]), 8))
+    codes = torch.eye(16, dtype=torch.uint8).view_as(layer.weight)
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.uint8)
+    factors = torch.rand(16) + 0.5 if scaled else None
+    return QuantLayer(Operation(layer), codes, ones, zeros, None, 2, inputs, split, factors)
+
+
 @pytest.mark.parametrize("split", [0, 5])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["channels_last", "contiguous", "linear", "small"])
@@ -246,23 +267,36 @@ def test_the_quick_way_to_quantize_an_input_is_exact(
     monkeypatch.setattr(quantizer_module, "BLOCK", block)
     context = TimestepContext([0, 50], 100)
     side = 4 if kind == "small" else 24
-    layer = nn.Linear(16, 3) if kind == "linear" else nn.Conv2d(16, 3, 1)
-    shape = (3, side * side, 16) if kind == "linear" else (3, 16, side, side)
-    x = torch.randn(shape)
+    x = torch.randn((3, side * side, 16) if kind == "linear" else (3, 16, side, side))
     if kind == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    inputs = []
-    for _ in range(2 if split else 1):
-        zero_point = torch.tensor([3, 120], dtype=torch.int32)
-        scale = torch.rand(2) * 0.05 + 0.01
-        inputs.append(ActivationQuantizer(context, scale, zero_point, torch.tensor([1, 0]), 8))
-    given = CalibLayer(layer, WeightQuantizer(layer.weight, 8, "mse"), [], split).deploy()
-    given.inputs = nn.ModuleList(inputs)
-    given.channel_scale = torch.rand(16) + 0.5 if scaled else None
+    given, original = given_layer(kind, split, scaled, context), x.clone()
     context.set(torch.tensor([50, 50, 50]))
-    quick, dim = given.quantized_input(x), given.op.channel_dim
-    assert quick.stride() == x.stride()
+    quick, dim = given(x), given.op.channel_dim
+    assert torch.equal(x, original)
     parts = quantize_input(scale_channels(x, given.channel_scale, dim), given.inputs, split, dim)
-    assert torch.equal(quick, parts)
+    assert torch.equal(quick, parts) and torch.equal(given.quantized_input(x), parts)
     context.bins = torch.tensor([1, 1, 1])  # as a mixed batch
-    assert torch.equal(given.quantized_input(x), quick)
+    assert torch.equal(given(x), quick)
+
+
+@pytest.mark.parametrize("split", [0, 5])
+@pytest.mark.parametrize("pixels", [1, 12])
+@pytest.mark.parametrize("biased", [False, True])
+def test_bias_and_addend_beside_a_scaled_output(split: int, pixels: int, biased: bool) -> None:
+    """bias / s is in the product, plus is added with it: as in a mixed batch, up to rounding."""
+    context = TimestepContext([0, 50], 100)
+    given = given_layer("channels_last", split, True, context)
+    given.qweight = torch.randint(4, (16, 16, 1, 1), dtype=torch.uint8)
+    given.bias = torch.randn(16) if biased else None
+    norm, x = nn.GroupNorm(4, 16).requires_grad_(False), torch.randn(3, 16, 12, 12)
+    x = x.contiguous(memory_format=torch.channels_last)
+    original, plus = x.clone(), torch.randn(3, 16, pixels, pixels)
+    context.set(torch.tensor([0, 0, 0]))
+    outputs = [given(x), *(after_norm_silu(given, norm, x, plus=p) for p in (None, plus))]
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in outputs)
+    context.bins = torch.tensor([0, 0, 0])
+    slow = given(x), given(F.silu(norm(x))), given(F.silu(norm(x))) + plus
+    for a, b in zip(outputs, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, original)
