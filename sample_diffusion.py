@@ -176,8 +176,12 @@ def fill(
     write_text(beside(folder, "config.yaml"), resolved_yaml(config))
     if found:
         say(f"{folder}: {found} of {sampling.count} images are there already")
-    if todo and sampling.batch_size < sampling.micro_batch:
-        say("note: batch_size is below micro_batch, to which each network call is padded")
+    if 0 < min(len(todo), sampling.batch_size) < sampling.micro_batch:
+        rows = sampling.micro_batch
+        say(
+            f"note: each network call is padded to {rows} rows; fewer images take as long, unless "
+            "--set sampling.micro_batch=N, which changes the last bits"
+        )
     began = time.perf_counter()
     make_images(config, assembly, todo, folder, device, quiet=False)
     seconds = time.perf_counter() - began

@@ -1,29 +1,32 @@
-"""Integer execution in C++, compiled when asked: codes.cpp and products.cpp.
+"""Integer execution in C++, compiled when asked: the files of cpp/.
 
 codes.cpp makes uint8 codes in one pass, with the GroupNorm and SiLU before them if there are any;
 products.cpp multiplies them, on processors with AVX512-VNNI (`products` says so; elsewhere oneDNN
-does). Needs a C++ compiler and nothing of PyTorch's headers; compiling takes about two seconds, so
-that the library is not kept. Results equal those of int8_layers.py bit by bit where nothing but
-codes is made, and up to float rounding elsewhere.
+does), and layer.cpp does both in one call. Needs a C++ compiler and nothing of PyTorch's headers;
+compiling takes about two seconds, so that the library is not kept. Results equal those of
+int8_layers.py bit by bit where nothing but codes is made, and up to float rounding elsewhere.
 """
 
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "products.cpp"))
+NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
+SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in NAMES)
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
 NATIVE = ("-O3", "-march=native", "-mprefer-vector-width=512")
 EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-LIBRARY = ("-std=c++17", "-fopenmp", "-shared", "-fPIC")
+LANGUAGE = ("-std=c++17", "-fopenmp", "-fPIC")
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
@@ -32,7 +35,11 @@ _ARGUMENTS = {
     "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
 }
 _PRODUCTS = {
-    "convolution": [*[_POINTER] * 8, _FLOAT, _INT, _INT],
+    "layer": [
+        *[_POINTER] * 3,
+        *(_LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
+        *(_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    ],
     "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
 }
 Step = tuple[float, float, int]  # 1 / scale, scale, zero point
@@ -116,33 +123,33 @@ class Compiled:
             return [(out, scale, zero_point)]
         return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
 
-    def convolution(
+    def layer(
         self,
-        plane: tuple[torch.Tensor, float, int],
-        weight: "BlockedWeight",
-        bias: torch.Tensor | None,
+        prepared: "PreparedLayer",
+        steps: "ctypes.Array[PartStep]",
+        x: torch.Tensor,
+        stride: int,
+        norm: nn.GroupNorm | None,
         plus: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """out = the convolution of codes that have their border + bias + plus.
+        """out = the layer of x, or of silu(norm(x)), + plus.
 
-        out: float32 (B, O, H, W), channels_last. plus: such a tensor (`out` itself is one), or
-        (B, O, 1, 1) with its channels side by side.
+        x: float32, `stride` values from one pixel to the next, all channels with a norm. out:
+        float32, its channels beside each other. plus: a tensor like out, or (B, O, 1, 1) with its
+        channels beside each other.
         """
-        codes, scale, zero_point = plane
-        batch, outputs, height, width = out.shape
-        sample = pixel = 0
+        scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
+        of_norm = (None, None, 0, 0.0)
+        if norm is not None:
+            weights = norm.weight.data_ptr(), norm.bias.data_ptr()
+            of_norm = (*weights, norm.num_groups, norm.eps)
+        added = (None, 0, 0)
         if plus is not None:
-            sample, pixel = plus.stride(0), 0 if plus.shape[2:] == (1, 1) else outputs
-        size = (ctypes.c_long * 13)(
-            *(batch, codes.shape[2], codes.shape[3], codes.shape[1], height, width, outputs),
-            *(*weight.kernel, *weight.stride, sample, pixel),
-        )
-        self._library.convolution(
-            *(codes.data_ptr(), weight.codes.data_ptr(), weight.sums.data_ptr()),
-            *(weight.scale.data_ptr(), None if bias is None else bias.data_ptr()),
-            *(None if plus is None else plus.data_ptr(), out.data_ptr(), size),
-            *(scale, zero_point, torch.get_num_threads()),
+            added = (plus.data_ptr(), plus.stride(0), plus.stride(3) if plus.shape[3] > 1 else 0)
+        self._library.layer(
+            *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *of_norm, *added),
+            *(out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
 
     def matrix_product(
@@ -202,14 +209,73 @@ class BlockedWeight(nn.Module):
         self.register_buffer("sums", codes.flatten(1).sum(1, dtype=torch.int32))
         self.register_buffer("scale", scale)
 
-    def empty_output(self, x: torch.Tensor) -> torch.Tensor:
-        """For the input x (B, C, H, W) without its border."""
-        size = [
-            (x.shape[2 + i] + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
-            for i in range(2)
+    def output_size(self, height: int, width: int) -> list[int]:
+        """Of an input without its border."""
+        return [
+            (size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
+            for i, size in enumerate((height, width))
         ]
-        shape = (len(x), len(self.scale), *size)
-        return torch.empty(shape, memory_format=torch.channels_last)
+
+
+class PartStep(ctypes.Structure):
+    """The quantizer of a part of a layer's input, at a timestep; see layer.cpp."""
+
+    _fields_ = (("inverse", _FLOAT), ("scale", _FLOAT), ("zero_point", _INT), ("top", _INT))
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("channels", "pitch")),
+        *((name, _POINTER) for name in ("factors", "codes", "sums", "scale")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *(("parts", _LONG), ("part", _Part * 2), ("size", _LONG * 7), ("shape", _LONG * 11)),
+        ("bias", _POINTER),
+    )
+
+
+class PreparedLayer:
+    """What products of a layer need for inputs of one shape. Keeps the tensors that it points to.
+
+    output: its shape (B, O, H, W).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        weights: list[BlockedWeight],
+        factors: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        planes: int,
+    ):
+        """shape: of the input (B, C, H, W). A weight and the channels' factors for each part of the
+        channels; planes: maps of codes, of one byte each, that an input has at most."""
+        (batch, _, height, width), first = shape, weights[0]
+        border_y, border_x = first.padding
+        size = first.output_size(height, width)
+        outputs = len(first.scale)
+        inside = (height + 2 * border_y, width + 2 * border_x)
+        parts = [
+            _Part(
+                *(weight.in_channels, weight.pitch),
+                *(v.data_ptr() for v in (factor, weight.codes, weight.sums, weight.scale)),
+            )
+            for weight, factor in zip(weights, factors, strict=True)
+        ]
+        self._kept = [(w.codes, w.sums, w.scale) for w in weights], factors, bias
+        self._structure = _Layer(
+            len(parts),
+            (_Part * 2)(*parts),
+            (_LONG * 7)(batch, height, width, 0, border_y, border_x, 0),
+            (_LONG * 11)(batch, *inside, 0, *size, outputs, *first.kernel, *first.stride),
+            None if bias is None else bias.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._structure)
+        self.output = (batch, outputs, *size)
+        self.scratch = planes * batch * inside[0] * inside[1] * max(w.pitch for w in weights)
 
 
 def pixel_stride(x: torch.Tensor) -> int | None:
@@ -244,12 +310,22 @@ def _compile() -> ctypes.CDLL:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "compiled.so"
-        command = [compiler, *NATIVE, *EXACT, *LIBRARY, *map(str, SOURCES), "-o", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            line = next((line for line in lines if "error" in line), lines[-1])
-            raise CompileError(f"{compiler}: {line[:200]}")
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+
+        def run(*arguments: str | Path) -> None:
+            command = [compiler, *LANGUAGE, *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                line = next((line for line in lines if "error" in line), lines[-1])
+                raise CompileError(f"{compiler}: {line[:200]}")
+
+        def translate(source: Path, result: Path) -> None:
+            run(*NATIVE, *EXACT, "-c", source, "-o", result)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(translate, SOURCES, objects))
+        run("-shared", *objects, "-o", file)
         try:
             return ctypes.CDLL(str(file))
         except OSError as error:

@@ -1,20 +1,34 @@
-"""Layers that execute on products.cpp: from float maps to float maps in two passes.
+"""Layers that execute on cpp/layer.cpp: from float maps to float maps in one call.
 
-The first makes the codes, with their border, of the input or of silu(norm(input)); the second
-multiplies and adds bias, residual and what else is added. Without a common timestep, and for
-geometries that products.cpp does not have, they are the layers of int8_layers.py.
+It makes the codes, with their border, of the input or of silu(norm(input)), and multiplies and adds
+bias, residual and what else is added. Without a common timestep, and for geometries that
+products.cpp does not have, they are the layers of int8_layers.py.
 """
+
+import ctypes
+import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from quant.compiled import BlockedWeight, Compiled, Planes, pixel_stride
+from quant.compiled import BlockedWeight, Compiled, PartStep, PreparedLayer, pixel_stride
 from quant.int8_layers import Int8Layer, Int8MatMul, pair
-from quant.layers import Operation, QuantMatMul
+from quant.layers import Operation, QuantLayer, QuantMatMul
 
 
 class CompiledLayer(Int8Layer):
-    """A convolution without groups and dilation, or a linear layer; replaces a QuantLayer."""
+    """A convolution without groups and dilation, or a linear layer; replaces a QuantLayer.
+
+    What a call needs beside its tensors is prepared once per shape and per bin of timesteps, and
+    kept, so that little is left for Python to do: a small layer takes some ten microseconds.
+    """
+
+    def __init__(self, layer: QuantLayer, vnni: bool = True, compiled: Compiled | None = None):
+        super().__init__(layer, vnni, compiled)
+        self._quantizers = tuple(self.inputs)  # a look-up in a ModuleList takes longer
+        self._prepared: dict[tuple[int, ...], PreparedLayer] = {}
+        self._steps: dict[int, ctypes.Array[PartStep]] = {}
 
     @staticmethod
     def fits(op: Operation) -> bool:
@@ -29,55 +43,76 @@ class CompiledLayer(Int8Layer):
             padding[0] = 0
         return BlockedWeight(codes, scale, pair(op.stride), padding)
 
-    def _one_pass(self, quantizer: nn.Module) -> bool:
-        return True
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = self._quantizers[0].context.bins
+        if isinstance(index, int) and self.op.kind == "Conv2d":
+            return self._of_map(x, index)
+        return super().forward(x)
 
-    def _of_norm(
-        self, norm: nn.GroupNorm, x: torch.Tensor, index: int, plus: torch.Tensor | None
+    def after_norm_silu(
+        self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        (factors,), (weight,), (quantizer,) = self.factors(), self.weights, self.inputs
-        planes = self.compiled.norm_silu_codes(
-            *(x, norm, factors, quantizer.code_step(index), quantizer.bits),
-            *(weight.padding, weight.pitch),
-        )
-        return self._multiply(planes, 0, weight.empty_output(x), self.bias, _side_by_side(plus))
+        index = self._quantizers[0].context.bins
+        if isinstance(index, int) and not self.split and _stride(x) == x.shape[1]:
+            return self._of_map(x, index, norm, _side_by_side(plus))
+        return super().after_norm_silu(norm, x, plus)
 
     def _product(self, x: torch.Tensor, index: int) -> torch.Tensor:
         if self.op.is_conv:
             return self._of_map(x, index)
-        rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, N)
-        out = self._of_map(rows, index)
-        return out.permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
-
-    def _of_map(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """x (B, C, H, W) -> (B, O, H, W), channels_last."""
-        if pixel_stride(x) is None:
-            x = x.float().contiguous(memory_format=torch.channels_last)
-        out, bias, plus = self.weights[0].empty_output(x), self.bias, None
-        parts = x.split([weight.in_channels for weight in self.weights], dim=1)
-        for i, (part, weight) in enumerate(zip(parts, self.weights, strict=True)):
-            quantizer = self.inputs[i]
-            planes = self.compiled.codes(
-                *(part, self.factors()[i], quantizer.code_step(index), quantizer.bits),
-                *(weight.padding, weight.pitch),
-            )
-            self._multiply(planes, i, out, bias, plus)
-            bias, plus = None, out
+        x = x.float().contiguous()
+        prepared = self._prepared.get(x.shape)
+        if prepared is None:
+            rows = math.prod(x.shape[:-1])
+            prepared = self._prepare(x.shape, (1, x.shape[-1], 1, rows))
+        out = torch.empty(*x.shape[:-1], prepared.output[1])
+        if out.numel():
+            self.compiled.layer(prepared, self._step_of(index), x, x.shape[-1], None, None, out)
         return out
 
-    def _multiply(
+    def _of_map(
         self,
-        planes: Planes,
-        part: int,
-        out: torch.Tensor,
-        bias: torch.Tensor | None,
-        plus: torch.Tensor | None,
+        x: torch.Tensor,
+        index: int,
+        norm: nn.GroupNorm | None = None,
+        plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """out = the products of a part's planes + bias + plus."""
-        for plane in planes:
-            self.compiled.convolution(plane, self.weights[part], bias, plus, out)
-            bias, plus = None, out
+        """x (B, C, H, W) -> (B, O, H, W), channels_last."""
+        stride = _stride(x)
+        if stride is None:
+            x = x.float().contiguous(memory_format=torch.channels_last)
+            stride = x.shape[1]
+        prepared = self._prepared.get(x.shape) or self._prepare(x.shape, x.shape)
+        out = torch.empty(prepared.output, memory_format=torch.channels_last)
+        self.compiled.layer(prepared, self._step_of(index), x, stride, norm, plus, out)
         return out
+
+    def _prepare(self, key: tuple[int, ...], shape: tuple[int, int, int, int]) -> PreparedLayer:
+        """For inputs of this shape (B, C, H, W). Kept under `key`."""
+        planes = 2 if any(q.bits > 8 for q in self._quantizers) else 1
+        made = PreparedLayer(shape, list(self.weights), self.factors(), self.bias, planes)
+        self._prepared[key] = made
+        return made
+
+    def _step_of(self, index: int) -> "ctypes.Array[PartStep]":
+        known = self._steps.get(index)
+        if known is None:
+            steps = [PartStep(*q.code_step(index), q.top) for q in self._quantizers]
+            known = self._steps[index] = (PartStep * len(steps))(*steps)
+        return known
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._prepared, self._steps = {}, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_prepared": {}, "_steps": {}}
+
+
+def _stride(x: torch.Tensor) -> int | None:
+    """pixel_stride(x), sooner where all channels lie beside each other."""
+    last = x.dtype is torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.shape[1] if last and x.device.type == "cpu" and x.numel() else pixel_stride(x)
 
 
 def _side_by_side(plus: torch.Tensor | None) -> torch.Tensor | None:

@@ -233,12 +233,16 @@ class Int8Layer(nn.Module):
             self._factors = [part.contiguous() for part in scale.split(counts)]
         return self._factors
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Layer":
+    def _forget(self) -> None:
+        """What was made of the buffers, which are about to change."""
         self._factors = None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Layer":
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._factors = None
+        self._forget()
         super()._load_from_state_dict(*args)
 
     def _one_pass(self, quantizer: CodeQuantizer) -> bool:

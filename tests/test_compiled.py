@@ -165,6 +165,39 @@ def test_layer_of_a_norm(
             assert torch.equal(exact.after_norm_silu(norm, x.contiguous(), plus), given) or t[0]
 
 
+@pytest.mark.parametrize("act_bits, split", [(8, 0), (16, 0), (8, 30)])
+def test_outputs_depend_neither_on_the_batch_nor_on_threads(
+    compiled: Compiled, vnni: bool, act_bits: int, split: int
+):
+    """Large enough for the threads to share a sample; bit by bit."""
+    if not (vnni and compiled.products):
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    at, norm = context(), nn.GroupNorm(5, 100)
+    fake = quant_layer(at, nn.Conv2d(100, 70, 3, padding=1), split=split, act_bits=act_bits)
+    exact = integer_module(fake, True, compiled)
+    product = integer_module(
+        QuantMatMul(quantizer(at, 8, [0, 0]), quantizer(at, 8, [128, 128]), True), True, compiled
+    )
+    x = torch.randn(3, 100, 24, 20).contiguous(memory_format=LAST)
+    scores, right = torch.randn(3, 130, 53), torch.randn(3, 53, 37)
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            at.set(torch.full((3,), 300))
+            whole = exact(x), exact.after_norm_silu(norm, x), product(scores, right)
+            rows = [
+                (exact(x[i : i + 1]), exact.after_norm_silu(norm, x[i : i + 1]))
+                + (product(scores[i : i + 1], right[i : i + 1]),)
+                for i in range(3)
+            ]
+            outputs += [whole, tuple(map(torch.cat, zip(*rows, strict=True)))]
+    finally:
+        torch.set_num_threads(before)
+    for given in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(given, outputs[0], strict=True))
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_product_of_a_softmax(compiled: Compiled, by_row: bool, threads: int):
@@ -229,7 +262,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_constant(compiled: Compiled):
     """The rounding constant of both languages is one."""
-    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCES[0].read_text()
+    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCES[3].read_text()
 
 
 def test_command_line(

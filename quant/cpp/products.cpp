@@ -6,99 +6,22 @@
 // codes lie in blocks of 16 outputs, and there four inputs of an output side by side, as one
 // instruction wants them: (O / 16, taps, C / 4, 16, 4), filled up with zeros.
 
+#include "products.h"
+
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <utility>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
+#include "codes.h"
+#include "tiles.h"
+
+
+#ifdef HAS_PRODUCTS
 
 namespace {
 
-constexpr long LANES = 16;     // float or int32 values of a register
-constexpr long STRIP = 48;     // pixels that follow each other under the same weights
-constexpr int WIDE = 4;        // registers of outputs of a tile
-constexpr int TALL = 12;       // pixels of a tile of up to two registers of outputs
-constexpr int SHORT = 6;       // and of a wider one, so that the sums fit the 32 registers
-
-struct Walk {  // through the codes of one output, in bytes; block: of the 16 outputs' weights
-  long rows, columns, row_step, column_step, pixel_step, quads, block;
-};
-
-struct Finish {  // null pointers: no such term
-  const int32_t* sums;
-  const float *scale, *bias;
-  float x_scale;
-  int32_t zero_point;
-  long channels;  // outputs, beside each other in out and plus
-  long plus_step;  // values from one pixel's plus to the next
-};
-
-template <int M, int N>
-void tile(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
-          float* out, const float* plus, const float* rows) {
-  __m512i sum[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_si512();
-  for (long r = 0; r < walk.rows; ++r) {
-    for (long c = 0; c < walk.columns; ++c) {
-      const uint8_t* p = x + r * walk.row_step + c * walk.column_step;
-      for (long q = 0; q < walk.quads; ++q, p += 4, w += 4 * LANES) {
-        __m512i weight[N];
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) weight[n] = _mm512_loadu_si512(w + n * walk.block);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          int32_t four;
-          std::memcpy(&four, p + m * walk.pixel_step, 4);
-          const __m512i code = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], code, weight[n]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const long o = first + n * LANES, left = end.channels - o;
-    const __mmask16 mask = left >= LANES ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    const __m512i shift = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, end.sums + o),
-                                             _mm512_set1_epi32(end.zero_point));
-    __m512 scale = _mm512_set1_ps(end.x_scale), bias = _mm512_setzero_ps();
-    if (end.scale) scale = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, end.scale + o));
-    if (end.bias) bias = _mm512_maskz_loadu_ps(mask, end.bias + o);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m][n], shift)), scale);
-      if (rows) y = _mm512_mul_ps(y, _mm512_set1_ps(rows[m]));
-      y = _mm512_add_ps(y, bias);
-      if (plus) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, plus + m * end.plus_step + o));
-      _mm512_mask_storeu_ps(out + m * end.channels + o, mask, y);
-    }
-  }
-}
-
-using Tile = void (*)(const Walk&, const uint8_t*, const int8_t*, const Finish&, long, float*,
-                      const float*, const float*);
-
-template <int N, std::size_t... M>
-Tile tile_of(long pixels, std::index_sequence<M...>) {
-  static constexpr Tile tiles[] = {tile<static_cast<int>(M) + 1, N>...};
-  return tiles[pixels - 1];
-}
-
-Tile tile_of(long pixels, long registers) {
-  switch (registers) {
-    case 1: return tile_of<1>(pixels, std::make_index_sequence<TALL>());
-    case 2: return tile_of<2>(pixels, std::make_index_sequence<TALL>());
-    case 3: return tile_of<3>(pixels, std::make_index_sequence<SHORT>());
-    default: return tile_of<4>(pixels, std::make_index_sequence<SHORT>());
-  }
-}
+constexpr long STRIP = 48;  // pixels that follow each other under the same weights
+constexpr int WIDE = 4;     // registers of outputs of a tile
 
 // A row of pixels under up to WIDE blocks of weights, in tiles of nearly the same size.
 void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
@@ -107,18 +30,12 @@ void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& en
   const long most = blocks > 2 ? SHORT : TALL;
   for (long tiles = (pixels + most - 1) / most, done = 0; tiles > 0; --tiles) {
     const long count = (pixels - done + tiles - 1) / tiles;
-    tile_of(count, blocks)(walk, x + done * walk.pixel_step, w, end, first,
-                           out + done * end.channels,
-                           plus ? plus + done * end.plus_step : nullptr,
-                           rows ? rows + done : nullptr);
+    const Tile run = blocks > 2 ? wide_tile(count, blocks) : narrow_tile(count, blocks);
+    run(walk, x + done * walk.pixel_step, w, end, first, out + done * end.channels,
+        plus ? plus + done * end.plus_step : nullptr, rows ? rows + done : nullptr);
     done += count;
   }
 }
-
-struct Step {  // clamp(round(x * inverse) + zero_point, 0, top)
-  float inverse;
-  int32_t zero_point, top;
-};
 
 // clamp(round(x), ..) of 16 values, minus the zero point.
 inline __m512i centred(__m512 x, const Step& step) {
@@ -246,31 +163,29 @@ void pack_right(const float* x, long inner_step, long column_step, long inner, l
 
 extern "C" int32_t has_products() { return 1; }
 
-// codes (batch, height, width, channels), channels a multiple of 4, with their border; out and plus
-// (batch, out_height, out_width, outputs).
-extern "C" void convolution(const uint8_t* codes, const int8_t* weight, const int32_t* sums,
-                            const float* scale, const float* bias, const float* plus, float* out,
-                            const long* size, float x_scale, int32_t zero_point, int32_t threads) {
-  const long batch = size[0], height = size[1], width = size[2], channels = size[3];
-  const long out_height = size[4], out_width = size[5], outputs = size[6];
-  const long rows = size[7], columns = size[8], stride_y = size[9], stride_x = size[10];
-  const long plus_sample = size[11], plus_pixel = size[12];
-  const Walk walk{rows, columns, width * channels, channels, stride_x * channels, channels / 4,
-                  rows * columns * channels * LANES};
-  const Finish end{sums, scale, bias, x_scale, zero_point, outputs, plus_pixel};
+void convolution(const uint8_t* codes, const Weight& weight, const float* bias, const Plus& plus,
+                 float* out, const Shape& of, float x_scale, int32_t zero_point, int32_t threads) {
+  const long channels = of.channels;
+  const Walk walk{of.rows,      of.columns,
+                  of.width * channels, channels,
+                  of.stride_x * channels, channels / 4,
+                  of.rows * of.columns * channels * LANES};
+  const Finish end{weight.sums, weight.scale, bias, x_scale, zero_point, of.outputs, plus.pixel};
   const long wide = WIDE * LANES;
-  const long groups = (outputs + wide - 1) / wide, strips = (out_width + STRIP - 1) / STRIP;
-  const long all = groups * batch * out_height * strips;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  const long groups = (of.outputs + wide - 1) / wide, strips = (of.out_width + STRIP - 1) / STRIP;
+  const long all = groups * of.batch * of.out_height * strips;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && all > 1) schedule(static)
   for (long i = 0; i < all; ++i) {
-    const long left = i % strips * STRIP, y = i / strips % out_height;
-    const long b = i / strips / out_height % batch, first = i / strips / out_height / batch * wide;
-    const long pixel = (b * out_height + y) * out_width + left;
-    const uint8_t* x = codes + ((b * height + y * stride_y) * width + left * stride_x) * channels;
-    const float* added =
-        plus ? plus + b * plus_sample + (y * out_width + left) * plus_pixel : nullptr;
-    strip(walk, x, weight + first / LANES * walk.block, end, first,
-          std::min(STRIP, out_width - left), out + pixel * outputs, added, nullptr);
+    const long left = i % strips * STRIP, y = i / strips % of.out_height;
+    const long line = i / strips / of.out_height, b = line % of.batch, first = line / of.batch * wide;
+    const long pixel = (b * of.out_height + y) * of.out_width + left;
+    const uint8_t* x =
+        codes + ((b * of.height + y * of.stride_y) * of.width + left * of.stride_x) * channels;
+    const float* added = nullptr;
+    if (plus.values)
+      added = plus.values + b * plus.sample + (y * of.out_width + left) * plus.pixel;
+    strip(walk, x, weight.codes + first / LANES * walk.block, end, first,
+          std::min(STRIP, of.out_width - left), out + pixel * of.outputs, added, nullptr);
   }
 }
 
@@ -286,27 +201,28 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
   const long pitch = (inner + LANES - 1) / LANES * LANES;
   const Step of_left{left_inverse, left_zero_point, left_top};
   const Step of_right{right_inverse, right_zero_point, right_top};
+  const long block = blocks * quads * 4 * LANES, strips = (rows + STRIP - 1) / STRIP;
+  std::vector<int8_t> packed(batch * block);
+  std::vector<int32_t> sums(batch * blocks * LANES);
+  const Walk walk{1, 1, 0, 0, pitch, quads, quads * 4 * LANES};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<int8_t> packed(blocks * quads * 4 * LANES);
-    std::vector<int32_t> sums(blocks * LANES);
     std::vector<uint8_t> codes(STRIP * pitch);
     std::vector<float> tops(STRIP), buffer(inner);
-    const Walk walk{1, 1, 0, 0, pitch, quads, quads * 4 * LANES};
-    const Finish end{sums.data(), nullptr, nullptr, scale, left_zero_point, columns, 0};
 #pragma omp for schedule(static)
-    for (long b = 0; b < batch; ++b) {
+    for (long b = 0; b < batch; ++b)
       pack_right(right + b * right_batch, right_inner, right_column, inner, columns, of_right,
-                 packed.data(), sums.data());
-      for (long r = 0; r < rows; r += STRIP) {
-        const long count = std::min(STRIP, rows - r);
-        for (long i = 0; i < count; ++i)
-          tops[i] = row_codes(left + b * left_batch + (r + i) * left_row, inner, of_left, kind,
-                              score_scale, buffer.data(), codes.data() + i * pitch);
-        for (long first = 0; first < columns; first += WIDE * LANES)
-          strip(walk, codes.data(), packed.data() + first / LANES * walk.block, end, first, count,
-                out + (b * rows + r) * columns, nullptr, tops.data());
-      }
+                 &packed[b * block], &sums[b * blocks * LANES]);
+#pragma omp for schedule(static)
+    for (long s = 0; s < batch * strips; ++s) {
+      const long b = s / strips, r = s % strips * STRIP, count = std::min(STRIP, rows - r);
+      const Finish end{&sums[b * blocks * LANES], nullptr, nullptr, scale, left_zero_point, columns, 0};
+      for (long i = 0; i < count; ++i)
+        tops[i] = row_codes(left + b * left_batch + (r + i) * left_row, inner, of_left, kind,
+                            score_scale, buffer.data(), codes.data() + i * pitch);
+      for (long first = 0; first < columns; first += WIDE * LANES)
+        strip(walk, codes.data(), &packed[b * block] + first / LANES * walk.block, end, first,
+              count, out + (b * rows + r) * columns, nullptr, tops.data());
     }
   }
 }

@@ -1,0 +1,215 @@
+// Quantization to uint8 codes, alone or with the GroupNorm and SiLU before it, in one pass over the
+// memory.
+//
+// Inputs are float32 with the channels beside each other (channels_last); see compiled.py. Threads share
+// rows of pixels, and channels for the norm's sums, whose order is the same however they are shared:
+// bytes depend neither on the batch nor on the threads. Codes of more than 8 bits go to two maps, of
+// their low and high bytes.
+
+#include "codes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23, see int8_layers.py
+constexpr long BLOCK = 64;              // pixels that are summed in float before they enter a double
+constexpr long CHUNK = 64;              // channels whose sums one thread makes
+constexpr long SMALL = 8192;            // values, below which one thread is quicker
+
+template <typename To, typename From>
+inline To bits_of(From value) {
+  To result;
+  std::memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// To about one unit in the last place: x = n ln 2 + r, and a polynomial for exp(r).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = multiply_add(x, 1.44269504f, ROUNDER);
+  const float n = shifted - ROUNDER;
+  const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
+  float p = 1.0f / 5040;
+  p = multiply_add(p, r, 1.0f / 720);
+  p = multiply_add(p, r, 1.0f / 120);
+  p = multiply_add(p, r, 1.0f / 24);
+  p = multiply_add(p, r, 1.0f / 6);
+  p = multiply_add(p, r, 0.5f);
+  p = multiply_add(p * r, r, r) + 1.0f;
+  const int32_t exponent = bits_of<int32_t>(shifted) - bits_of<int32_t>(ROUNDER) + 127;
+  return p * bits_of<float>(exponent << 23);
+}
+
+struct Input {
+  const float* x;
+  long stride;  // values from one pixel to the next
+  const float *gain, *shift, *factors;  // per channel; gain and shift of the norm
+};
+
+template <bool SILU, bool WIDE>
+void quantize_row(const float* __restrict x, const Input& in, uint8_t* __restrict out,
+                  uint8_t* __restrict high_out, const Size& size, Step step) {
+  const float* __restrict gain = in.gain;
+  const float* __restrict shift = in.shift;
+  const float* __restrict factors = in.factors;
+  const float low = ROUNDER - step.zero_point, high = low + step.top;
+  const int32_t offset = step.zero_point - bits_of<int32_t>(ROUNDER);
+  const float inverse = step.inverse;
+  const long channels = size.channels;
+  for (long i = 0; i < size.width; ++i, x += in.stride, out += size.pitch, high_out += size.pitch) {
+#pragma omp simd
+    for (long c = 0; c < channels; ++c) {
+      float v = x[c];
+      if (SILU) {
+        v = multiply_add(v, gain[c], shift[c]);
+        v = v / (1.0f + exponential(-v));
+      }
+      float q = v * factors[c] * inverse + ROUNDER;
+      q = q < low ? low : q;
+      q = q > high ? high : q;
+      const int32_t code = bits_of<int32_t>(q) + offset;
+      out[c] = static_cast<uint8_t>(code);
+      if (WIDE) high_out[c] = static_cast<uint8_t>(code >> 8);
+    }
+  }
+}
+
+// Row y of the map of codes, border included, whose codes stand for zeros.
+template <bool SILU>
+void quantize_line(const Input& in, uint8_t* out, uint8_t* high_out, const Size& size, Step step,
+                   long y) {
+  const long row = (size.width + 2 * size.border_x) * size.pitch;
+  const long side = size.border_x * size.pitch;
+  const bool inside = y >= size.border_y && y < size.border_y + size.height;
+  const long ends = inside ? side : row;  // bytes at the start that belong to the border
+  for (uint8_t* map : {out, high_out}) {
+    if (!map || ends == 0) continue;
+    const int32_t zero = map == out ? step.zero_point & 255 : step.zero_point >> 8;
+    std::memset(map + y * row, zero, ends);
+    if (inside) std::memset(map + (y + 1) * row - side, zero, side);
+  }
+  if (!inside) return;
+  const float* x = in.x + (y - size.border_y) * size.width * in.stride;
+  const long at = y * row + side;
+  if (high_out)
+    quantize_row<SILU, true>(x, in, out + at, high_out + at, size, step);
+  else
+    quantize_row<SILU, false>(x, in, out + at, out + at, size, step);
+}
+
+// Per channel of `count` neighbours: sum and sum of squares over the pixels of a sample.
+void moments(const float* __restrict x, long pixels, long stride, long count,
+             double* __restrict sum, double* __restrict squares) {
+  float part[CHUNK], part_squares[CHUNK];
+  std::fill_n(sum, count, 0.0);
+  std::fill_n(squares, count, 0.0);
+  for (long start = 0; start < pixels; start += BLOCK) {
+    std::fill_n(part, count, 0.0f);
+    std::fill_n(part_squares, count, 0.0f);
+    for (long i = start; i < std::min(start + BLOCK, pixels); ++i) {
+      const float* __restrict row = x + i * stride;
+#pragma omp simd
+      for (long c = 0; c < count; ++c) {
+        part[c] += row[c];
+        part_squares[c] += row[c] * row[c];
+      }
+    }
+    for (long c = 0; c < count; ++c) {
+      sum[c] += part[c];
+      squares[c] += part_squares[c];
+    }
+  }
+}
+
+// GroupNorm of a sample as gain * x + shift per channel, from the sums of its channels.
+void affine(const double* sums, const double* squares, const float* weight, const float* bias,
+            long pixels, long channels, long groups, double eps, float* gain, float* shift) {
+  const long width = channels / groups;
+  for (long first = 0; first < channels; first += width) {
+    double sum = 0, square = 0;
+    for (long c = first; c < first + width; ++c) {
+      sum += sums[c];
+      square += squares[c];
+    }
+    const double mean = sum / (width * pixels);
+    const double variance = std::max(square / (width * pixels) - mean * mean, 0.0);
+    for (long c = first; c < first + width; ++c) {
+      gain[c] = static_cast<float>(weight[c] / std::sqrt(variance + eps));
+      shift[c] = static_cast<float>(bias[c] - mean * gain[c]);
+    }
+  }
+}
+
+long lines_of(const Size& size) { return size.height + 2 * size.border_y; }
+
+long plane_of(const Size& size) {  // bytes of a sample's codes
+  return lines_of(size) * (size.width + 2 * size.border_x) * size.pitch;
+}
+
+bool worth_threads(const Size& size, int32_t threads) {
+  return threads > 1 && size.batch * size.height * size.width * size.channels > SMALL;
+}
+
+}  // namespace
+
+extern "C" void codes(const float* x, long stride, const float* factors, uint8_t* out,
+                      uint8_t* high_out, const Size* size, float inverse, int32_t zero_point,
+                      int32_t top, int32_t threads) {
+  const long sample = size->height * size->width * stride, plane = plane_of(*size);
+  const long lines = lines_of(*size);
+  const Step step{inverse, zero_point, top};
+#pragma omp parallel for num_threads(threads) if (worth_threads(*size, threads))
+  for (long i = 0; i < size->batch * lines; ++i) {
+    const long n = i / lines;
+    quantize_line<false>(Input{x + n * sample, stride, nullptr, nullptr, factors}, out + n * plane,
+                         high_out ? high_out + n * plane : nullptr, *size, step, i % lines);
+  }
+}
+
+extern "C" void norm_silu_codes(const float* x, const float* weight, const float* bias,
+                                long groups, double eps, const float* factors, uint8_t* out,
+                                uint8_t* high_out, const Size* size, float inverse,
+                                int32_t zero_point, int32_t top, int32_t threads) {
+  const long pixels = size->height * size->width, channels = size->channels;
+  const long sample = pixels * channels, plane = plane_of(*size), lines = lines_of(*size);
+  const long batch = size->batch, chunks = (channels + CHUNK - 1) / CHUNK;
+  const Step step{inverse, zero_point, top};
+  std::vector<double> sums(batch * channels), squares(batch * channels);
+  std::vector<float> gain(batch * channels), shift(batch * channels);
+#pragma omp parallel num_threads(threads) if (worth_threads(*size, threads))
+  {
+#pragma omp for
+    for (long i = 0; i < batch * chunks; ++i) {
+      const long first = i % chunks * CHUNK, n = i / chunks, at = n * channels + first;
+      moments(x + n * sample + first, pixels, channels, std::min(CHUNK, channels - first),
+              &sums[at], &squares[at]);
+    }
+#pragma omp for
+    for (long n = 0; n < batch; ++n) {
+      const long at = n * channels;
+      affine(&sums[at], &squares[at], weight, bias, pixels, channels, groups, eps, &gain[at],
+             &shift[at]);
+    }
+#pragma omp for
+    for (long i = 0; i < batch * lines; ++i) {
+      const long n = i / lines, at = n * channels;
+      quantize_line<true>(Input{x + n * sample, channels, &gain[at], &shift[at], factors},
+                          out + n * plane, high_out ? high_out + n * plane : nullptr, *size, step,
+                          i % lines);
+    }
+  }
+}
