@@ -8,6 +8,9 @@ weights of both in float16, names as in latent diffusion's files. OUT/autoencode
 OUT/first_stage and OUT/denoiser hold what the loop writes: the same command continues where a
 killed run stopped. The latents are computed once (OUT/latents.pt).
 
+--warm-start MODEL takes a file of this script or of latent diffusion instead of training from random
+weights: its first stage stays as it is, its denoiser and its embedder are trained further.
+
 Classes are drawn evenly; a tenth of the labels is replaced by the null class for classifier-free
 guidance (Ho & Salimans 2022, algorithm 1).
 """
@@ -24,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.autoencoder import VQAutoencoder, first_stage_from_upstream  # noqa: E402
-from models.checkpoint import State, sha256_of  # noqa: E402
+from models.checkpoint import State, load_into, load_state_dict, sha256_of  # noqa: E402
 from models.conditioning import ClassEmbedder  # noqa: E402
 from models.ldm_unet import LDMUNet, ResBlock, SpatialTransformer  # noqa: E402
 from models.pipeline import build_pipeline, sampling_plan  # noqa: E402
@@ -79,6 +82,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_config(parser, options=())
     parser.add_argument("--data", required=True, help=".npz with x (N,H,W,3) uint8 and y (N,)")
     parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--warm-start", metavar="MODEL", help="file to start from")
     often = {"save_every": 200, "grid_every": 1000}
     add_loop_options(parser, iterations=30000, batch_size=32, lr=1e-3, **often)
     add_loop_options(
@@ -119,11 +123,23 @@ class Classes:
         return index, labels.masked_fill(dropped, self.null)
 
 
+def load_both(first_stage: VQAutoencoder, model: ConditionalDenoiser, source: str) -> None:
+    """The weights of `source` into both. Raises CheckpointError."""
+    load_into(first_stage, load_state_dict(source, prefix="first_stage_model"), source)
+    state = load_state_dict(source)
+    parts = ("model.diffusion_model.", "cond_stage_model.")
+    load_into(model, {n: v for n, v in state.items() if n.startswith(parts)}, source)
+
+
 def latents_of(
-    first_stage: VQAutoencoder, images: torch.Tensor, out: Path, device: torch.device
+    first_stage: VQAutoencoder,
+    images: torch.Tensor,
+    out: Path,
+    trained: str | Path,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Latents of all images, from OUT/latents.pt if they are of this first stage."""
-    path, source = out / "latents.pt", sha256_of(out / "first_stage" / "ema.pt")
+    """Latents of all images, from OUT/latents.pt if they are of the first stage of `trained`."""
+    path, source = out / "latents.pt", sha256_of(trained)
     if path.exists():
         saved = read_state(path, torch.device("cpu"))
         if saved["first_stage"] == source and len(saved["latents"]) == len(images):
@@ -189,9 +205,14 @@ def main(argv: list[str] | None = None) -> None:
     count = number_of_classes(config.model)
     classes = Classes(read_labels(args.data, len(images), count), count)
     info = {"config": config.name, "data": Path(args.data).name}
-    train_first_stage(first_stage, images, settings_of(args, FIRST_STAGE), out, device, info)
+    if args.warm_start:
+        load_both(first_stage, model, args.warm_start)
+        info["warm_start"] = Path(args.warm_start).name
+    else:
+        train_first_stage(first_stage, images, settings_of(args, FIRST_STAGE), out, device, info)
     first_stage.eval().requires_grad_(False)
-    latents = latents_of(first_stage, images, out, device)  # (N, D, r, r)
+    trained = args.warm_start or out / "first_stage" / "ema.pt"
+    latents = latents_of(first_stage, images, out, trained, device)  # (N, D, r, r)
     scale = 1 / float(latents.std())
     sampler = config.sampler
     _, table = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
@@ -210,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
         return class_grid(config, averaged.eval(), first_stage, scale)
 
     info |= {"scale_factor": scale, "null_share": NULL_SHARE}
-    ema = fit(model, loss, settings, out / "denoiser", device, info, draw)
+    warm = bool(args.warm_start)
+    ema = fit(model, loss, settings, out / "denoiser", device, info, draw, warm=warm)
     write_model(out / "model.pt", first_stage, ema, scale)
     print(f"{out / 'model.pt'}: {(out / 'model.pt').stat().st_size / 2**20:.2f} MB")
 

@@ -155,6 +155,26 @@ def test_train_ldm_writes_a_model_that_samples(data: Path) -> None:
     assert Image.open(images / names[0]).size == (16, 16)
 
 
+def test_a_warm_start_keeps_the_first_stage(data: Path, tmp_path: Path, capsys) -> None:
+    base = ["--config", data / "narrow.yaml", "--data", data / "images.npz", "--batch-size", 4]
+    first, second = tmp_path / "first", tmp_path / "second"
+    few = ["--first-stage-iterations", 2, "--iterations", 2]
+    assert command(*base, *few, "--out", first) == 0
+    warm = [*base, "--warm-start", first / "model.pt", "--out", second, "--lr", 1e-4]
+    assert command(*warm, "--iterations", 1) == 0
+    assert command(*warm, "--iterations", 2) == 0  # resumes
+    before, after = (load_state_dict(folder / "model.pt") for folder in (first, second))
+    assert before.keys() == after.keys() and not (second / "first_stage").exists()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(n.startswith(("model.", "cond_stage_model.", "scale")) for n in moved)
+    change = max(float((after[n].float() - before[n].float()).abs().max()) for n in moved)
+    assert change < 1e-2  # two steps of the rate: trained on, not anew
+    capsys.readouterr()
+    assert command(*base, "--warm-start", tmp_path / "no.pt", "--out", tmp_path / "x") == 2
+    error = capsys.readouterr().err
+    assert "no.pt" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
