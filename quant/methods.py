@@ -107,8 +107,18 @@ class CalibrationSettings:
     memory_gb: float = bounded(4.0, 0.01, 10_000.0)
 
 
-def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
-    """Defaults of a method. Raises ValueError for an unknown name."""
+PTQ4DM_BITS = 8  # of the weights in its paper
+
+
+def preset(
+    method: str, weight_bits: int = WeightSettings.bits
+) -> tuple[QuantSettings, CalibrationSettings]:
+    """Defaults of a method. Raises ValueError for an unknown name.
+
+    weight_bits: PTQ4DM's paper has 8-bit weights and rounds them to nearest. With fewer bits it
+    would be no better than min-max, so that its rounding is learned there (AdaRound), as
+    re-implementations do that report 4 bits.
+    """
     base, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         # End-to-end steps instead of block-wise ones: they reach more in less time.
@@ -143,8 +153,11 @@ def preset(method: str) -> tuple[QuantSettings, CalibrationSettings]:
         split_skip=False,
     )
     if method == "ptq4dm":
+        rounding = "nearest" if weight_bits >= PTQ4DM_BITS else "adaround"
         return replace(
-            unlearned, activation=replace(unlearned.activation, symmetric=True)
+            unlearned,
+            weight=replace(unlearned.weight, rounding=rounding),
+            activation=replace(unlearned.activation, symmetric=True),
         ), replace(calibration, timesteps="normal")
     if method == "minmax":
         return replace(

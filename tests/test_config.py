@@ -61,6 +61,16 @@ def test_a_method_changes_defaults_only() -> None:
     assert config.calibration == calibration
 
 
+def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
+    for bits, expected in ((8, "nearest"), (6, "adaround"), (4, "adaround")):
+        overrides = ["quant.method=ptq4dm", f"quant.weight.bits={bits}"]
+        config = parse_config(TEXT, "x.yaml", overrides)
+        assert config.quant.weight.rounding == expected and not config.quant.activation.learned
+        assert parse_config(resolved_yaml(config), "again.yaml") == config
+    given = parse_config(TEXT, "x.yaml", [*overrides, "quant.weight.rounding=nearest"])
+    assert given.quant.weight.rounding == "nearest"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -93,7 +93,7 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     error, power = eps_error(model, fresh), float(fresh.eps.square().mean())
     assert math.isfinite(error) and error < 0.1 * power
     assert report["tuples_per_step"] and sum(report["tuples_per_step"]) == 64
-    assert ("reconstruct" in report) == (method in ("qdiffusion", "ptqd"))
+    assert ("reconstruct" in report) == (method in ("qdiffusion", "ptqd", "ptq4dm"))
     assert ("finetune" in report) == ("search" in report) == (method == "tinydm")
     assert (model.correction is not None) == (method in ("tinydm", "ptqd"))
     if method == "tinydm":

@@ -17,7 +17,14 @@ import yaml
 
 from models.pipeline import ARCHITECTURES, SAMPLERS, SKIPS, UPSTREAM_ONLY, sampling_plan
 from models.schedule import SCHEDULES
-from quant.methods import CalibrationSettings, QuantSettings, bounded, choice, preset
+from quant.methods import (
+    CalibrationSettings,
+    QuantSettings,
+    WeightSettings,
+    bounded,
+    choice,
+    preset,
+)
 from scripts.common.strict import (
     ConfigError,
     Key,
@@ -165,7 +172,7 @@ def parse_config(
         override = Override.parse(override) if isinstance(override, str) else override
         value = read_value(override.text, override.label)
         tree.set(tuple(override.key.split(".")), value, override.label)
-    quant, calibration = preset(_method(tree))
+    quant, calibration = preset(_method(tree), _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
     config = build(Config, tree.values, tree.where, (), defaults)
     _check(config, tree.where)
@@ -192,6 +199,14 @@ def _method(tree: Tree) -> str:
         where, known = tree.where(("quant", "method")), suggestion(str(method), METHODS)
         raise ConfigError(f"{where}: quant.method is {method!r}, which is unknown{known}")
     return method
+
+
+def _weight_bits(tree: Tree) -> int:
+    """quant.weight.bits, which some presets depend on; its default where it is not valid."""
+    bits: Any = tree.values
+    for key in ("quant", "weight", "bits"):
+        bits = bits.get(key) if isinstance(bits, dict) else None
+    return bits if type(bits) is int else WeightSettings.bits
 
 
 def _lists(value: Any) -> Any:
