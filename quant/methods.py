@@ -47,6 +47,7 @@ class SearchSettings:
 
     rounds: int = bounded(24, 1, 1_000_000)
     batch_size: int = bounded(16, 1, 4096)
+    accumulate: int = bounded(1, 1, 4096)  # parts of that batch, one after the other: less memory
     lr_logits: float = bounded(0.2, 0.0, 10.0)
     lr_scale: float = bounded(1e-2, 0.0, 10.0)
     entropy: float = bounded(0.8, 0.0, 1000.0)  # lambda

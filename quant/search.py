@@ -73,6 +73,15 @@ def harden(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     return decided / max(total, 1), moved / max(total, 1)
 
 
+def _errors(
+    model: QuantDenoiser, bank: Bank, index: torch.Tensor, importance: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared eps error of each tuple (n, 2), times the importance of its step; (n,)."""
+    x, t, eps, conditioning = bank.gather(index)
+    error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
+    return error * importance[index[:, 0]].to(error.device)
+
+
 def search(
     model: QuantDenoiser,
     bank: Bank,
@@ -108,24 +117,32 @@ def search(
         for q in quantizers:
             q.temperature = temperature
         index = tuples_of_steps(selector.pick(settings.batch_size), bank.trajectories, generator)
-        x, t, eps, conditioning = bank.gather(index)
-        error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
-        error = error * importance[index[:, 0]].to(error.device)
+        optimizer.zero_grad(set_to_none=True)
+        parts = index.chunk(settings.accumulate)
+        if normaliser is None:
+            with torch.no_grad():
+                first = [_errors(model, bank, part, importance) for part in parts]
+            normaliser = torch.cat(first).mean().clamp(min=1e-12)
+        error, value = [], 0.0
+        for part in parts:
+            found = _errors(model, bank, part, importance)
+            loss = found.sum() / len(index) / normaliser
+            value += finite_loss(loss, i, settings.rounds)
+            loss.backward()
+            error.append(found.detach())
         sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
         entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
-        if normaliser is None:
-            normaliser = error.mean().detach().clamp(min=1e-12)
-        loss = error.mean() / normaliser + settings.entropy * entropy.mean()
-        value = finite_loss(loss, i, settings.rounds)
+        loss = settings.entropy * entropy.mean()
+        value += finite_loss(loss, i, settings.rounds)
+        loss.backward()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         optimizer.step()
-        selector.observe_error(index[:, 0], error.detach().cpu())
+        error = torch.cat(error)
+        selector.observe_error(index[:, 0], error.cpu())
         selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
         tuples.append(index)
-        errors.append(float(error.detach().mean()))
+        errors.append(float(error.mean()))
         on_round(i, value)
     decided, moved = harden(quantizers)
     tenth = max(1, len(errors) // 10)

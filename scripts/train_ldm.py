@@ -8,8 +8,8 @@ weights of both in float16, names as in latent diffusion's files. OUT/autoencode
 OUT/first_stage and OUT/denoiser hold what the loop writes: the same command continues where a
 killed run stopped. The latents are computed once (OUT/latents.pt).
 
---warm-start MODEL takes a file of this script or of latent diffusion instead of training from random
-weights: its first stage stays as it is, its denoiser and its embedder are trained further.
+--warm-start MODEL takes a file of this script or of latent diffusion instead of random weights: its
+first stage stays as it is, its denoiser and its embedder are trained further.
 
 Classes are drawn evenly; a tenth of the labels is replaced by the null class for classifier-free
 guidance (Ho & Salimans 2022, algorithm 1).

@@ -148,7 +148,7 @@ def test_every_method_makes_a_file_and_a_complete_table(
     metadata = read_metadata(folder / "quantized.safetensors")
     assert metadata["method"] == report["method"] == method
     assert len(metadata["timesteps"]) == 6
-    assert ("reconstruct" in report["phases"]) == (method in ("qdiffusion", "ptqd"))
+    assert ("reconstruct" in report["phases"]) == (method in ("qdiffusion", "ptqd", "ptq4dm"))
     assert ("rounding" in report["phases"]) == (method == "tinydm")
     assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd"))
     assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))

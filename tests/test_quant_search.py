@@ -76,6 +76,26 @@ def test_search_repairs_a_wrong_group() -> None:
     assert eps_error(model, bank) < 0.5 * hurt
 
 
+def test_a_batch_in_parts_learns_the_same() -> None:
+    denoiser = Toy()
+    bank = toy_bank(denoiser)
+    start_model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
+    found = []
+    for parts in (1, 3, 8):
+        model = copy.deepcopy(start_model)
+        settings = SearchSettings(rounds=6, batch_size=8, accumulate=parts)
+        generator = torch.Generator().manual_seed(0)
+        result = search(model, bank, settings, generator, torch.linspace(0.5, 2, len(STEPS)))
+        quantizers = [q for _, q in activation_quantizers(model)]
+        found.append((result, quantizers))
+    for result, quantizers in found[1:]:
+        assert torch.equal(result.tuples, found[0][0].tuples)
+        assert abs(result.error_start / found[0][0].error_start - 1) < 1e-3
+        for a, b in zip(quantizers, found[0][1], strict=True):
+            assert torch.allclose(a.log_scale, b.log_scale, atol=1e-3)
+            assert torch.equal(a.group_of_bin, b.group_of_bin)
+
+
 def test_search_without_groups_does_nothing() -> None:
     denoiser = Toy()
     bank = toy_bank(denoiser)
