@@ -137,7 +137,7 @@ class Compiled:
 
         x: float32, `stride` values from one pixel to the next, all channels with a norm. out:
         float32, its channels beside each other. plus: a tensor like out, or (B, O, 1, 1) with its
-        channels beside each other.
+        channels beside each other, and B of the output.
         """
         scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
         of_norm = (None, None, 0, 0.0)
@@ -146,7 +146,8 @@ class Compiled:
             of_norm = (*weights, norm.num_groups, norm.eps)
         added = (None, 0, 0)
         if plus is not None:
-            added = (plus.data_ptr(), plus.stride(0), plus.stride(3) if plus.shape[3] > 1 else 0)
+            one = plus.shape[2:] == (1, 1)
+            added = (plus.data_ptr(), plus.stride(0), 0 if one else plus.shape[1])
         self._library.layer(
             *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *of_norm, *added),
             *(out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),

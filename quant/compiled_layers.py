@@ -54,7 +54,7 @@ class CompiledLayer(Int8Layer):
     ) -> torch.Tensor:
         index = self._quantizers[0].context.bins
         if isinstance(index, int) and not self.split and _stride(x) == x.shape[1]:
-            return self._of_map(x, index, norm, _side_by_side(plus))
+            return self._of_map(x, index, norm, plus)
         return super().after_norm_silu(norm, x, plus)
 
     def _product(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -83,12 +83,17 @@ class CompiledLayer(Int8Layer):
             x = x.float().contiguous(memory_format=torch.channels_last)
             stride = x.shape[1]
         prepared = self._prepared.get(x.shape) or self._prepare(x.shape, x.shape)
+        if plus is not None:
+            plus = _side_by_side(plus, prepared.output)
         out = torch.empty(prepared.output, memory_format=torch.channels_last)
         self.compiled.layer(prepared, self._step_of(index), x, stride, norm, plus, out)
         return out
 
     def _prepare(self, key: tuple[int, ...], shape: tuple[int, int, int, int]) -> PreparedLayer:
-        """For inputs of this shape (B, C, H, W). Kept under `key`."""
+        """For inputs of this shape (B, C, H, W). Kept under `key`. Raises ValueError."""
+        channels = sum(weight.in_channels for weight in self.weights)
+        if shape[1] != channels:
+            raise ValueError(f"the input has {shape[1]} channels, the layer {channels}")
         planes = 2 if any(q.bits > 8 for q in self._quantizers) else 1
         made = PreparedLayer(shape, list(self.weights), self.factors(), self.bias, planes)
         self._prepared[key] = made
@@ -115,11 +120,13 @@ def _stride(x: torch.Tensor) -> int | None:
     return x.shape[1] if last and x.device.type == "cpu" and x.numel() else pixel_stride(x)
 
 
-def _side_by_side(plus: torch.Tensor | None) -> torch.Tensor | None:
-    """With its channels beside each other, as products.cpp reads it."""
-    if plus is None or plus.shape[2:] == (1, 1):
-        return plus if plus is None or plus.stride(1) == 1 else plus.contiguous()
-    return plus.contiguous(memory_format=torch.channels_last)
+def _side_by_side(plus: torch.Tensor, output: tuple[int, int, int, int]) -> torch.Tensor:
+    """What is added to an output, (B, O, H, W) or (B, O, 1, 1), as layer.cpp reads it: float32 with
+    its channels beside each other."""
+    if plus.shape[2:] == (1, 1):
+        plus = plus.float().expand(output[0], output[1], 1, 1)
+        return plus if plus.stride(1) == 1 else plus.contiguous()
+    return plus.float().expand(output).contiguous(memory_format=torch.channels_last)
 
 
 class CompiledMatMul(Int8MatMul):

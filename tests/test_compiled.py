@@ -156,6 +156,7 @@ def test_layer_of_a_norm(
     x = torch.randn(3, channels, 5, 13).contiguous(memory_format=LAST)
     vector = torch.randn(3, outputs, 1, 1)
     pluses = [None, torch.randn(3, outputs, 5, 13), vector, vector[:1].expand(3, -1, -1, -1)]
+    pluses += [vector[:1], torch.randn(1, outputs, 5, 13), torch.randn(3, 1, 5, 13)]
     for t in (torch.full((3,), 300), torch.tensor([0, 300, 600])):
         at.set(t)
         for plus in pluses:
@@ -196,6 +197,19 @@ def test_outputs_depend_neither_on_the_batch_nor_on_threads(
         torch.set_num_threads(before)
     for given in outputs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(given, outputs[0], strict=True))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 6, 3), nn.Linear(8, 6), nn.Conv1d(8, 6, 1)])
+def test_inputs_of_other_widths_are_refused(compiled: Compiled, layer: nn.Module):
+    """They would read beyond the weights."""
+    if not compiled.products:
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    at = context()
+    exact = integer_module(quant_layer(at, layer), True, compiled)
+    at.set(torch.full((2,), 300))
+    shape = {nn.Conv2d: (2, 7, 9, 9), nn.Linear: (2, 5, 7), nn.Conv1d: (2, 7, 5)}[type(layer)]
+    with pytest.raises(ValueError, match="the input has 7 channels, the layer 8"):
+        exact(torch.randn(shape))
 
 
 @pytest.mark.parametrize("by_row", [False, True])
