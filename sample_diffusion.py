@@ -176,7 +176,8 @@ def fill(
     write_text(beside(folder, "config.yaml"), resolved_yaml(config))
     if found:
         say(f"{folder}: {found} of {sampling.count} images are there already")
-    if 0 < min(len(todo), sampling.batch_size) < sampling.micro_batch:
+    padded = not getattr(assembly.denoiser, "independent_rows", False)
+    if padded and 0 < min(len(todo), sampling.batch_size) < sampling.micro_batch:
         rows = sampling.micro_batch
         say(
             f"note: each network call is padded to {rows} rows; fewer images take as long, unless "

@@ -129,7 +129,13 @@ class DDIMUNet(nn.Module):
 
     Parameters carry the upstream's names. `norm_groups` is 32 upstream; narrow models need fewer,
     since GroupNorm with one channel per group removes the timestep.
+
+    exact_between_layers: between its layers, norms and attention products there are but sums,
+    concatenations, copies and means of four pixels, whose bits do not depend on the batch, and one
+    timestep stands for all samples.
     """
+
+    exact_between_layers = True
 
     def __init__(
         self,

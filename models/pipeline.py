@@ -132,11 +132,13 @@ class FixedBatch:
     """Calls a model with exactly `size` rows whatever the batch; the last call is padded.
 
     Kernels choose other algorithms for other batch sizes, which changes the last bits. With a
-    constant size a row's result does not depend on its place or on its neighbours.
+    constant size a row's result does not depend on its place or on its neighbours. A model that
+    declares `independent_rows` needs no padding for that.
     """
 
     def __init__(self, model: Callable[..., torch.Tensor], size: int):
         self.model, self.size = model, size
+        self.pads = not getattr(model, "independent_rows", False)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = len(x)
@@ -145,17 +147,17 @@ class FixedBatch:
 
             def part(value: Any, start: int = start) -> Any:
                 whole = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
-                return _rows(value, start, self.size) if whole else value
+                return _rows(value, start, self.size, self.pads) if whole else value
 
             named = {name: part(value) for name, value in kwargs.items()}
             outputs.append(self.model(part(x), part(t), *map(part, args), **named))
-        return outputs[0] if rows == self.size else torch.cat(outputs)[:rows]
+        return outputs[0] if len(outputs[0]) == rows else torch.cat(outputs)[:rows]
 
 
-def _rows(value: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """Rows start .. start + size; the last row is repeated where there are fewer."""
+def _rows(value: torch.Tensor, start: int, size: int, pad: bool) -> torch.Tensor:
+    """Rows start .. start + size; to pad, the last row is repeated where there are fewer."""
     rows = value[start : start + size]
-    if len(rows) < size:
+    if pad and len(rows) < size:
         rows = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
     return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 

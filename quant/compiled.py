@@ -32,6 +32,7 @@ _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, 
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
 _ARGUMENTS = {
     "codes": [_POINTER, _LONG, *[_POINTER] * 4, *_STEP, _INT],
+    "group_norm": [*[_POINTER] * 3, _LONG, ctypes.c_double, _POINTER, _POINTER, _INT],
     "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
 }
 _PRODUCTS = {
@@ -99,6 +100,18 @@ class Compiled:
         given = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups)
         function = self._library.norm_silu_codes
         return self._make(function, (*given, norm.eps), x, factors, step, bits, border, pitch)
+
+    def group_norm(self, x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+        """norm(x), of which a sample depends neither on the batch nor on the threads. x as in
+        `norm_silu_codes`."""
+        out = torch.empty_like(x)
+        batch, channels, height, width = x.shape
+        self._library.group_norm(
+            *(x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups),
+            *(norm.eps, out.data_ptr(), (_LONG * 7)(batch, height, width, channels, 0, 0, 0)),
+            torch.get_num_threads(),
+        )
+        return out
 
     def _make(
         self,

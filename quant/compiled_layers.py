@@ -14,7 +14,7 @@ from torch import nn
 
 from quant.compiled import BlockedWeight, Compiled, PartStep, PreparedLayer, pixel_stride
 from quant.int8_layers import Int8Layer, Int8MatMul, pair
-from quant.layers import Operation, QuantLayer, QuantMatMul
+from quant.layers import Operation, QuantLayer, QuantMatMul, TimestepLayer
 
 
 class CompiledLayer(Int8Layer):
@@ -155,3 +155,30 @@ class CompiledMatMul(Int8MatMul):
         steps = self.left.code_step(index), self.right.code_step(index)
         bits = self.left.bits, self.right.bits
         return self.compiled.matrix_product(left, right, *steps, bits, self.by_row, score_scale)
+
+
+class CompiledNorm(nn.GroupNorm):
+    """A GroupNorm whose samples depend neither on the batch nor on the threads."""
+
+    def __init__(self, norm: nn.GroupNorm, compiled: Compiled):
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps)
+        self.weight, self.bias, self.compiled = norm.weight, norm.bias, compiled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 4 and x.shape[1] == self.num_channels and _stride(x) == x.shape[1]:
+            return self.compiled.group_norm(x, self)
+        return super().forward(x)
+
+
+def rows_are_independent(denoiser: nn.Module) -> bool:
+    """Whether a sample's output is the same to the bit in any batch: all layers are of this file,
+    and the denoiser declares `exact_between_layers`, that it does nothing else with samples that
+    could round in more than one way."""
+    own = (CompiledLayer, CompiledMatMul, CompiledNorm, TimestepLayer)
+
+    def alone(module: nn.Module) -> bool:
+        return isinstance(module, own) or (
+            not module._parameters and not module._buffers and all(map(alone, module.children()))
+        )
+
+    return getattr(denoiser, "exact_between_layers", False) and alone(denoiser)

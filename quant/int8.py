@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from quant.compiled import Compiled
-from quant.compiled_layers import CompiledLayer, CompiledMatMul
+from quant.compiled_layers import (
+    CompiledLayer,
+    CompiledMatMul,
+    CompiledNorm,
+    rows_are_independent,
+)
 from quant.int8_layers import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
 from quant.layers import QuantLayer, QuantMatMul, TimestepLayer
 from quant.log2 import Log2Quantizer
@@ -59,6 +64,9 @@ def to_int8(
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
             replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
             _free(module)
+        elif type(module) is nn.GroupNorm and module.affine and _products(vnni, compiled):
+            replace_module(model.denoiser, name, CompiledNorm(module, compiled))
+    model.independent_rows = rows_are_independent(model.denoiser)
     return model.eval().requires_grad_(False)
 
 
@@ -76,12 +84,16 @@ def integer_module(
     module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
 ) -> nn.Module:
     """The integer form of a deployed module that has one, see `fake_layers`."""
-    products = vnni and compiled is not None and compiled.products
+    products = _products(vnni, compiled)
     if isinstance(module, QuantMatMul):
         return CompiledMatMul(module, compiled) if products else Int8MatMul(module)
     if products and CompiledLayer.fits(module.op):
         return CompiledLayer(module, vnni, compiled)
     return Int8Layer(module, vnni, compiled)
+
+
+def _products(vnni: bool, compiled: Compiled | None) -> bool:
+    return vnni and compiled is not None and compiled.products
 
 
 def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:

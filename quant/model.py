@@ -63,15 +63,22 @@ def roles_of(denoiser: nn.Module) -> Any:
 
 
 class QuantDenoiser(nn.Module):
-    """Called like the denoiser it wraps: eps = model(x, t, ...). Holds the one TimestepContext."""
+    """Called like the denoiser it wraps: eps = model(x, t, ...). Holds the one TimestepContext.
+
+    independent_rows: a row of eps is the same to the bit in any batch, see
+    compiled_layers.rows_are_independent.
+    """
 
     def __init__(self, denoiser: nn.Module, context: TimestepContext):
         super().__init__()
         self.denoiser, self.context = denoiser, context
         self.correction: nn.Module | None = None
+        self.independent_rows = False
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.context.set(t)
+        if self.independent_rows and self.context.t is not None:
+            t = t[:1]  # its embedding, too, must not depend on the batch
         eps = self.denoiser(x, t, *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
 

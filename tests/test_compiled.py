@@ -12,8 +12,10 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+from models.pipeline import FixedBatch
 from quant import compiled as compiled_module
 from quant.compiled import COMPILERS, Compiled, CompileError, pixel_stride
+from quant.compiled_layers import CompiledNorm
 from quant.int8 import int8_supported, integer_module, to_int8
 from quant.int8_layers import ROUNDER, Int8Layer
 from quant.layers import QuantMatMul
@@ -264,6 +266,55 @@ def test_network_uses_the_pass(compiled: Compiled):
     assert seen and all("attn" in name or name == "norm_out" for name in seen)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 5, 7), (2, 100, 40, 40)], ids=str)
+def test_group_norm(compiled: Compiled, shape: tuple[int, ...]):
+    norm = nn.GroupNorm(5, shape[1], eps=1e-6)
+    norm.weight.normal_(), norm.bias.normal_()
+    x = (9 + 3 * torch.randn(shape)).contiguous(memory_format=LAST)
+    own = CompiledNorm(norm, compiled)
+    torch.testing.assert_close(own(x), norm(x), rtol=1e-5, atol=2e-5)
+    assert torch.equal(torch.cat([own(row[None]) for row in x]), own(x))
+    torch.testing.assert_close(own(x.contiguous()), norm(x.contiguous()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_a_network_are_independent(compiled: Compiled, vnni: bool, rows: int):
+    """To the bit, whatever the batch and the threads: such a network needs no padding."""
+    if not (vnni and compiled.products):
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    fake, _ = pair(compiled)
+    exact = to_int8(copy.deepcopy(fake), True, compiled).to(memory_format=LAST)
+    assert exact.independent_rows and not fake.independent_rows
+    assert copy.deepcopy(exact).independent_rows
+    x = torch.randn(6, 3, 16, 16).contiguous(memory_format=LAST)
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for model in (exact, FixedBatch(exact, 4), FixedBatch(exact, 16)):
+                t = torch.full((6,), 70 + threads)  # another one: its embedding is not known yet
+                parts = [model(v, t[: len(v)]) for v in x.split(rows)]
+                assert torch.equal(torch.cat(parts), model(x, t))
+                outputs.append(model(x, torch.full((6,), 500)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(v, outputs[0]) for v in outputs)
+
+
+def test_networks_of_other_operations_are_padded(compiled: Compiled):
+    """What an LDM UNet does between its layers, or a layer left as it is, may round otherwise."""
+    if not compiled.products:
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    fake, _ = pair(compiled)
+    for change in ("exact_between_layers", "conv_in"):
+        model = copy.deepcopy(fake)
+        if change == "conv_in":
+            model.denoiser.conv_in = nn.Conv2d(3, 32, 3, padding=1)
+        else:
+            model.denoiser.exact_between_layers = False
+        assert not to_int8(model, True, compiled).independent_rows
+
+
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(compiled_module, "SOURCES", [tmp_path / "missing.cpp"])
     with pytest.raises(CompileError, match="missing.cpp") as refusal:
@@ -277,6 +328,26 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_constant(compiled: Compiled):
     """The rounding constant of both languages is one."""
     assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCES[3].read_text()
+
+
+def test_command_line_without_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture, compiled: Compiled
+) -> None:
+    """int8 --compile: an image alone is that of a batch, and no padding is spoken of."""
+    if int8_supported() is not None or not compiled.products:
+        pytest.skip("products.cpp needs AVX512-VNNI")
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    config = load_config(tmp_path / "narrow.yaml")
+    file = tmp_path / "quantized.safetensors"
+    file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))
+    command = ("--quantized", file, "--backend", "int8", "--compile", "--out")
+    assert sample(*command, tmp_path / "all") == 0
+    for extra in ((), ("--batch-size", 2)):
+        out = tmp_path / f"one{len(extra)}"
+        assert sample(*command, out, "--count", 3, *extra) == 0
+        for image in out.iterdir():
+            assert image.read_bytes() == (tmp_path / "all" / image.name).read_bytes()
+    assert "note" not in capsys.readouterr().out
 
 
 def test_command_line(

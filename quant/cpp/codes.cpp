@@ -1,5 +1,5 @@
 // Quantization to uint8 codes, alone or with the GroupNorm and SiLU before it, in one pass over the
-// memory.
+// memory; and GroupNorm alone.
 //
 // Inputs are float32 with the channels beside each other (channels_last); see compiled.py. Threads share
 // rows of pixels, and channels for the norm's sums, whose order is the same however they are shared:
@@ -154,6 +154,33 @@ void affine(const double* sums, const double* squares, const float* weight, cons
   }
 }
 
+// GroupNorm of each sample, gain and shift per channel.
+struct Affine {
+  std::vector<double> sums, squares;
+  std::vector<float> gain, shift;
+
+  explicit Affine(long count) : sums(count), squares(count), gain(count), shift(count) {}
+
+  // Called by all threads of a team, which share the work.
+  void fit(const float* x, const float* weight, const float* bias, long groups, double eps,
+           const Size& size) {
+    const long pixels = size.height * size.width, channels = size.channels;
+    const long chunks = (channels + CHUNK - 1) / CHUNK;
+#pragma omp for
+    for (long i = 0; i < size.batch * chunks; ++i) {
+      const long first = i % chunks * CHUNK, n = i / chunks, at = n * channels + first;
+      moments(x + n * pixels * channels + first, pixels, channels,
+              std::min(CHUNK, channels - first), &sums[at], &squares[at]);
+    }
+#pragma omp for
+    for (long n = 0; n < size.batch; ++n) {
+      const long at = n * channels;
+      affine(&sums[at], &squares[at], weight, bias, pixels, channels, groups, eps, &gain[at],
+             &shift[at]);
+    }
+  }
+};
+
 long lines_of(const Size& size) { return size.height + 2 * size.border_y; }
 
 long plane_of(const Size& size) {  // bytes of a sample's codes
@@ -184,32 +211,38 @@ extern "C" void norm_silu_codes(const float* x, const float* weight, const float
                                 long groups, double eps, const float* factors, uint8_t* out,
                                 uint8_t* high_out, const Size* size, float inverse,
                                 int32_t zero_point, int32_t top, int32_t threads) {
-  const long pixels = size->height * size->width, channels = size->channels;
-  const long sample = pixels * channels, plane = plane_of(*size), lines = lines_of(*size);
-  const long batch = size->batch, chunks = (channels + CHUNK - 1) / CHUNK;
+  const long channels = size->channels, sample = size->height * size->width * channels;
+  const long plane = plane_of(*size), lines = lines_of(*size), batch = size->batch;
   const Step step{inverse, zero_point, top};
-  std::vector<double> sums(batch * channels), squares(batch * channels);
-  std::vector<float> gain(batch * channels), shift(batch * channels);
+  Affine norm(batch * channels);
 #pragma omp parallel num_threads(threads) if (worth_threads(*size, threads))
   {
-#pragma omp for
-    for (long i = 0; i < batch * chunks; ++i) {
-      const long first = i % chunks * CHUNK, n = i / chunks, at = n * channels + first;
-      moments(x + n * sample + first, pixels, channels, std::min(CHUNK, channels - first),
-              &sums[at], &squares[at]);
-    }
-#pragma omp for
-    for (long n = 0; n < batch; ++n) {
-      const long at = n * channels;
-      affine(&sums[at], &squares[at], weight, bias, pixels, channels, groups, eps, &gain[at],
-             &shift[at]);
-    }
+    norm.fit(x, weight, bias, groups, eps, *size);
 #pragma omp for
     for (long i = 0; i < batch * lines; ++i) {
       const long n = i / lines, at = n * channels;
-      quantize_line<true>(Input{x + n * sample, channels, &gain[at], &shift[at], factors},
+      quantize_line<true>(Input{x + n * sample, channels, &norm.gain[at], &norm.shift[at], factors},
                           out + n * plane, high_out ? high_out + n * plane : nullptr, *size, step,
                           i % lines);
+    }
+  }
+}
+
+extern "C" void group_norm(const float* x, const float* weight, const float* bias, long groups,
+                           double eps, float* out, const Size* size, int32_t threads) {
+  const long channels = size->channels, row = size->width * channels;
+  Affine norm(size->batch * channels);
+#pragma omp parallel num_threads(threads) if (worth_threads(*size, threads))
+  {
+    norm.fit(x, weight, bias, groups, eps, *size);
+#pragma omp for
+    for (long i = 0; i < size->batch * size->height; ++i) {
+      const float* gain = &norm.gain[i / size->height * channels];
+      const float* shift = &norm.shift[i / size->height * channels];
+      for (long at = i * row; at < (i + 1) * row; at += channels) {
+#pragma omp simd
+        for (long c = 0; c < channels; ++c) out[at + c] = multiply_add(x[at + c], gain[c], shift[c]);
+      }
     }
   }
 }
