@@ -23,6 +23,7 @@ from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
 
+KEPT = 1 << 18  # values (1 MB) of a weight up to which a float copy is kept
 EXACT = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
 ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to even and leaves the integer in the low bits
 
@@ -326,9 +327,9 @@ def fits_int8(quantizer: ActivationQuantizer) -> bool:
 
 
 class TransientLayer(QuantLayer):
-    """A layer of the timestep alone: dequantizes its weight at each call and keeps no float copy.
+    """A layer of the timestep alone: a large one dequantizes its weight at each call.
 
-    Such a layer runs once per timestep, so that its memory costs more than its time.
+    Such a layer runs once per timestep: the memory of a float copy costs more than the time.
     """
 
     def __init__(self, layer: QuantLayer):
@@ -344,6 +345,8 @@ class TransientLayer(QuantLayer):
         )
 
     def weight(self) -> torch.Tensor:
+        if self.qweight.numel() <= KEPT:
+            return super().weight()
         return dequantize(self.qweight, self.w_scale, self.w_zero_point)
 
 

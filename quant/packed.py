@@ -64,6 +64,13 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed.clone()
     flat, out = packed.numpy(), np.empty(count, np.uint8)
+    if 8 % bits == 0:  # whole codes in a byte: much quicker
+        each, mask = 8 // bits, 2**bits - 1
+        for i in range(each):
+            place = out[i::each]
+            np.right_shift(flat[: len(place)], 8 - bits * (i + 1), out=place)
+            place &= mask
+        return torch.from_numpy(out)
     step = CHUNK * bits // 8
     for i, start in enumerate(range(0, len(flat), step)):
         n = min(CHUNK, count - i * CHUNK)

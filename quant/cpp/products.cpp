@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "codes.h"
@@ -23,17 +24,28 @@ namespace {
 constexpr long STRIP = 48;  // pixels that follow each other under the same weights
 constexpr int WIDE = 4;     // registers of outputs of a tile
 
-// A row of pixels under up to WIDE blocks of weights, in tiles of nearly the same size.
+// The next tile of `left` pixels: as few tiles as possible, of nearly the same size.
+long next_tile(long left, std::initializer_list<long> sizes) {
+  const long most = *(sizes.end() - 1), tiles = (left + most - 1) / most;
+  const long wanted = (left + tiles - 1) / tiles;
+  long found = 1;
+  for (long size : sizes) {
+    if (size <= left) found = size;
+    if (size >= wanted) break;
+  }
+  return found;
+}
+
+// A row of pixels under up to WIDE blocks of weights.
 void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
            long pixels, float* out, const float* plus, const float* rows) {
   const long blocks = std::min<long>(WIDE, (end.channels - first + LANES - 1) / LANES);
-  const long most = blocks > 2 ? SHORT : TALL;
-  for (long tiles = (pixels + most - 1) / most, done = 0; tiles > 0; --tiles) {
-    const long count = (pixels - done + tiles - 1) / tiles;
-    const Tile run = blocks > 2 ? wide_tile(count, blocks) : narrow_tile(count, blocks);
+  for (long done = 0, count; done < pixels; done += count) {
+    const bool wide = blocks > 2;
+    count = wide ? next_tile(pixels - done, {WIDE_SIZES}) : next_tile(pixels - done, {NARROW_SIZES});
+    const Tile run = wide ? wide_tile(count, blocks) : narrow_tile(count, blocks);
     run(walk, x + done * walk.pixel_step, w, end, first, out + done * end.channels,
         plus ? plus + done * end.plus_step : nullptr, rows ? rows + done : nullptr);
-    done += count;
   }
 }
 

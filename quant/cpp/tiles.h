@@ -9,11 +9,12 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 constexpr long LANES = 16;     // float or int32 values of a register
-constexpr int TALL = 12;       // pixels of a tile of up to two registers of outputs
-constexpr int SHORT = 6;       // and of a wider one, so that the sums fit the 32 registers
+// Pixels of a tile of up to two registers of outputs, and of a wider one: the sums fit the 32
+// registers. Few sizes, since each is compiled.
+#define NARROW_SIZES 1, 2, 4, 8, 12
+#define WIDE_SIZES 1, 2, 4, 5, 6
 
 struct Walk {  // through the codes of one output, in bytes; block: of the 16 outputs' weights
   long rows, columns, row_step, column_step, pixel_step, quads, block;
@@ -77,10 +78,11 @@ void tile(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end
 using Tile = void (*)(const Walk&, const uint8_t*, const int8_t*, const Finish&, long, float*,
                       const float*, const float*);
 
-template <int N, std::size_t... M>
-Tile tile_of(long pixels, std::index_sequence<M...>) {
-  static constexpr Tile tiles[] = {tile<static_cast<int>(M) + 1, N>...};
-  return tiles[pixels - 1];
+template <int N, int... M>
+Tile tile_of(long pixels) {
+  Tile found = nullptr;
+  ((pixels == M ? void(found = tile<M, N>) : void()), ...);
+  return found;
 }
 
 // Each is compiled in a file of its own, at the same time. registers: 1 and 2, or 3 and 4.

@@ -3,8 +3,7 @@
 #ifdef HAS_PRODUCTS
 
 Tile narrow_tile(long pixels, long registers) {
-  using Pixels = std::make_index_sequence<TALL>;
-  return registers == 1 ? tile_of<1>(pixels, Pixels()) : tile_of<2>(pixels, Pixels());
+  return registers == 1 ? tile_of<1, NARROW_SIZES>(pixels) : tile_of<2, NARROW_SIZES>(pixels);
 }
 
 #endif

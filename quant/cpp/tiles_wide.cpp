@@ -3,8 +3,7 @@
 #ifdef HAS_PRODUCTS
 
 Tile wide_tile(long pixels, long registers) {
-  using Pixels = std::make_index_sequence<SHORT>;
-  return registers == 3 ? tile_of<3>(pixels, Pixels()) : tile_of<4>(pixels, Pixels());
+  return registers == 3 ? tile_of<3, WIDE_SIZES>(pixels) : tile_of<4, WIDE_SIZES>(pixels);
 }
 
 #endif
