@@ -1,0 +1,178 @@
+"""Folders of diffusers: the inverse of the mapping, written from the structure of both."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from models.checkpoint import (
+    CheckpointError,
+    diffusers_params,
+    load_into,
+    load_state_dict,
+    sha256_of,
+)
+from models.ddim_unet import DDIMUNet
+from tests.test_checkpoint import (  # noqa: F401, two are fixtures
+    PARAMS,
+    assert_equal,
+    narrow_model,
+    one_thread,
+    refused,
+    small_state,
+    state,
+    write,
+)
+
+CONFIG = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [16, 32, 32],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 4,
+    "out_channels": 3,
+    "sample_size": 8,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def as_diffusers(model: DDIMUNet, old_names: bool) -> dict[str, torch.Tensor]:
+    """The weights of `model` as a UNet2DModel stores them."""
+    found: dict[str, torch.Tensor] = {}
+
+    def put(name: str, layer: nn.Module) -> None:
+        for part, value in layer.named_parameters():
+            found[f"{name}.{part}"] = value.detach().clone()
+
+    def put_block(name: str, block: nn.Module) -> None:
+        for part in ("norm1", "conv1", "norm2", "conv2"):
+            put(f"{name}.{part}", getattr(block, part))
+        put(f"{name}.time_emb_proj", block.temb_proj)
+        if hasattr(block, "nin_shortcut"):
+            put(f"{name}.conv_shortcut", block.nin_shortcut)
+
+    def put_attention(name: str, attention: nn.Module) -> None:
+        names = ["to_q", "to_k", "to_v", "to_out.0"]
+        if old_names:
+            names = ["query", "key", "value", "proj_attn"]
+        put(f"{name}.group_norm", attention.norm)
+        layers = (attention.q, attention.k, attention.v, attention.proj_out)
+        for part, layer in zip(names, layers, strict=True):
+            found[f"{name}.{part}.weight"] = layer.weight.detach()[:, :, 0, 0].clone()
+            found[f"{name}.{part}.bias"] = layer.bias.detach().clone()
+
+    def put_stage(name: str, stage: nn.Module) -> None:
+        for i, block in enumerate(stage.block):
+            put_block(f"{name}.resnets.{i}", block)
+        for i, attention in enumerate(stage.attn):
+            put_attention(f"{name}.attentions.{i}", attention)
+
+    put("conv_in", model.conv_in)
+    put("time_embedding.linear_1", model.temb.dense[0])
+    put("time_embedding.linear_2", model.temb.dense[1])
+    for level, stage in enumerate(model.down):
+        put_stage(f"down_blocks.{level}", stage)
+        if hasattr(stage, "downsample"):
+            put(f"down_blocks.{level}.downsamplers.0.conv", stage.downsample.conv)
+    put_block("mid_block.resnets.0", model.mid.block_1)
+    put_block("mid_block.resnets.1", model.mid.block_2)
+    put_attention("mid_block.attentions.0", model.mid.attn_1)
+    for position, stage in enumerate(reversed(model.up)):
+        put_stage(f"up_blocks.{position}", stage)
+        if hasattr(stage, "upsample"):
+            put(f"up_blocks.{position}.upsamplers.0.conv", stage.upsample.conv)
+    put("conv_norm_out", model.norm_out)
+    put("conv_out", model.conv_out)
+    return found
+
+
+def write_folder(folder: Path, tensors: dict, binary: bool = False, **changes: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    if binary:
+        write(folder / "diffusion_pytorch_model.bin", tensors)
+    else:
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("inside", ["", "unet"])
+def test_diffusers_folder_computes_the_same(
+    tmp_path: Path, old_names: bool, binary: bool, inside: str
+) -> None:
+    model = narrow_model()
+    write_folder(tmp_path / "hub" / inside, as_diffusers(model, old_names), binary)
+    folder = tmp_path / "hub"
+    params = diffusers_params(folder)
+    assert params == PARAMS
+    other = DDIMUNet(**params).eval()
+    load_into(other, load_state_dict(folder), folder)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
+    assert torch.equal(other(x, t), model(x, t))
+    weights = next((folder / inside).glob("diffusion_pytorch_model.*"))
+    assert sha256_of(folder) == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_diffusers_attention_per_level_is_found(tmp_path: Path) -> None:
+    kinds = ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]
+    up = ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
+    changes = {"down_block_types": kinds, "up_block_types": up, "attention_head_dim": 32}
+    folder = write_folder(tmp_path / "hub", small_state(), **changes)
+    assert diffusers_params(folder)["attn_resolutions"] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": "UNet2DConditionModel"},
+        {"downsample_padding": 1},
+        {"flip_sin_to_cos": True},
+        {"freq_shift": 0},
+        {"norm_eps": 1e-5},
+        {"act_fn": "gelu"},
+        {"attention_head_dim": 8},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"add_attention": False},
+        {"class_embed_type": "timestep"},
+        {"block_out_channels": [16, 24, 32]},
+        {"block_out_channels": [0, 0, 0]},
+        {"block_out_channels": "many"},
+        {"sample_size": None},
+        {"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]},
+        {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]},
+        {"down_block_types": 3},
+    ],
+)
+def test_other_networks_of_diffusers_are_refused(tmp_path: Path, changes: dict) -> None:
+    folder = write_folder(tmp_path / "hub", small_state(), **changes)
+    assert "config.json" in str(pytest.raises(CheckpointError, load_state_dict, folder).value)
+
+
+def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
+    assert "config.json" in refused(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert "diffusion_pytorch_model" in refused(tmp_path)
+    write(tmp_path / "diffusion_pytorch_model.bin", small_state())
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_state_dict(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match="describes a list"):
+        load_state_dict(tmp_path)
