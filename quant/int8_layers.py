@@ -301,6 +301,11 @@ class Int8MatMul(QuantMatMul):
             return super().forward(left, right)
         return self._shared(left, right, bins)
 
+    def after_softmax(
+        self, scores: torch.Tensor, scale: float, right: torch.Tensor
+    ) -> torch.Tensor:
+        return self(torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1), right)
+
     def _shared(self, left: torch.Tensor, right: torch.Tensor, index: int) -> torch.Tensor:
         """All rows share one bin of timesteps."""
         left, top = self.left_operand(left)

@@ -220,6 +220,25 @@ def test_matrix_product(left_zero: list[int], by_row: bool, kind: Kind):
     same(exact(left, right), fake(left, right))
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_product_behind_softmax_is_the_same_product(by_row: bool):
+    """In integers there as well, and the fake one up to rounding."""
+    if ONCE:
+        pytest.skip(ONCE)
+    at = context()
+    fake = QuantMatMul(quantizer(at, 8, [0, 0]), quantizer(at, 8, [128, 128]), by_row)
+    scores, right = 9 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
+    for t in (torch.full((4,), 300), torch.tensor(TIMESTEPS)):
+        at.set(t)
+        for product in (fake, Int8MatMul(fake)):
+            expected = product(torch.softmax(scores * 0.3, -1), right)
+            given = product.after_softmax(scores, 0.3, right)
+            if product is fake:
+                same(given, expected)
+            else:
+                assert torch.equal(given, expected)
+
+
 def deployed(net: nn.Module, *call: torch.Tensor, **policy) -> QuantDenoiser:
     """A deployed model whose ranges come from one call of the network, in three groups."""
     at = TimestepContext(range(0, 1000, 50), 1000)
