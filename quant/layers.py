@@ -136,13 +136,14 @@ class SharedStep(NamedTuple):
     """What a deployed layer needs for a batch that shares its timestep.
 
     step of the input's quantizers, for q - z where there is one of them and for the dequantized
-    input where there are two; factors of the channels, or None; scale of the output, or None; bias
-    divided by it, or None.
+    input where there are two; factors of the channels, or None; scale of the output, also as a
+    tensor, which multiplies sooner than a number (None: 1); bias divided by it, or None.
     """
 
     step: Step
     factors: torch.Tensor | None
-    scale: float | None
+    scale: float
+    factor: torch.Tensor | None
     bias: torch.Tensor | None
 
 
@@ -174,6 +175,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("w_zero_point", w_zero_point)
         self.register_buffer("bias", bias)
         self.inputs = nn.ModuleList(inputs)
+        self._quantizers = tuple(self.inputs)  # a look-up in a ModuleList takes longer
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
         self._steps: dict[int, SharedStep] = {}  # likewise, see _step
 
@@ -203,16 +205,16 @@ class QuantLayer(nn.Module):
         With a common timestep the activation's scale multiplies the output, together with the
         addition of plus, and not the input:  plus + s (conv(q - z, w) + b / s).
         """
-        bins = self.inputs[0].context.bins if len(self.inputs) else None
+        bins = self._quantizers[0].context.bins if self._quantizers else None
         if not isinstance(bins, int):
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
         known = self._steps.get(bins) or self._step(bins, x.shape[self.op.channel_dim])
         q = fake_quantize_shared(x, known.step, known.factors, self.op.channel_dim, inplace)
         out = self.op(q, self.weight(), known.bias)
-        if plus is None:
-            return out if known.scale is None else out.mul_(known.scale)
-        return torch.add(plus, out, alpha=1.0 if known.scale is None else known.scale, out=out)
+        if plus is not None:
+            return torch.add(plus, out, alpha=known.scale, out=out)
+        return out if known.factor is None else out.mul_(known.factor)
 
     def operands(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What each of `inputs` quantizes when the layer is given x."""
@@ -240,11 +242,12 @@ class QuantLayer(nn.Module):
             second = (torch.arange(channels, device=device) >= self.split).long()
             values = (torch.tensor(v, device=device).float() for v in (inverse, scale, low, high))
             step: Step = tuple(self.op.beside(v[second]) for v in values)
-            known = SharedStep(step, factors, None, self.bias)
+            known = SharedStep(step, factors, 1.0, None, self.bias)
         else:  # a multiplication by a tensor starts sooner than one by a number
             step = torch.tensor(inverse[0], device=device), None, low[0], high[0]
             bias = None if self.bias is None else self.bias / scale[0]
-            known = SharedStep(step, factors, scale[0], bias)
+            factor = torch.tensor(scale[0], device=device)
+            known = SharedStep(step, factors, scale[0], factor, bias)
         self._steps[index] = known
         return known
 
