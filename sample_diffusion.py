@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.out)
     check_paths(args, folder)
     began = time.perf_counter()
-    compiled = compiled_code(rank == 0) if args.compile else None
     backend = args.backend if args.quantized else None
-    if compiled is not None:
+    with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
+        compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
+        compiled = None if compiling is None else compiling.result
+        assembly = assemble(config, args.quantized, args.backend, device, compiled)
+    if compiled is not None and compiled() is not None:
         backend = f"{backend}, compiled"
-    assembly = assemble(config, args.quantized, args.backend, device, compiled)
     loaded = time.perf_counter() - began
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)

@@ -1,6 +1,6 @@
 """From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,12 @@ def assemble(
     quantized: str | Path | None = None,
     backend: str = "fake",
     device: str | torch.device = "cpu",
-    compiled: Compiled | None = None,
+    compiled: Callable[[], Compiled | None] | None = None,
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    Raises ConfigError, CheckpointError or PackedFileError.
+    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
+    CheckpointError or PackedFileError.
     """
     files = _Files(config)
     parts = _surroundings(config, files, torch.device(device))
@@ -58,7 +59,9 @@ def assemble(
     if quantized is None:
         load_denoiser(config, model, files)
     else:
-        model = select_backend(load_quantized(quantized, model), backend, device, compiled)
+        model = load_quantized(quantized, model)
+        code = None if compiled is None else compiled()
+        model = select_backend(model, backend, device, code)
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
