@@ -203,10 +203,11 @@ class QuantLayer(nn.Module):
         """The layer of x, + plus; x may be overwritten if inplace.
 
         With a common timestep the activation's scale multiplies the output, together with the
-        addition of plus, and not the input:  plus + s (conv(q - z, w) + b / s).
+        addition of plus, and not the input:  plus + s (conv(q - z, w) + b / s). A hook on the first
+        quantizer wants to see quantizers called: then they are.
         """
         bins = self._quantizers[0].context.bins if self._quantizers else None
-        if not isinstance(bins, int):
+        if not isinstance(bins, int) or self._quantizers[0]._forward_pre_hooks:
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
         known = self._steps.get(bins) or self._step(bins, x.shape[self.op.channel_dim])
@@ -215,16 +216,6 @@ class QuantLayer(nn.Module):
         if plus is not None:
             return torch.add(plus, out, alpha=known.scale, out=out)
         return out if known.factor is None else out.mul_(known.factor)
-
-    def operands(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each of `inputs` quantizes when the layer is given x."""
-        if not len(self.inputs):
-            return []
-        dim = self.op.channel_dim
-        x = scale_channels(x, self.channel_scale, dim)
-        if len(self.inputs) == 1:
-            return [x]
-        return list(x.split([self.split, x.shape[dim] - self.split], dim=dim))
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """x quantized and dequantized."""
@@ -321,7 +312,7 @@ class QuantMatMul(nn.Module):
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
         mixed = not isinstance(bins, int)
-        if not mixed and isinstance(self.left, ActivationQuantizer):
+        if not mixed and self._deployed():
             return self._scaled_after(left, right, bins)
         if mixed:
             left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
@@ -330,13 +321,17 @@ class QuantMatMul(nn.Module):
         out = out if top is None else out * top
         return out.flatten(0, 1) if mixed else out
 
+    def _deployed(self) -> bool:
+        """And without a hook that wants to see the quantizers called."""
+        return isinstance(self.left, ActivationQuantizer) and not self.left._forward_pre_hooks
+
     def after_softmax(
         self, scores: torch.Tensor, scale: float, right: torch.Tensor
     ) -> torch.Tensor:
         """softmax(scores * scale) @ right."""
         bins = self.left.context.bins
         probabilities = torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1)
-        if isinstance(bins, int) and isinstance(self.left, ActivationQuantizer):
+        if isinstance(bins, int) and self._deployed():
             return self._scaled_after(probabilities, right, bins, inplace=True)
         return self(probabilities, right)
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from models.checkpoint import CheckpointError, sha256_of
 from quant.bank import Bank
-from quant.layers import QuantLayer
 from quant.model import QuantDenoiser, activation_quantizers, replace_module
 from scripts.bench.full import FRESH
 from scripts.bench.measure import eps_errors
@@ -213,18 +212,9 @@ def ranges_of(model: QuantDenoiser) -> Iterator[tuple[torch.Tensor, torch.Tensor
         low[row, column] = torch.fmin(low[row, column], smallest)
         high[row, column] = torch.fmax(high[row, column], largest)
 
-    def see_layer(layer: QuantLayer, args: tuple[torch.Tensor, ...]) -> None:
-        for quantizer, x in zip(layer.inputs, layer.operands(args[0]), strict=True):
-            see(quantizer, x)
-
-    # A layer quantizes its input in one pass, without calling its quantizers.
-    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
-    inside = {id(quantizer) for layer in layers for quantizer in layer.inputs}
-    handles = [layer.register_forward_pre_hook(see_layer) for layer in layers]
-    handles += [
+    handles = [
         quantizer.register_forward_pre_hook(lambda module, args: see(module, args[0]))
         for quantizer in quantizers
-        if id(quantizer) not in inside
     ]
     try:
         yield low, high
