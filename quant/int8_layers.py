@@ -301,10 +301,8 @@ class Int8MatMul(QuantMatMul):
             return super().forward(left, right)
         return self._shared(left, right, bins)
 
-    def after_softmax(
-        self, scores: torch.Tensor, scale: float, right: torch.Tensor
-    ) -> torch.Tensor:
-        return self(torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1), right)
+    def _scales_after(self) -> bool:
+        return False  # of the fake product alone
 
     def _shared(self, left: torch.Tensor, right: torch.Tensor, index: int) -> torch.Tensor:
         """All rows share one bin of timesteps."""

@@ -302,17 +302,20 @@ class QuantMatMul(nn.Module):
         super().__init__()
         self.left, self.right, self.by_row = left, right, by_row
 
-    def left_operand(self, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the left quantizer sees, and the factor (B, N, 1) of the product's rows."""
+    def left_operand(
+        self, left: torch.Tensor, inplace: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the left quantizer sees, and the factor (B, N, 1) of the product's rows. inplace:
+        left may be overwritten."""
         if not self.by_row:
             return left, None
         top = left.amax(-1, keepdim=True)
-        return left / top, top
+        return torch.div(left, top, out=left if inplace else None), top
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         bins = self.left.context.bins
         mixed = not isinstance(bins, int)
-        if not mixed and self._deployed():
+        if not mixed and self._scales_after():
             return self._scaled_after(left, right, bins)
         if mixed:
             left, right = (value.unflatten(0, (len(bins), -1)) for value in (left, right))
@@ -321,8 +324,8 @@ class QuantMatMul(nn.Module):
         out = out if top is None else out * top
         return out.flatten(0, 1) if mixed else out
 
-    def _deployed(self) -> bool:
-        """And without a hook that wants to see the quantizers called."""
+    def _scales_after(self) -> bool:
+        """Deployed, and without a hook that wants to see the quantizers called."""
         return isinstance(self.left, ActivationQuantizer) and not self.left._forward_pre_hooks
 
     def after_softmax(
@@ -331,7 +334,7 @@ class QuantMatMul(nn.Module):
         """softmax(scores * scale) @ right."""
         bins = self.left.context.bins
         probabilities = torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1)
-        if isinstance(bins, int) and self._deployed():
+        if isinstance(bins, int) and self._scales_after():
             return self._scaled_after(probabilities, right, bins, inplace=True)
         return self(probabilities, right)
 
@@ -340,9 +343,7 @@ class QuantMatMul(nn.Module):
     ) -> torch.Tensor:
         """Deployed, with a common bin of timesteps: the scales multiply the product. inplace:
         left may be overwritten."""
-        top = left.amax(-1, keepdim=True) if self.by_row else None
-        if top is not None:
-            left = torch.div(left, top, out=left if inplace else None)
+        left, top = self.left_operand(left, inplace)
         q, scale = self.left.shared(left, index, inplace=inplace or self.by_row)
         k, right_scale = self.right.shared(right, index)
         nothing = q.new_empty(1)  # multiplied by beta = 0
