@@ -30,21 +30,17 @@ class Operation:
             self.stride, self.padding = layer.stride, layer.padding
             self.dilation, self.groups = layer.dilation, layer.groups
             self._call = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
-
-    @property
-    def channel_dim(self) -> int:
-        return 1 if self.is_conv else -1
+            self._geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        else:
+            self._call, self._geometry = F.linear, ()
+        self.channel_dim = 1 if self.is_conv else -1  # of the input
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:
         """One value for each channel (C,), shaped to broadcast against the input."""
         return values.view(-1, *(1,) * CHANNEL_PLACE[self.kind])
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-        if self.is_conv:
-            return self._call(
-                x, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        return F.linear(x, weight, bias)
+        return self._call(x, weight, bias, *self._geometry)
 
 
 def quantize_input(
@@ -135,13 +131,12 @@ class CalibLayer(nn.Module):
 class SharedStep(NamedTuple):
     """What a deployed layer needs for a batch that shares its timestep.
 
-    step of the input's quantizers, for q - z where there is one of them and for the dequantized
-    input where there are two; factors of the channels, or None; scale of the output, also as a
+    step of the input's quantizers, times the factors of the channels, for q - z where there is one
+    of them and for the dequantized input where there are two; scale of the output, also as a
     tensor, which multiplies sooner than a number (None: 1); bias divided by it, or None.
     """
 
     step: Step
-    factors: torch.Tensor | None
     scale: float
     factor: torch.Tensor | None
     bias: torch.Tensor | None
@@ -206,16 +201,19 @@ class QuantLayer(nn.Module):
         addition of plus, and not the input:  plus + s (conv(q - z, w) + b / s). A hook on the first
         quantizer wants to see quantizers called: then they are.
         """
-        bins = self._quantizers[0].context.bins if self._quantizers else None
-        if not isinstance(bins, int) or self._quantizers[0]._forward_pre_hooks:
+        first = self._quantizers[0] if self._quantizers else None
+        bins = None if first is None else first.context.bins
+        if not isinstance(bins, int) or first._forward_pre_hooks:
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
-        known = self._steps.get(bins) or self._step(bins, x.shape[self.op.channel_dim])
-        q = fake_quantize_shared(x, known.step, known.factors, self.op.channel_dim, inplace)
-        out = self.op(q, self.weight(), known.bias)
+        op = self.op
+        known = self._steps.get(bins) or self._step(bins, x.shape[op.channel_dim])
+        step, scale, factor, bias = known
+        q = fake_quantize_shared(x, step, op.channel_dim, inplace)
+        out = op(q, self.weight(), bias)
         if plus is not None:
-            return torch.add(plus, out, alpha=known.scale, out=out)
-        return out if known.factor is None else out.mul_(known.factor)
+            return torch.add(plus, out, alpha=scale, out=out)
+        return out if factor is None else out.mul_(factor)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """x quantized and dequantized."""
@@ -227,18 +225,23 @@ class QuantLayer(nn.Module):
     def _step(self, index: int, channels: int) -> "SharedStep":
         """Of a bin of timesteps. Kept."""
         device, factors = self.qweight.device, self.channel_scale
-        factors = None if factors is None else self.op.beside(factors)
-        inverse, scale, low, high = zip(*(q.step(index) for q in self.inputs), strict=True)
+        steps = [q.step(index) for q in self.inputs]
         if self.split:
             second = (torch.arange(channels, device=device) >= self.split).long()
-            values = (torch.tensor(v, device=device).float() for v in (inverse, scale, low, high))
-            step: Step = tuple(self.op.beside(v[second]) for v in values)
-            known = SharedStep(step, factors, 1.0, None, self.bias)
+            pairs = (torch.tensor(v, device=device).float() for v in zip(*steps, strict=True))
+            values = [v[second] for v in pairs]
+            if factors is not None:
+                values[0] = values[0] * factors
+            step: Step = tuple(map(self.op.beside, values))
+            known = SharedStep(step, 1.0, None, self.bias)
         else:  # a multiplication by a tensor starts sooner than one by a number
-            step = torch.tensor(inverse[0], device=device), None, low[0], high[0]
-            bias = None if self.bias is None else self.bias / scale[0]
-            factor = torch.tensor(scale[0], device=device)
-            known = SharedStep(step, factors, scale[0], factor, bias)
+            inverse, scale, low, high = steps[0]
+            multiplier = torch.tensor(inverse, device=device)
+            if factors is not None:
+                multiplier = self.op.beside(factors * multiplier)
+            factor = torch.tensor(scale, device=device)
+            bias = None if self.bias is None else self.bias / scale
+            known = SharedStep((multiplier, None, low, high), scale, factor, bias)
         self._steps[index] = known
         return known
 

@@ -59,40 +59,31 @@ def _per_row(value: torch.Tensor, count: int) -> list[float]:
 
 
 Number = float | torch.Tensor
-Step = tuple[Number, Number | None, Number, Number]  # 1 / scale, scale, lowest and highest q - z
+# What x is multiplied by, 1 / scale; scale, or None; lowest and highest q - z.
+Step = tuple[Number, Number | None, Number, Number]
 
 
 def fake_quantize_shared(
-    x: torch.Tensor,
-    step: Step,
-    factors: torch.Tensor | None = None,
-    channel_dim: int = -1,
-    inplace: bool = False,
+    x: torch.Tensor, step: Step, channel_dim: int = -1, inplace: bool = False
 ) -> torch.Tensor:
     """fake_quantize of a batch that shares its timestep, the same bit by bit.
 
-    step: numbers, which take a third of the time that tensors do, or a tensor for each channel
-    where two quantizers share the channels; without a scale the result is q - z. factors, or None,
-    multiply the channels first. Tensors are shaped to broadcast against the end of x. inplace: x
-    may be overwritten.
+    step: numbers, 0-d tensors, which multiply sooner than numbers, or a tensor for each channel,
+    shaped to broadcast against the end of x, where two quantizers share the channels or factors of
+    the channels are in the first; without a scale the result is q - z. inplace: x may be
+    overwritten.
     """
     if x.numel() <= BLOCK or x.device.type != "cpu" or x.dim() < 2:
-        return _chain(x, step, factors, x if inplace else None)
+        return _chain(x, step, x if inplace else None)
     out = x if inplace else torch.empty_like(x)
     for piece, target in zip(_pieces(x, channel_dim), _pieces(out, channel_dim), strict=True):
-        _chain(piece, step, factors, target)
+        _chain(piece, step, target)
     return out
 
 
-def _chain(
-    x: torch.Tensor, step: Step, factors: torch.Tensor | None, out: torch.Tensor | None
-) -> torch.Tensor:
-    inverse, scale, low, high = step
-    if factors is None:
-        q = torch.mul(x, inverse, out=out)
-    else:
-        q = torch.mul(x, factors, out=out).mul_(inverse)
-    q = q.round_().clamp_(low, high)
+def _chain(x: torch.Tensor, step: Step, out: torch.Tensor | None) -> torch.Tensor:
+    multiplier, scale, low, high = step
+    q = torch.mul(x, multiplier, out=out).round_().clamp_(low, high)
     return q if scale is None else q.mul_(scale)
 
 
@@ -212,7 +203,12 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
         self.register_buffer("group_of_bin", group_of_bin.to(torch.uint8))
         self._groups = [int(g) for g in self.group_of_bin]  # look-ups without a tensor per call
-        self._steps: list[tuple[float, float, int, int]] | None = None  # from the buffers
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is made from the buffers, per group: see step, and the step without a scale."""
+        self._steps: list[tuple[float, float, int, int]] | None = None
+        self._shared: list[Step] = []
 
     def step(self, index: int) -> tuple[float, float, int, int]:
         """1 / scale, scale, and the lowest and highest code minus z, of a bin of timesteps."""
@@ -222,14 +218,16 @@ class ActivationQuantizer(nn.Module):
             zero_points = self.zero_point.tolist()
             ends = [-z for z in zero_points], [top - z for z in zero_points]
             self._steps = list(zip(inverse, self.scale.tolist(), *ends, strict=True))
+            inverses = self.scale.reciprocal()  # 0-d tensors multiply sooner than numbers
+            self._shared = [(v, None, *k) for v, *k in zip(inverses, *ends, strict=True)]
         return self._steps[self._groups[index]]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ActivationQuantizer":
-        self._steps = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._steps = None
+        self._forget()
         super()._load_from_state_dict(*args)
 
     def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -246,8 +244,9 @@ class ActivationQuantizer(nn.Module):
         self, x: torch.Tensor, index: int, inplace: bool = False
     ) -> tuple[torch.Tensor, float]:
         """For a bin of timesteps, two whose product is the quantized x: q - z and the scale."""
-        inverse, scale, low, high = self.step(index)
-        return fake_quantize_shared(x, (inverse, None, low, high), inplace=inplace), scale
+        scale = self.step(index)[1]
+        step = self._shared[self._groups[index]]
+        return fake_quantize_shared(x, step, inplace=inplace), scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bins = self.context.bins

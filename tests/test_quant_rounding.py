@@ -252,7 +252,8 @@ def given_layer(kind: str, split: int, scaled: bool, context: TimestepContext) -
         inputs.append(ActivationQuantizer(context, scale, zero_point, torch.tensor([1, 0]), 8))
     codes = torch.eye(16, dtype=torch.uint8).view_as(layer.weight)
     ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.uint8)
-    factors = torch.rand(16) + 0.5 if scaled else None
+    # Powers of two, with which it does not matter whether x or 1 / scale is multiplied first.
+    factors = 2.0 ** torch.randint(-2, 3, (16,)) if scaled else None
     return QuantLayer(Operation(layer), codes, ones, zeros, None, 2, inputs, split, factors)
 
 
@@ -278,6 +279,20 @@ def test_the_quick_way_to_quantize_an_input_is_exact(
     assert torch.equal(quick, parts) and torch.equal(given.quantized_input(x), parts)
     context.bins = torch.tensor([1, 1, 1])  # as a mixed batch
     assert torch.equal(given(x), quick)
+
+
+@pytest.mark.parametrize("split", [0, 5])
+def test_factors_of_the_channels_are_multiplied_into_the_scale(split: int) -> None:
+    """Rounded otherwise than one after the other, so that a value on the edge may take the next
+    code: never more, and seldom."""
+    context = TimestepContext([0, 50], 100)
+    given = given_layer("channels_last", split, False, context)
+    given.channel_scale = torch.rand(16) + 0.5
+    x = torch.randn(3, 16, 48, 48)
+    context.set(torch.tensor([50, 50, 50]))
+    apart = (given(x) - given.quantized_input(x)).abs()
+    step = max(float(q.scale.max()) for q in given.inputs)
+    assert apart.max() <= 1.001 * step and (apart > step / 1e3).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("split", [0, 5])
