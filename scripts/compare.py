@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.files import write_json, write_text  # noqa: E402
 from scripts.common.images import ImageError, grid, write_png  # noqa: E402
+from scripts.common.markdown import format_table  # noqa: E402
 from scripts.common.reference import full_statistics  # noqa: E402
 from scripts.common.reports import CALIBRATION, IMAGES  # noqa: E402
 from scripts.common.runs import RunError, beside  # noqa: E402
@@ -63,17 +64,6 @@ def report_of(path: Path, shape: Shape, script: str) -> Plain:
 def _seconds(images: int, rate: float | None) -> str:
     """Empty where the report's process found every image made already."""
     return "" if rate is None else f"{images / rate:.0f}"
-
-
-def format_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """Markdown, columns padded to equal width."""
-    cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "| " + " | ".join(v.ljust(w) for v, w in zip(r, widths, strict=True)) + " |" for r in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from models.pipeline import build_denoiser
 from scripts import benchmark
-from scripts.bench import measure, tables
+from scripts.bench import measure, methods, tables
 from scripts.bench.ablations import PARTS
 from scripts.bench.plan import Cell, Plan, ablation_cells, read_bits
 from scripts.common.config import ConfigError
@@ -196,4 +196,4 @@ def test_intervals() -> None:
     assert value == pytest.approx(exact)
     assert measure.interval(measure.psnr_of_means, errors[:, :1]) is None
     same = measure.interval(measure.psnr_of_means, np.zeros((1, 5)))
-    assert same == (np.inf, np.inf) and benchmark.finite({"psnr": same}) == {"psnr": [None, None]}
+    assert same == (np.inf, np.inf) and methods.finite({"psnr": same}) == {"psnr": [None, None]}

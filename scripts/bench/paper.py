@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.bench.plan import NAMES
 from scripts.bench.tables import COLUMNS, SCORES, Line, Row, lines_of, number
-from scripts.compare import format_table
+from scripts.common.markdown import format_table
 
 PUBLISHED = Path(__file__).with_name("published.json")
 TITLES = {

@@ -12,7 +12,7 @@ import numpy as np
 from scripts.bench import measure
 from scripts.bench.ablations import PARTS
 from scripts.bench.plan import BENCHMARK, NAMES, Cell
-from scripts.compare import format_table
+from scripts.common.markdown import format_table
 
 Row = dict[str, Any]
 Interval = tuple[float, float] | None
