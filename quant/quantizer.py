@@ -66,12 +66,12 @@ Step = tuple[Number, Number | None, Number, Number]
 def fake_quantize_shared(
     x: torch.Tensor, step: Step, channel_dim: int = -1, inplace: bool = False
 ) -> torch.Tensor:
-    """fake_quantize of a batch that shares its timestep, the same bit by bit.
+    """fake_quantize of a batch that shares its timestep, the same bit by bit, but for factors.
 
     step: numbers, 0-d tensors, which multiply sooner than numbers, or a tensor for each channel,
     shaped to broadcast against the end of x, where two quantizers share the channels or factors of
-    the channels are in the first; without a scale the result is q - z. inplace: x may be
-    overwritten.
+    the channels are in the first, rounded once; without a scale the result is q - z. inplace: x may
+    be overwritten.
     """
     if x.numel() <= BLOCK or x.device.type != "cpu" or x.dim() < 2:
         return _chain(x, step, x if inplace else None)

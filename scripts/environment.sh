@@ -6,7 +6,7 @@
 
 # A thread that waits for the others spins this often before it sleeps. OpenMP's own 300,000 (a
 # millisecond and more) make a run many times slower as soon as another process needs a core; these
-# cost an idle machine a few percent.
+# cost an idle machine about a seventh (README, Speed).
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 
 wanted="requirements.txt"
