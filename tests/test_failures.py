@@ -27,7 +27,7 @@ from models.pipeline import build_denoiser
 from quant import calibration
 from scripts import evaluate
 from tests import forks
-from tests.test_metrics import write_images
+from tests.images import write_images
 
 PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
 CONFIG = {

@@ -14,7 +14,7 @@ from pytorch_fid.inception import fid_inception_v3
 from torch import nn
 
 from scripts.metrics import METRICS, evaluate
-from tests.test_metrics import load_folder, needs_package, weights  # noqa: F401 (a fixture)
+from tests.images import load_folder, needs_package
 
 REFERENCE, GENERATED = 24, 20
 K = 3

@@ -28,13 +28,7 @@ from scripts.metrics import Pass
 from scripts.metrics.inception import InceptionFeatures
 from scripts.metrics.inputs import open_source, save_statistics
 from tests import forks
-from tests.test_metrics import (  # noqa: F401 (fixtures)
-    load_folder,
-    needs_package,
-    network,
-    weights,
-    write_images,
-)
+from tests.images import load_folder, needs_package, write_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}

@@ -27,7 +27,7 @@ from quant.prefix import Prefix
 from quant.reconstruct import _chunks, reconstruct, unit_names
 from quant.timesteps import all_steps, tuples_of_steps
 from quant.weights import WeightQuantizer
-from tests.test_quant_packed import meta, quantized
+from tests.packed import meta, quantized
 from tests.test_quant_quantizer import narrow_unet
 from tests.toy import STEPS, Toy, eps_error, toy_bank, toy_model
 

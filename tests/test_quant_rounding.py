@@ -39,7 +39,7 @@ from quant.packed import load_quantized, to_bytes
 from quant.quantizer import ActivationQuantizer
 from quant.statistics import collect
 from quant.timesteps import all_steps, tuples_of_steps
-from tests.test_quant_packed import TIMESTEPS, meta, quantized
+from tests.packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import narrow_unet
 from tests.test_quant_reconstruct import Block, block_bank, block_model
 from tests.toy import Toy, eps_error, toy_bank, toy_model

@@ -16,7 +16,7 @@ from quant.model import BitPolicy
 from quant.packed import load_quantized, to_bytes
 from quant.quantizer import LearnedQuantizer
 from quant.statistics import Statistics
-from tests.test_quant_packed import TIMESTEPS, meta, quantized
+from tests.packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import narrow_unet
 
 
