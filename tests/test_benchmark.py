@@ -8,28 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import yaml
 
-from models.pipeline import build_denoiser
 from scripts import benchmark
 from scripts.bench import measure, methods, tables
 from scripts.bench.ablations import PARTS
 from scripts.bench.plan import Cell, Plan, ablation_cells, read_bits
 from scripts.common.config import ConfigError
+from tests.narrow import MODEL, write_narrow
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMS = {
-    "ch": 8,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [4],
-    "norm_groups": 2,
-    "image_size": 8,
-}
 CONFIG = {
     "name": "narrow",
-    "model": {"arch": "ddim_unet", "checkpoint": "narrow.pt", "params": PARAMS},
+    "model": MODEL,
     "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "clip_denoised": True},
     "quant": {
         "search": {"rounds": 2, "batch_size": 2},
@@ -49,11 +39,7 @@ TIMES = "calibration s"
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with narrow.yaml and narrow.pt."""
-    folder = tmp_path_factory.mktemp("bench")
-    torch.manual_seed(0)
-    torch.save(build_denoiser("ddim_unet", PARAMS).state_dict(), folder / "narrow.pt")
-    (folder / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
+    return write_narrow(tmp_path_factory.mktemp("bench"), CONFIG)
 
 
 def options(room: Path, out: str, *arguments: str) -> list[str]:

@@ -6,16 +6,7 @@ import torch
 
 from models.pipeline import FixedBatch, build_denoiser, build_pipeline, image_generator
 from models.samplers import SamplingError
-
-PARAMS = {
-    "ch": 8,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [4],
-    "norm_groups": 2,
-    "image_size": 8,
-}
-SAMPLER = {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0, "clip_denoised": True}
+from tests.narrow import PARAMS, SAMPLER
 
 
 def make(sampler: dict, **options):

@@ -20,25 +20,17 @@ import yaml
 from PIL import Image
 
 import sample_diffusion
-from models.pipeline import build_denoiser
 from scripts.common import cli
 from scripts.common.files import remove_stale
 from scripts.common.images import is_whole_png
 from scripts.common.runs import beside
+from tests.narrow import MODEL, SAMPLER, write_narrow
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMS = {
-    "ch": 8,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [4],
-    "norm_groups": 2,
-    "image_size": 8,
-}
 CONFIG = {
     "name": "narrow",
-    "model": {"arch": "ddim_unet", "checkpoint": "narrow.pt", "params": PARAMS},
-    "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0, "clip_denoised": True},
+    "model": MODEL,
+    "sampler": SAMPLER,
     "sampling": {"count": 7, "batch_size": 4, "micro_batch": 4, "seed": 5},
 }
 
@@ -46,11 +38,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with narrow.yaml and narrow.pt."""
-    folder = tmp_path_factory.mktemp("narrow")
-    torch.manual_seed(0)
-    torch.save(build_denoiser("ddim_unet", PARAMS).state_dict(), folder / "narrow.pt")
-    (folder / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
+    return write_narrow(tmp_path_factory.mktemp("narrow"), CONFIG)
 
 
 @pytest.fixture(autouse=True)
