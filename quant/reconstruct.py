@@ -3,8 +3,8 @@
 The residual units are taken in the order of execution, in chunks whose full-precision inputs and
 outputs, recorded in one pass, fit the memory limit. The inputs behind the quantized prefix are
 those of the units as reconstructed so far (prefix.py). A unit learns to give the full-precision
-output from a mixture of full-precision and quantized-prefix inputs (QDrop). It keeps what it
-learned only if the error of held-out samples fell.
+output from those inputs, or from a mixture of them and full-precision ones (QDrop). It keeps what
+it learned only if the error of held-out samples fell.
 """
 
 import math
@@ -28,8 +28,8 @@ HELD_OUT = 1 / 8  # share of the samples that judge instead of teach
 
 @dataclass
 class Record:
-    """Calls of one unit, sample by sample along axis 0: inputs in full precision and behind the
-    quantized prefix (lists of tensors), and the full-precision output."""
+    """Calls of one unit, sample by sample along axis 0: inputs in full precision, where they are
+    mixed in, and behind the quantized prefix (lists of tensors), and the full-precision output."""
 
     inputs: list[torch.Tensor] = field(default_factory=list)
     quantized_inputs: list[torch.Tensor] = field(default_factory=list)
@@ -62,14 +62,15 @@ def _trainable(unit: nn.Module) -> list[CalibLayer]:
 
 @torch.no_grad()
 def _record(
-    run: Callable, roots: dict[str, nn.Module], batches: Iterator
+    run: Callable, roots: dict[str, nn.Module], batches: Iterator, keep_inputs: bool
 ) -> dict[str, tuple[list[torch.Tensor], torch.Tensor]]:
-    """Runs the batches and keeps the units' tensor arguments and outputs, on the CPU."""
+    """Runs the batches and keeps the units' outputs, and tensor arguments if wanted, on the CPU."""
     kept: dict[str, list[tuple[tuple, torch.Tensor]]] = {name: [] for name in roots}
 
     def hook_of(name: str):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            arguments = tuple(a.detach().cpu() for a in args if a is not None)
+            wanted = args if keep_inputs else ()
+            arguments = tuple(a.detach().cpu() for a in wanted if a is not None)
             kept[name].append((arguments, output.detach().cpu()))
 
         return hook
@@ -128,7 +129,8 @@ def reconstruct(
             yield bank.gather(order[start : start + settings.batch_size])
 
     one = [bank.gather(order[:1])]
-    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one))
+    mixed = settings.mixed_inputs
+    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one), mixed)
     sizes = {
         n: 4 * len(order) * (sum(a.numel() for a in probe[n][0]) + probe[n][1].numel())
         for n in units
@@ -142,7 +144,7 @@ def reconstruct(
             for name in chunk:
                 prefix.finish(name, inside[name])
             continue
-        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches())
+        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches(), mixed)
         for name in chunk:
             inputs, output = full.pop(name)
             record = Record(inputs, prefix.inputs(inside[name], batches()), output)

@@ -86,15 +86,15 @@ def learn(denoiser: nn.Module, model: QuantDenoiser, bank: Bank, **changes: obje
     return errors
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_learned_rounding_beats_nearest_and_ends_binary(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "mixed"), [(2, False), (3, False), (4, False), (4, True)])
+def test_learned_rounding_beats_nearest_and_ends_binary(bits: int, mixed: bool) -> None:
     denoiser = Block()
     bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
     model = block_model(denoiser, bank, bits)
     layer = model.denoiser.conv
     nearest = layer.weight_quantizer.codes(layer.weight.detach())
     start = eps_error(model, fresh)
-    errors = learn(denoiser, model, bank)
+    errors = learn(denoiser, model, bank, settings=replace(FAST, mixed_inputs=mixed))
     assert errors["conv"][1] < errors["conv"][0]
     assert eps_error(model, fresh) < 0.9 * start  # on samples that it never saw
     quantizer = layer.weight_quantizer
@@ -210,11 +210,12 @@ def unet_with_bank() -> tuple[nn.Module, Bank]:
     return unet, Bank(x, eps, steps)
 
 
-def test_little_memory_means_more_passes_and_the_same_result() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_little_memory_means_more_passes_and_the_same_result(mixed: bool) -> None:
     unet, bank = unet_with_bank()
-    quick = replace(FAST, iterations=4, batch_size=8)
+    quick = replace(FAST, iterations=4, batch_size=8, mixed_inputs=mixed)
     results, chunks = [], []
-    for memory_gb in (1e-9, 1e-3, 4.0):
+    for memory_gb in (1e-9, 5e-4, 4.0):
         model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
         passes: list[int] = []
         handle = unet.register_forward_hook(lambda *_, seen=passes: seen.append(1))
