@@ -187,12 +187,14 @@ class Pipeline:
     embedder: ClassEmbedder | PromptTable | None
     scale_factor: float
 
-    def step_importance(self, data_std: float = 0.5, floor: float = 0.05) -> np.ndarray:
+    def step_importance(self, data_std: float = 2.0, floor: float = 0.001) -> np.ndarray:
         """How much an eps error at each step moves the final image, (S,), mean 1 before the floor.
 
         In x / sqrt(abar) a step adds eps times the change of sigma = sqrt(1/abar - 1); what it adds
         at noise level sigma then shrinks as for Gaussian data, by data_std / sqrt(data_std^2 +
-        sigma^2). Squared, since errors of different steps add like noise.
+        sigma^2). Squared, since errors of different steps add like noise. data_std is that of the
+        directions in which images differ most, several times that of a pixel: errors of a denoiser
+        lie there, and those of white noise would be taken out again.
         """
         sigma = np.sqrt(1 / self.alphas_cumprod[self.timesteps].astype(np.float64) - 1)
         change = np.abs(np.diff(np.append(sigma, 0.0)))

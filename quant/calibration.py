@@ -289,7 +289,7 @@ def _search(job: _Job) -> dict[str, Any] | None:
         job.bank,
         settings,
         job.generator("search"),
-        job.importance,
+        job.importance.sqrt(),  # the other root is in how often the search chooses a step
         lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
     )
     job.progress.end()
@@ -376,7 +376,7 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         job.generator("finetune"),
         visit if settings.progressive else None,
         on_iteration,
-        job.importance.sqrt() if settings.weigh_steps else None,
+        job.importance if settings.weigh_steps else None,
         on_checkpoint,
         partial.get("progress"),
         settings.accumulate,

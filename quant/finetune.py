@@ -73,7 +73,8 @@ def finetune(
 ) -> None:
     """Trains in place. tuples (n, 2) of the bank; visit(deployed model) -> bank of the states that
     the quantized sampler visits. on_iteration(i, loss) is for progress. step_weight (S,) weighs
-    the eps error of each sampling step. on_checkpoint(progress) comes after each iteration; an
+    the squared eps error of each sampling step: by its root a step is drawn more often, and by the
+    root its error counts more. on_checkpoint(progress) comes after each iteration; an
     interrupted run goes on when it is given that `progress` beside the model's state of the moment.
     accumulate: parts of a batch that follow each other, to need less memory. Raises
     DivergenceError.
@@ -88,6 +89,7 @@ def finetune(
         start = progress["iterations"]
         optimizer.load_state_dict(progress["optimizer"])
         generator.set_state(progress["generator"])
+    root = None if step_weight is None else _balanced_root(step_weight, tuples)
     rounds_of_visits = {iterations // 3, 2 * iterations // 3} if visit is not None else set()
     for i in range(start, iterations):
         if i in rounds_of_visits and i > 0:
@@ -99,11 +101,11 @@ def finetune(
             )
             extra[:, 1] += bank.trajectories
             bank, tuples = bank.extend(seen), torch.cat([tuples, extra])
-        index = tuples[torch.randint(len(tuples), (batch_size,), generator=generator)]
+        index = tuples[_draw(tuples, batch_size, root, generator)]
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in index.chunk(accumulate):
-            loss = _loss(model, bank, part, step_weight) * (len(part) / batch_size)
+            loss = _loss(model, bank, part, root) * (len(part) / batch_size)
             value += finite_loss(loss, i, iterations)
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
         done = i / iterations
@@ -124,6 +126,22 @@ def finetune(
     optimizer.zero_grad(set_to_none=True)
     for _, layer in weight_layers(model):
         layer.weight_quantizer.fix_scale()
+
+
+def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:
+    """The root of the weights (S,), scaled to a mean of 1 over what is drawn."""
+    root = step_weight.sqrt()
+    of_tuples = root[tuples[:, 0]]
+    return root * (of_tuples.sum() / of_tuples.square().sum())
+
+
+def _draw(
+    tuples: torch.Tensor, count: int, root: torch.Tensor | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Numbers of `count` tuples, each as likely as the root of its step's weight."""
+    if root is None:
+        return torch.randint(len(tuples), (count,), generator=generator)
+    return torch.multinomial(root[tuples[:, 0]], count, replacement=True, generator=generator)
 
 
 def _loss(

@@ -73,8 +73,8 @@ class ReconstructSettings:
     finetune_batch_size: int = bounded(16, 1, 4096)
     accumulate: int = bounded(1, 1, 4096)  # parts of that batch, one after the other: less memory
     progressive: bool = False  # end-to-end steps also see states of the quantized sampler
-    # Weigh squared eps errors by how far one moves the final image: else the last steps, which move
-    # it least, make most of the loss.
+    # End-to-end steps see and weigh most the steps whose errors move the final image most: else
+    # the last steps, which move it least, make most of the loss.
     weigh_steps: bool = False
 
 

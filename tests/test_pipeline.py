@@ -91,3 +91,35 @@ def test_classes_are_spread_evenly_or_taken_in_turn() -> None:
     model = build_denoiser("adm_unet", params)
     images = [pipeline.sample(model, [2], seed=1, classes=[c]) for c in (0, 1)]
     assert images[0].shape == (1, 3, 8, 8) and not torch.equal(*images)
+
+
+def test_importance_is_how_far_an_error_moves_gaussian_images() -> None:
+    """With data N(0, d^2) the best denoiser is linear, and so is what an error of a step does."""
+    pipeline = make({"clip_denoised": False, "eta": 0.0, "steps": 50})
+    d, table = 2.0, torch.from_numpy(pipeline.alphas_cumprod)
+    wrong = -1
+
+    def gaussian(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = table[t].view(-1, 1, 1, 1)
+        error = 0.1 if int(t[0]) == wrong else 0.0
+        return (1 - a).sqrt() * x / (a * d**2 + 1 - a) + error
+
+    straight = pipeline.sample(gaussian, [0], seed=1)
+    moved = []
+    for wrong in pipeline.timesteps[::7]:  # noqa: B007 (gaussian reads it)
+        moved.append(float((pipeline.sample(gaussian, [0], seed=1) - straight).square().mean()))
+    ratio = np.array(moved) / pipeline.step_importance(data_std=d, floor=0.0)[::7]
+    assert max(moved) > 1000 * min(moved)
+    assert ratio.max() < 1.7 * ratio.min()  # the formula is that of small steps
+    assert ratio[4:].max() < 1.02 * ratio[4:].min()
+
+
+def test_no_step_of_a_published_schedule_has_most_of_the_importance() -> None:
+    """LDM's last of 250 uniform steps is a long one, guided diffusion's first ones are longest."""
+    for sampler, steps in (("ldm_ddim", 250), ("ldm_ddim", 20), ("guided_ddpm", 250)):
+        arch = "adm_unet" if sampler.startswith("guided") else "ldm_unet"
+        values = SAMPLER | {"name": sampler, "skip": "uniform", "steps": steps}
+        pipeline = build_pipeline(arch, PARAMS, {}, values | {"guidance_scale": 1.0})
+        importance = pipeline.step_importance()
+        assert len(importance) == steps and importance.min() >= 0.001
+        assert importance.max() < 0.3 * importance.sum()

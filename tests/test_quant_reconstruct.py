@@ -18,7 +18,7 @@ from models.samplers import ddim
 from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from quant.bank import Bank
 from quant.context import TimestepContext
-from quant.finetune import finetune
+from quant.finetune import _balanced_root, _draw, _loss, finetune
 from quant.layers import CalibLayer, TimestepLayer
 from quant.methods import ReconstructSettings
 from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize, weight_layers
@@ -322,15 +322,34 @@ def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
     assert all(torch.equal(v, original[k]) for k, v in denoiser.state_dict().items())
 
 
-def test_steps_without_weight_teach_nothing() -> None:
+def test_weights_of_the_steps_decide_which_of_them_learn() -> None:
+    """The same model, weighted towards the first half of the steps or towards the second."""
     denoiser = Toy()
-    bank = toy_bank(denoiser, 4)
-    model = toy_model(denoiser, bank, 1, BitPolicy(weight=4, activation=6))
-    before = eps_error(model, bank)
-    tuples = tuples_of_steps(all_steps(16, 8), 4, torch.Generator().manual_seed(0))
-    generator, weight = torch.Generator().manual_seed(1), torch.zeros(len(STEPS))
-    finetune(model, bank, tuples, 10, 8, 1e-3, generator, None, step_weight=weight)
-    assert eps_error(model, bank) == pytest.approx(before, rel=1e-3)
+    bank = toy_bank(denoiser, 12)
+    tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
+    early = torch.tensor([1.0] * 4 + [1e-6] * 4)
+    halves = [tuples[tuples[:, 0] < 4], tuples[tuples[:, 0] >= 4]]
+    errors = []
+    for weight in (early, early.flip(0)):
+        model = toy_model(denoiser, bank, 1, BitPolicy(weight=3, activation=8))
+        generator = torch.Generator().manual_seed(1)
+        finetune(model, bank, tuples, 100, 8, 1e-3, generator, step_weight=weight)
+        with torch.no_grad():
+            errors.append([float(_loss(model, bank, half, None)) for half in halves])
+    assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]
+
+
+def test_weights_are_shared_between_draws_and_errors() -> None:
+    """Of a step with 9 times the weight 3 times as many samples are drawn, and each counts three
+    times as much; what is drawn has a mean weight of 1."""
+    tuples = tuples_of_steps(all_steps(400, 4), 100, torch.Generator().manual_seed(0))
+    weight = torch.tensor([9.0, 1.0, 1.0, 0.0])
+    root = _balanced_root(weight, tuples)
+    assert float(root[0] / root[1]) == pytest.approx(3)
+    drawn = tuples[_draw(tuples, 50_000, root, torch.Generator().manual_seed(1)), 0]
+    counts = torch.bincount(drawn, minlength=4) / 50_000
+    assert counts.tolist() == pytest.approx([0.6, 0.2, 0.2, 0.0], abs=0.01)
+    assert float(root[drawn].mean()) == pytest.approx(1, abs=0.01)
 
 
 # ---- what a sampler may do ----
