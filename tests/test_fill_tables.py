@@ -7,17 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from models.pipeline import build_denoiser
 from scripts import benchmark, fill_tables
 from scripts.bench.paper import PUBLISHED, TITLES
 from scripts.common.cli import explain
+from tests.narrow import write_narrow
 from tests.strange import changed
-from tests.test_benchmark import CONFIG, PARAMS
+from tests.test_benchmark import CONFIG
 from tests.test_calibrate import command, refusal
 
 COLUMNS = ["Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"]
@@ -29,11 +27,8 @@ OTHERS = "### Published by others, not measured here"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What benchmark.py writes for a small model under the name of the LSUN configuration."""
-    folder = tmp_path_factory.mktemp("tables")
-    torch.manual_seed(0)
-    torch.save(build_denoiser("ddim_unet", PARAMS).state_dict(), folder / "narrow.pt")
-    (folder / "lsun.yaml").write_text(yaml.safe_dump(CONFIG | {"name": "lsun_bedroom"}))
-    place = ["--config", str(folder / "lsun.yaml"), "--out", str(folder / "bench")]
+    folder = write_narrow(tmp_path_factory.mktemp("tables"), CONFIG | {"name": "lsun_bedroom"})
+    place = ["--config", str(folder / "narrow.yaml"), "--out", str(folder / "bench")]
     what = ["--methods", "fp,ptq4dm", "--bits", "w4a8", "--steps", "50", "--transfer", "5"]
     benchmark.main([*place, *what, "--trajectories", "2"])
     return folder / "bench" / "results.json"
