@@ -187,7 +187,7 @@ class Pipeline:
     embedder: ClassEmbedder | PromptTable | None
     scale_factor: float
 
-    def step_importance(self, data_std: float = 2.0, floor: float = 0.001) -> np.ndarray:
+    def step_importance(self, data_std: float = 2.0, floor: float = 0.02) -> np.ndarray:
         """How much an eps error at each step moves the final image, (S,), mean 1 before the floor.
 
         In x / sqrt(abar) a step adds eps times the change of sigma = sqrt(1/abar - 1); what it adds

@@ -121,5 +121,5 @@ def test_no_step_of_a_published_schedule_has_most_of_the_importance() -> None:
         values = SAMPLER | {"name": sampler, "skip": "uniform", "steps": steps}
         pipeline = build_pipeline(arch, PARAMS, {}, values | {"guidance_scale": 1.0})
         importance = pipeline.step_importance()
-        assert len(importance) == steps and importance.min() >= 0.001
+        assert len(importance) == steps and importance.min() >= 0.02
         assert importance.max() < 0.3 * importance.sum()
