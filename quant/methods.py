@@ -66,7 +66,7 @@ class ReconstructSettings:
     lr_scale: float = bounded(1e-3, 0.0, 10.0)
     regulariser: float = bounded(0.01, 0.0, 1000.0)
     # Half of the samples see full-precision inputs of the unit, the others quantized ones (QDrop).
-    # The release of Q-Diffusion has quantized ones alone, which was better here as well.
+    # The release of Q-Diffusion has quantized ones alone; eps errors were lower so here as well.
     mixed_inputs: bool = False
     # At most as many as show each sample calibration.MOST_VIEWS times.
     finetune_iterations: int = bounded(0, 0, 10_000_000)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from quant.model import QuantDenoiser
 from scripts.metrics import inception
 from tests.images import write_images
+from tests.packed import small_file, small_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +31,15 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Six images of a reference and five others."""
     root = tmp_path_factory.mktemp("images")
     return write_images(root / "ref", 6, 0), write_images(root / "gen", 5, 1, dark=0.7)
+
+
+@pytest.fixture(scope="module")
+def small() -> QuantDenoiser:
+    """A deployed model with every kind of row."""
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def content(small: QuantDenoiser) -> bytes:
+    """Its quantized file."""
+    return small_file(small)

@@ -25,20 +25,10 @@ from quant.packed import (
     to_bytes,
     unpack,
 )
-from tests.packed import TIMESTEPS, meta, quantized, small_file, small_model
+from tests.packed import TIMESTEPS, meta, quantized
 from tests.test_quant_quantizer import levels, narrow_unet
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def small() -> QuantDenoiser:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def content(small: QuantDenoiser) -> bytes:
-    return small_file(small)
 
 
 # ---- codes ----

@@ -24,20 +24,10 @@ from quant.packed import (
     digest_of,
     load_quantized,
 )
-from tests.packed import Attention, meta, small_file, small_model
+from tests.packed import Attention, meta
 from tests.test_quant_quantizer import narrow_unet
 
 FILE = HealthCheck.function_scoped_fixture
-
-
-@pytest.fixture(scope="module")
-def small() -> QuantDenoiser:
-    return small_model()
-
-
-@pytest.fixture(scope="module")
-def content(small: QuantDenoiser) -> bytes:
-    return small_file(small)
 
 
 def refused(path: Path, kind: Callable[[], nn.Module] = Attention) -> str:
