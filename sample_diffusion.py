@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from quant.compiled import Compiled, CompileError
 from quant.packed import PackedFileError, read_metadata
+from scripts.common.backend import Backend, add_backend, check_backend, compiled_code
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, parse_config, resolved_yaml
 from scripts.common.files import write_json, write_text
@@ -36,7 +36,7 @@ from scripts.common.images import grid, is_whole_png, to_uint8, write_png
 from scripts.common.processes import rank_and_world
 from scripts.common.runs import beside, claim, locked, missing_images, png_name, surplus_images
 from scripts.common.strict import ConfigError
-from scripts.common.wiring import BACKENDS, Assembly, assemble
+from scripts.common.wiring import Assembly, assemble
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 
@@ -46,12 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_config(parser, required=False)
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
-    parser.add_argument("--backend", choices=BACKENDS, default="fake", help="of the quantized file")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="faster int8: compile C++ for it at the start (seconds), if there is a compiler",
-    )
+    add_backend(parser)
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")
     parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first images")
     return parser.parse_args(argv)
@@ -124,13 +119,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.out)
     check_paths(args, folder)
     began = time.perf_counter()
-    backend = args.backend if args.quantized else None
     with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
         compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
-        compiled = None if compiling is None else compiling.result
-        assembly = assemble(config, args.quantized, args.backend, device, compiled)
-    if compiled is not None and compiled() is not None:
-        backend = f"{backend}, compiled"
+        chosen = Backend(args.backend, None if compiling is None else compiling.result)
+        assembly = assemble(config, args.quantized, chosen.name, device, chosen.code)
+    backend = chosen.label if args.quantized else None
     loaded = time.perf_counter() - began
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, identity_of(config, assembly, backend), args.overwrite, rank)
@@ -139,16 +132,6 @@ def main(argv: list[str] | None = None) -> None:
             make_images(config, assembly, share(missing, rank, world), folder, device, quiet=True)
             return
         fill(args, config, assembly, backend, device, world, loaded)
-
-
-def compiled_code(speak: bool) -> Compiled | None:
-    """None where it cannot be compiled, which is said in one line."""
-    try:
-        return Compiled()
-    except CompileError as error:
-        if speak:
-            print(f"note: --compile changes nothing here: {error}", flush=True)
-        return None
 
 
 def share(missing: list[int], rank: int, world: int) -> list[int]:
@@ -211,8 +194,7 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     """Raises ConfigError for outputs that cannot be what they should be."""
     if args.backend != "fake" and args.quantized is None:
         raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
-    if args.compile and args.backend == "fake":
-        raise ConfigError("--compile: needs --backend int8 or int8-avx2")
+    check_backend(args)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, not a folder")
     if args.grid is not None and Path(args.grid).resolve().parent == folder.resolve():

@@ -13,9 +13,11 @@ Each cell is calibrated and sampled by the functions of calibrate.py and sample_
 compared with the full-precision images of the same noise. --transfer 20,250,ddpm samples each
 calibrated model with other samplers too (ddpm:250 names both). --seeds are those of calibration;
 the images' noise is that of sampling.seed. A --set applies to every method, and so does what the
-configuration writes: a baseline is its preset only as far as neither changes it.
+configuration writes: a baseline is its preset only as far as neither changes it. --backend int8
+--compile measures the integer kernels, which takes less time.
 
-OUT receives results.json, results.md, ablation.md and plots/. The same command continues a killed
+OUT receives results.json, results.md (with tinyDM's lead over each other method, image by image),
+ablation.md and plots/. The same command continues a killed
 run; a finished one only writes them again. Other methods, bits, steps, seeds and parts join those
 that are there. A cell does not notice that the program changed: results.json has `code`.
 

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from quant.int8 import int8_supported
 from scripts import benchmark
-from scripts.bench import measure, methods, tables
+from scripts.bench import leads, measure, methods, tables
 from scripts.bench.ablations import PARTS
 from scripts.bench.plan import Cell, Plan, ablation_cells, read_bits
 from scripts.common.config import ConfigError
@@ -55,8 +57,10 @@ def run_command(room: Path, out: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+def table(path: Path, number: int = 0) -> list[dict[str, str]]:
+    """One of the tables of a file, from 0."""
+    blocks = [block for block in path.read_text().split("\n\n") if block.startswith("|")]
+    lines = blocks[number].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
@@ -94,6 +98,76 @@ def test_table_in_the_papers_layout(first: Path) -> None:
         assert low <= line["psnr"] <= high and line["seeds"] == [0] and line["images"] == 2
     names = {path.name for path in (first / "plots").iterdir()}
     assert {"eps-mse-3-w4a8.png", "timesteps-3-w4a8.png", "psnr-3.png"} <= names
+
+
+def test_lead_is_of_the_same_images(first: Path) -> None:
+    (line,) = table(first / "results.md", 1)
+    assert (line["Bit-width (W/A)"], line["against"], line["seeds"]) == ("4/8", "MinMax", "0")
+    errors = {
+        row["cell"]["label"]: np.array([row["image_mse"]])
+        for row in json.loads((first / "results.json").read_text())["rows"]
+        if row["cell"]["label"] != "fp"
+    }
+    gain = measure.pooled_psnr(errors["tinydm"]) - measure.pooled_psnr(errors["minmax"])
+    assert line["PSNR (dB)"].startswith(f"{gain:+.2f} [")
+    assert line["images won"] == f"{(errors['tinydm'] < errors['minmax']).sum()} of 2"
+
+
+def row_of(label: str, steps: int, calibrated: int, seed: int, mse: np.ndarray) -> dict[str, Any]:
+    """A row with the errors of images; of trajectories a thousandth of them."""
+    return {
+        "cell": Cell("benchmark", label, (4, 8), calibrated, seed).to_plain(),
+        "sampler": {"name": "ddim", "steps": steps},
+        "calibrated": {"name": "ddim", "steps": calibrated},
+        "image_mse": mse.tolist(),
+        "eps_mse_of_trajectories": (mse / 1000).tolist(),
+    }
+
+
+def test_lead_over_common_seeds_and_samplers() -> None:
+    """Ten times smaller errors are 10 dB, whatever the images; the interval has no width."""
+    ours = np.random.default_rng(0).exponential(100.0, 64) + 1
+    rows = [
+        row_of("tinydm", 50, 50, 0, ours),
+        row_of("tinydm", 50, 50, 1, ours),
+        row_of("ptqd", 50, 50, 1, 10 * ours),
+        row_of("ptqd", 50, 50, 2, ours / 10),  # a seed that only one side has
+        row_of("tinydm", 20, 50, 1, ours),
+        row_of("ptqd", 20, 20, 1, np.where(np.arange(64) < 16, 0.1, 1e4) * ours),
+        row_of("qdiffusion", 20, 100, 1, ours),  # made for another sampler
+    ]
+    text = leads.lead_table(rows).splitlines()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[2:]]
+    ten = "+10.00 [+10.00, +10.00]"
+    assert lines[0] == ["50", "4/8", "PTQD", "1", ten, ten, "64 of 64", "0.100 [0.100, 0.100]"]
+    assert lines[1][:4] == ["20 (calibrated at 50)", "4/8", "PTQD, calibrated there", "1"]
+    assert lines[1][6] == "48 of 64" and len(lines) == 2
+    assert leads.lead_table(rows[:2]) == ""
+
+
+def test_an_equal_image_does_not_make_the_mean_infinite() -> None:
+    errors = np.array([[0.0, 650.25]])
+    assert measure.mean_psnr(errors) == pytest.approx((58.92 + 20) / 2, abs=0.01)
+
+
+def test_integer_backend(room: Path) -> None:
+    """Its images and numbers stand beside those of the other backend; the model is the same."""
+    if reason := int8_supported():
+        pytest.skip(reason)
+    command = ("--methods", "fp,minmax", "--bits", "w4a8")
+    benchmark.main(options(room, "integers", *command))
+    file = room / "integers" / "results.json"
+    before, fake = made(room / "integers"), json.loads(file.read_text())["rows"]
+    benchmark.main(options(room, "integers", *command, "--backend", "int8"))
+    after, whole = made(room / "integers"), json.loads(file.read_text())["rows"]
+    assert [row["backend"] for row in fake + whole] == [None, "fake", None, "int8"]
+    new = {name for name in after if after[name] != before.get(name)}
+    assert {Path(name).name for name in new} == {
+        *("cell.json", "images-ddim-3-int8.identity.json", "000000.png", "000001.png")
+    }
+    assert "backend int8" in (room / "integers" / "results.md").read_text()
+    assert whole[1]["image_mse"] == pytest.approx(fake[1]["image_mse"], rel=0.2)
+    assert whole[1]["eps_mse_of_steps"] != fake[1]["eps_mse_of_steps"]
 
 
 def test_ptqd_is_fitted_to_the_model_of_its_base(room: Path) -> None:
@@ -152,6 +226,7 @@ def test_mistakes_are_one_line(room: Path) -> None:
         (("--methods", "tinydn"), "tinydm"),
         (("--bits", "w9a8"), "--bits w9a8"),
         (("--fid",), "--reference"),
+        (("--compile",), "--backend"),
         (("--steps", "2000"), "sampler.steps"),
         (("--set", "quant.activation.group=3"), "groups"),
     ):

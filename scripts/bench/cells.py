@@ -2,7 +2,8 @@
 
 cells/<steps>-<bits>-<method>-s<seed>-<digest>/   quantized.safetensors and the rest of
                                                   calibrate.py's run folder
-                              images-<sampler>/   images alone
+                              images-<sampler>/   images alone; of another backend than fake
+                                                  images-<sampler>-<backend>/
                               cell.json           what was measured
 """
 
@@ -20,6 +21,7 @@ from scripts.bench.full import FullPrecision, sample_images
 from scripts.bench.plan import BENCHMARK, Cell, Plan, Sampler, is_current
 from scripts.bench.record import Record
 from scripts.bench.scoring import Scorer
+from scripts.common.backend import Backend
 from scripts.common.config import Config, ConfigError
 from scripts.common.reports import CALIBRATION
 from scripts.common.runs import digest_of
@@ -41,7 +43,10 @@ def code_digest() -> str:
 
 
 class Bench:
-    """Everything that the cells of one folder share. trajectories: of the fresh states."""
+    """Everything that the cells of one folder share.
+
+    trajectories: of the fresh states; backend: of every quantized model.
+    """
 
     def __init__(
         self,
@@ -50,9 +55,11 @@ class Bench:
         device: torch.device,
         trajectories: int,
         scorer: Scorer | None = None,
+        backend: Backend | None = None,
     ):
         self.root, self.plan, self.device = root, plan, device
         self.trajectories, self.scorer = trajectories, scorer
+        self.backend = Backend() if backend is None else backend
         self.count = plan.base.sampling.count
         self.code = code_digest()
         self._full: dict[Any, FullPrecision] = {}
@@ -78,6 +85,7 @@ class Bench:
         cell = Cell(BENCHMARK, "fp", FULL_BITS, sampler.steps, 0)
         return self._row(cell, sampler, full, full.digest, full.folder) | {
             "calibrated": vars(sampler),
+            "backend": None,
             "size_mb": full.parameters * 4 / 2**20,
             "scores": self._scores(full.record, "scores", images),
         }
@@ -94,7 +102,7 @@ class Bench:
             config = self.plan.config(cell, sampler)
             full = self.full(config)
             row = self._row(cell, sampler, full, digest, folder)
-            rows.append(row | made | self._measure(config, full, folder, record, sampler.label))
+            rows.append(row | made | self._measure(config, full, folder, record, sampler))
         return rows
 
     def _row(
@@ -106,6 +114,7 @@ class Bench:
             "calibrated": vars(self.plan.sampler(cell.steps)),
             "digest": digest,
             "folder": folder.relative_to(self.root).as_posix(),
+            "backend": self.backend.label,
             "count": self.count,
             "trajectories": self.trajectories,
             "calls": len(full.calls),
@@ -147,16 +156,20 @@ class Bench:
         }
 
     def _measure(
-        self, config: Config, full: FullPrecision, folder: Path, record: Record, label: str
+        self, config: Config, full: FullPrecision, folder: Path, record: Record, sampler: Sampler
     ) -> Row:
+        backend, label = self.backend.label, sampler.label
+        if backend != Backend().label:
+            label = f"{label}-{backend.replace(', ', '-')}"
         images = folder / f"images-{label}"
 
         def assembly() -> Assembly:
-            return assemble(config, folder / calibrate.RESULT, device=self.device)
+            name, code = self.backend.name, self.backend.code
+            return assemble(config, folder / calibrate.RESULT, name, self.device, code)
 
         def pairs() -> Row:
             reference = full.images()
-            sample_images(config, assembly(), images, "fake", self.device)
+            sample_images(config, assembly(), images, backend, self.device)
             return {"image_mse": measure.image_errors(images, reference, self.count)}
 
         def errors() -> Row:
@@ -192,6 +205,9 @@ class Bench:
         for row in earlier:
             new = merged.get(key_of(row))
             if (row["count"], row["trajectories"]) != (self.count, self.trajectories):
+                continue
+            # A row of full precision, which has None, is the same with every backend.
+            if row.get("backend", Backend().label) not in (None, self.backend.label):
                 continue
             if new is not None:
                 if new["scores"] is None and new["digest"] == row["digest"]:

@@ -9,6 +9,7 @@ from scripts.bench import measure, tables
 from scripts.bench.ablations import PARTS
 from scripts.bench.cells import Bench, Row
 from scripts.bench.environment import environment
+from scripts.bench.leads import LEAD_TITLE, lead_table
 from scripts.bench.plan import (
     METHODS,
     NAMES,
@@ -20,6 +21,7 @@ from scripts.bench.plan import (
     read_numbers,
 )
 from scripts.bench.scoring import Scorer
+from scripts.common.backend import add_backend, read_backend
 from scripts.common.cli import (
     SAMPLER_OPTIONS,
     SAMPLING_OPTIONS,
@@ -52,6 +54,7 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
     parser.add_argument(
         "--trajectories", metavar="N", default="32", help="on which eps errors are measured (32)"
     )
+    add_backend(parser)
     parser.add_argument("--fid", action="store_true", help="also FID, sFID, IS, precision")
     parser.add_argument("--reference", metavar="FILE", help="statistics or images, for --fid")
     parser.add_argument(
@@ -112,6 +115,7 @@ def summary(line: tables.Line) -> dict[str, Any]:
         "calibration_seconds": line.average("seconds"),
         "psnr": psnr and psnr[0],
         "psnr_interval": psnr and psnr[1],
+        "psnr_mean": line.mean_psnr(),
         "psnr_median": None if errors is None else measure.median_psnr(errors),
         "psnr_deviation_of_seeds": line.spread(),
         "eps_mse": eps and eps[0],
@@ -138,6 +142,8 @@ def write_tables(folder: Path, name: str, rows: list[Row]) -> None:
         if not tables.lines_of(rows, ablations):
             continue
         table = tables.ablation_table(rows) if ablations else tables.benchmark_table(rows)
+        if not ablations and (lead := lead_table(rows)):
+            table += f"\n\n{LEAD_TITLE}\n\n{lead}"
         notes = "\n".join(f"- {note}" for note in tables.notes(rows, ablations))
         write_text(folder / file, tables.document(title=title, table=table, notes=notes))
         print(f"\n{table}\n\n{folder / file}")
@@ -147,12 +153,12 @@ def main(argv: list[str], description: str | None) -> None:
     args = parse_arguments(argv, description)
     if args.fid and args.reference is None:
         raise ConfigError("--fid: needs --reference FILE, statistics or images")
-    device = resolve_device(args.device)
+    device, backend = resolve_device(args.device), read_backend(args)
     (trajectories,) = read_numbers("--trajectories", args.trajectories)[:1]
     plan = Plan(args.config, args.overrides)
     scorer = Scorer(args.reference, args.device) if args.fid else None
     folder = Path(args.out)
-    bench = Bench(folder, plan, device, trajectories, scorer)
+    bench = Bench(folder, plan, device, trajectories, scorer, backend)
     rows = measure_all(args, bench)
     rows = bench.merge(rows, earlier_rows(folder / "results.json"))
     lines = [line for ablations in (False, True) for line in tables.lines_of(rows, ablations)]

@@ -107,6 +107,7 @@ ROW = Keys(  # of benchmark.py's results.json
         "size_mb": Number(low=0, none=True),
         "seconds": Number(low=0, none=True),
         "code": Text(none=True),
+        "backend": Text(none=True),
         "image_mse": List(POSITIVE, none=True),
         "eps_mse_of_trajectories": List(POSITIVE, none=True),
     },

@@ -1,0 +1,88 @@
+"""TinyDM against each other method, image by image: rows of cells -> Markdown.
+
+Images of one number have the same noise, so that their differences say more than two intervals of
+which each has the spread of the images in it.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from scripts.bench import measure
+from scripts.bench.plan import NAMES
+from scripts.bench.tables import (
+    Interval,
+    Line,
+    Row,
+    gain,
+    lines_of,
+    paired,
+    timesteps_text,
+    with_interval,
+)
+from scripts.common.markdown import format_table
+
+OURS = "tinydm"
+LEAD_TITLE = (
+    "TinyDM's lead, paired, with 95% intervals; eps-MSE: TinyDM's as a part of the other's; images "
+    "won: of all seeds:"
+)
+
+
+def _pairs(lines: list[Line]) -> list[tuple[Line, Line]]:
+    """TinyDM and another with the same sampler and bits, over the seeds that both have.
+
+    The other is calibrated where TinyDM is, or with the sampler itself.
+    """
+    found = []
+    for own in (line for line in lines if line.cell.label == OURS):
+        for other in lines:
+            same = (other.sampler, other.cell.bits) == (own.sampler, own.cell.bits)
+            fair = not other.transferred or other.rows[0]["calibrated"] == own.rows[0]["calibrated"]
+            if same and fair and other.cell.label not in (OURS, "fp"):
+                found.append(_common(own, other))
+    return [(a, b) for a, b in found if a.rows and a.image_mse is not None]
+
+
+def _common(own: Line, other: Line) -> tuple[Line, Line]:
+    def seeds(line: Line) -> set[int]:
+        return {row["cell"]["seed"] for row in line.rows if row.get("image_mse") is not None}
+
+    common = seeds(own) & seeds(other)
+
+    def those(line: Line) -> Line:
+        return replace(line, rows=tuple(row for row in line.rows if row["cell"]["seed"] in common))
+
+    return those(own), those(other)
+
+
+def _mean_gain(own: Line, other: Line) -> tuple[float, Interval]:
+    difference = measure.image_psnr(own.image_mse) - measure.image_psnr(other.image_mse)
+    return paired(lambda means: means.mean(-1), difference)
+
+
+def _eps_part(own: Line, other: Line) -> tuple[float, Interval] | None:
+    if own.eps_mse is None or other.eps_mse is None:
+        return None
+    return paired(lambda a, b: a.mean(-1) / b.mean(-1), own.eps_mse, other.eps_mse)
+
+
+def lead_table(rows: list[Row]) -> str:
+    """Empty where there is nothing to compare."""
+    table = []
+    for own, other in _pairs(lines_of(rows, ablations=False)):
+        there = "" if other.transferred or not own.transferred else ", calibrated there"
+        won, of = np.sum(own.image_mse < other.image_mse), own.image_mse.size
+        table.append(
+            {
+                "Timesteps": timesteps_text(own),
+                "Bit-width (W/A)": "{}/{}".format(*own.cell.bits),
+                "against": NAMES[other.cell.label] + there,
+                "seeds": ", ".join(str(row["cell"]["seed"]) for row in own.rows),
+                "PSNR (dB)": with_interval(gain(own, other), "+.2f"),
+                "mean (dB)": with_interval(_mean_gain(own, other), "+.2f"),
+                "images won": f"{won} of {of}",
+                "eps-MSE": with_interval(_eps_part(own, other), ".3f"),
+            }
+        )
+    return format_table(table, list(table[0])) if table else ""
