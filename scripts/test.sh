@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=1
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # A file of tests a process, two at a time: each has its own temporary folders.
-"$PYTHON" -m pytest -q -n 2 --dist loadfile tests "$@"
+# Folders of passed tests go at once: they are 0.7 GB, and pytest would keep those of three runs.
+"$PYTHON" -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests "$@"
