@@ -124,6 +124,12 @@ def step_importance(assembly: Assembly, bank: Bank) -> torch.Tensor:
     return torch.tensor(values)
 
 
+def signal_to_noise(assembly: Assembly, bank: Bank) -> torch.Tensor:
+    """Per step of the bank, abar / (1 - abar), (S,) float64."""
+    abar = torch.from_numpy(assembly.pipeline.alphas_cumprod).double()[bank.timesteps]
+    return abar / (1 - abar)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     config, device = load_config(args.config, args.overrides), resolve_device(args.device)
@@ -230,6 +236,7 @@ def calibrate_config(
                 state,
                 save,
                 partial(collect_together, team),
+                signal_to_noise(assembly, bank),
             )
         except DivergenceError as error:
             raise RunError(advice(error, state.phase)) from error
@@ -331,6 +338,11 @@ def write_report(
         f"{folder / RESULT}: {size / 2**20:.3f} MB, {size / (parameters * 4):.4f} of float32 "
         f"({parameters * 4 / 2**20:.2f} MB), in {seconds:.0f} s",
     ]
+    if "precision" in phases:
+        of_step = phases["precision"]["bits_of_step"]
+        counts = ", ".join(f"{of_step.count(b)} of {b} bits" for b in sorted(set(of_step)))
+        average = phases["precision"]["average_bits"]
+        lines.insert(2, f"activations by step: {counts}; {average:.2f} bits on average")
     write_text(folder / "log.txt", "\n".join(lines) + "\n")
     return lines
 

@@ -6,6 +6,7 @@
     search       differentiable groups with active timestep selection (search.py)
     reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
+    precision    bits of the activations by step (precision.py)
     correction   of the output: PTQD's tables (correction.py) or of the drift (drift.py)
 
 After each phase, each chunk of blocks and every CHECKPOINT end-to-end steps, `save(state)` gets
@@ -36,6 +37,7 @@ from quant.model import (
     quantize,
     roles_of,
 )
+from quant.precision import choose_bits
 from quant.reconstruct import reconstruct, unit_names
 from quant.search import SearchResult, search
 from quant.state import PHASES, CalibrationState, restore
@@ -100,13 +102,15 @@ def calibrate(
     state: CalibrationState | None = None,
     save: Callable[[CalibrationState], None] = lambda state: None,
     collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect,
+    signal_to_noise: torch.Tensor | None = None,
 ) -> tuple[QuantDenoiser, dict[str, Any]]:
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
     denoiser: full precision, not changed. bank: its trajectories. visit(model, number): those of
     a quantized model, with full-precision answers. drive(model, adjust, count) samples `count`
     fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
-    output that the sampler gets. importance (S,): weight of an eps error at each sampling step.
+    output that the sampler gets. importance (S,): weight of an eps error at each sampling step;
+    signal_to_noise (S,): abar / (1 - abar) there, which settings.activation.step_bits needs.
     `state` continues an earlier run; its `phase` is the one that raised DivergenceError, because a
     loss or a learned value is not finite. `collect` stands for statistics.collect.
     """
@@ -130,6 +134,7 @@ def calibrate(
         "search": _search,
         "reconstruct": _reconstruct,
         "finetune": _finetune,
+        "precision": _precision,
         "correction": _correction,
     }
 
@@ -160,6 +165,7 @@ def calibrate(
         keep,
         remember,
         collect,
+        signal_to_noise,
     )
     for phase in PHASES:
         if phase in state.done:
@@ -189,6 +195,7 @@ class _Job:
     keep: Callable[[dict[str, Any]], None]
     remember: Callable[[], None]  # the start of a phase that will keep parts
     collect: Callable[..., dict[str, statistics.Statistics]]
+    signal_to_noise: torch.Tensor | None
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
@@ -218,17 +225,12 @@ def _equivalent(job: _Job) -> dict[str, Any] | None:
 
 def _ranges(job: _Job) -> dict[str, Any]:
     """Methods without groups see what their own calibration samples see, the others all steps."""
-    activation, bank = job.settings.activation, job.bank
+    activation = job.settings.activation
     quantizers = list(activation_quantizers(job.model))
-    size = job.calibration.batch_size
     if activation.search == "none":
         _select(job, None)
-        batches = bank.tuples_by_timestep(job.state.tuples, size)
-    else:
-        limit = STATISTICS_CONDITIONED if bank.conditioning else STATISTICS_TRAJECTORIES
-        batches = bank.by_timestep(limit, size)
     job.progress.begin("activation ranges", len(quantizers))
-    stats = job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    stats = _statistics(job)
     for name, quantizer in quantizers:
         grouping.assign(
             quantizer, stats[name], activation.groups, activation.search, activation.scale
@@ -236,6 +238,16 @@ def _ranges(job: _Job) -> dict[str, Any]:
         job.progress.step("")
     job.progress.end()
     return {"quantizers": len(quantizers)}
+
+
+def _statistics(job: _Job) -> dict[str, statistics.Statistics]:
+    bank, size = job.bank, job.calibration.batch_size
+    if job.settings.activation.search == "none":
+        batches = bank.tuples_by_timestep(job.state.tuples, size)
+    else:
+        limit = STATISTICS_CONDITIONED if bank.conditioning else STATISTICS_TRAJECTORIES
+        batches = bank.by_timestep(limit, size)
+    return job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
 
 
 def _rounding(job: _Job) -> dict[str, Any] | None:
@@ -389,6 +401,29 @@ def _finetune(job: _Job) -> dict[str, Any] | None:
         "iterations": iterations,
         "visited": visits[0],
     }
+
+
+def _precision(job: _Job) -> dict[str, Any] | None:
+    activation, size = job.settings.activation, job.calibration.batch_size
+    if not activation.step_bits:
+        return None
+    if job.signal_to_noise is None:
+        raise ValueError("step_bits needs the signal-to-noise ratio of each step")
+    roles = roles_of(job.denoiser)
+    counts = len({*activation.step_bits, activation.bits}), len(job.bank.timesteps)
+    job.progress.begin("bits by step", counts[0] * counts[1])
+    report = choose_bits(
+        job.model,
+        job.bank,
+        _statistics(job),
+        activation,
+        [*roles.inputs, *roles.outputs],
+        job.signal_to_noise,
+        size,
+        job.progress.step,
+    )
+    job.progress.end()
+    return report
 
 
 def _correction(job: _Job) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ _PRODUCTS = {
     ],
     "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
 }
-Step = tuple[float, float, int]  # 1 / scale, scale, zero point
+CodeStep = tuple[float, float, int, int]  # 1 / scale, scale, zero point, highest code
 Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and their zero point
 
 
@@ -72,34 +72,32 @@ class Compiled:
         self,
         x: torch.Tensor,
         factors: torch.Tensor,
-        step: Step,
-        bits: int,
+        step: CodeStep,
         border: tuple[int, int] = (0, 0),
         pitch: int | None = None,
     ) -> Planes:
-        """clamp(round(x * factors / scale) + zero_point, 0, 2^bits - 1), with a border of zeros.
+        """clamp(round(x * factors / scale) + zero_point, 0, top), with a border of zeros.
 
         x: float32 (B, C, H, W) of which `pixel_stride` is not None; factors float32 (C,). Codes are
         (B, pitch, H + 2 border[0], W + 2 border[1]), channels_last; those of channels beyond C are
         not set. More than 8 bits give two, of the low and the high byte: s (q - z) is their sum.
         """
         given = (x.data_ptr(), pixel_stride(x))
-        return self._make(self._library.codes, given, x, factors, step, bits, border, pitch)
+        return self._make(self._library.codes, given, x, factors, step, border, pitch)
 
     def norm_silu_codes(
         self,
         x: torch.Tensor,
         norm: nn.GroupNorm,
         factors: torch.Tensor,
-        step: Step,
-        bits: int,
+        step: CodeStep,
         border: tuple[int, int] = (0, 0),
         pitch: int | None = None,
     ) -> Planes:
         """`codes` of silu(norm(x)). x: float32 (B, C, H, W) whose `pixel_stride` is C."""
         given = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups)
         function = self._library.norm_silu_codes
-        return self._make(function, (*given, norm.eps), x, factors, step, bits, border, pitch)
+        return self._make(function, (*given, norm.eps), x, factors, step, border, pitch)
 
     def group_norm(self, x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
         """norm(x), of which a sample depends neither on the batch nor on the threads. x as in
@@ -119,18 +117,17 @@ class Compiled:
         given: tuple[int | float | None, ...],
         x: torch.Tensor,
         factors: torch.Tensor,
-        step: Step,
-        bits: int,
+        step: CodeStep,
         border: tuple[int, int],
         pitch: int | None,
     ) -> Planes:
         """Codes by a function of codes.cpp; given: its first arguments, of the input."""
-        out, high, size = _targets(x, bits, border, pitch)
-        inverse, scale, zero_point = step
+        inverse, scale, zero_point, top = step
+        out, high, size = _targets(x, top > 255, border, pitch)
         function(
             *(*given, factors.data_ptr(), out.data_ptr()),
             *(None if high is None else high.data_ptr(), size),
-            *(inverse, zero_point, 2**bits - 1, torch.get_num_threads()),
+            *(inverse, zero_point, top, torch.get_num_threads()),
         )
         if high is None:
             return [(out, scale, zero_point)]
@@ -170,9 +167,8 @@ class Compiled:
         self,
         left: torch.Tensor,
         right: torch.Tensor,
-        left_step: Step,
-        right_step: Step,
-        bits: tuple[int, int],
+        left_step: CodeStep,
+        right_step: CodeStep,
         relative: bool,
         score_scale: float | None = None,
     ) -> torch.Tensor:
@@ -188,11 +184,10 @@ class Compiled:
         strides = (*left.stride()[:2], *right.stride())
         size = (ctypes.c_long * 9)(*left.shape, right.shape[2], *strides)
         steps = [
-            (inverse, zero_point, 2**b - 1)
-            for (inverse, _, zero_point), b in zip((left_step, right_step), bits, strict=True)
+            value for inverse, _, *codes in (left_step, right_step) for value in (inverse, *codes)
         ]
         self._library.matrix_product(
-            *(left.data_ptr(), right.data_ptr(), out.data_ptr(), size, *steps[0], *steps[1]),
+            *(left.data_ptr(), right.data_ptr(), out.data_ptr(), size, *steps),
             *(left_step[1] * right_step[1], relative + 2 * (score_scale is not None)),
             *(score_scale or 0.0, torch.get_num_threads()),
         )
@@ -307,15 +302,15 @@ def pixel_stride(x: torch.Tensor) -> int | None:
 
 
 def _targets(
-    x: torch.Tensor, bits: int, border: tuple[int, int], pitch: int | None
+    x: torch.Tensor, two: bool, border: tuple[int, int], pitch: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, ctypes.Array]:
-    """Empty codes, those of the high bytes, and the sizes that codes.cpp wants."""
+    """Empty codes, if two those of the high bytes, and the sizes that codes.cpp wants."""
     batch, channels, height, width = x.shape
     pitch = channels if pitch is None else pitch
     shape = (batch, pitch, height + 2 * border[0], width + 2 * border[1])
     out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     size = (ctypes.c_long * 7)(batch, height, width, channels, *border, pitch)
-    return out, torch.empty_like(out) if bits > 8 else None, size
+    return out, torch.empty_like(out) if two else None, size
 
 
 def _compile() -> ctypes.CDLL:

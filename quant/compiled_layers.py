@@ -102,7 +102,7 @@ class CompiledLayer(Int8Layer):
     def _step_of(self, index: int) -> "ctypes.Array[PartStep]":
         known = self._steps.get(index)
         if known is None:
-            steps = [PartStep(*q.code_step(index), q.top) for q in self._quantizers]
+            steps = [PartStep(*q.code_step(index)) for q in self._quantizers]
             known = self._steps[index] = (PartStep * len(steps))(*steps)
         return known
 
@@ -153,8 +153,7 @@ class CompiledMatMul(Int8MatMul):
         score_scale: float | None = None,
     ) -> torch.Tensor:
         steps = self.left.code_step(index), self.right.code_step(index)
-        bits = self.left.bits, self.right.bits
-        return self.compiled.matrix_product(left, right, *steps, bits, self.by_row, score_scale)
+        return self.compiled.matrix_product(left, right, *steps, self.by_row, score_scale)
 
 
 class CompiledNorm(nn.GroupNorm):

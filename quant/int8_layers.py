@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant.compiled import Compiled, pixel_stride
+from quant.compiled import CodeStep, Compiled, pixel_stride
 from quant.layers import Operation, QuantLayer, QuantMatMul, scale_channels
 from quant.quantizer import ActivationQuantizer
 from quant.weights import dequantize, per_channel
@@ -48,22 +48,22 @@ class CodeQuantizer(ActivationQuantizer):
             quantizer.zero_point,
             quantizer.group_of_bin,
             quantizer.bits,
+            quantizer.group_bits,
         )
-        self.top = 2**self.bits - 1
 
-    def code_step(self, index: int) -> tuple[float, float, int]:
-        """1 / scale, scale and zero point of a bin of timesteps."""
-        inverse, scale, low, _ = self.step(index)
-        return inverse, scale, -low
+    def code_step(self, index: int) -> CodeStep:
+        """Of a bin of timesteps."""
+        inverse, scale, low, high = self.step(index)
+        return inverse, scale, -low, high - low
 
     def codes(self, x: torch.Tensor, index: int) -> list[tuple[torch.Tensor, float, int]]:
         """uint8 codes shaped like x, their scale and their zero point, for a bin of timesteps.
 
         More than 8 bits give two, of the low and the high byte: s (q - z) is the sum of both.
         """
-        inverse, scale, zero_point = self.code_step(index)
-        q = shifted_codes(x, inverse, zero_point, self.top)
-        if self.bits <= 8:
+        inverse, scale, zero_point, top = self.code_step(index)
+        q = shifted_codes(x, inverse, zero_point, top)
+        if top < 256:
             return [(q.to(torch.uint8).add_(zero_point), scale, zero_point)]
         q.add_(zero_point)
         low, high = q.to(torch.uint8), q.bitwise_right_shift_(8).to(torch.uint8)
@@ -219,7 +219,7 @@ class Int8Layer(nn.Module):
     ) -> torch.Tensor:
         (factors,), quantizer = self.factors(), self.inputs[0]
         step = quantizer.code_step(index)
-        (codes,) = self.compiled.norm_silu_codes(x, norm, factors, step, quantizer.bits)
+        (codes,) = self.compiled.norm_silu_codes(x, norm, factors, step)
         out = self.weights[0](*codes, self.bias)
         return out if plus is None else out.add_(plus)
 
@@ -255,8 +255,7 @@ class Int8Layer(nn.Module):
         """See CodeQuantizer.codes. x: a part of the input channels, not yet scaled."""
         quantizer = self.inputs[part]
         if self.op.is_conv and self._one_pass(quantizer) and pixel_stride(x) is not None:
-            step = quantizer.code_step(index)
-            return self.compiled.codes(x, self.factors()[part], step, quantizer.bits)
+            return self.compiled.codes(x, self.factors()[part], quantizer.code_step(index))
         if self.channel_scale is not None:
             x = scale_channels(x, self.factors()[part], self.op.channel_dim)
         return quantizer.codes(x, index)
@@ -306,26 +305,26 @@ class Int8MatMul(QuantMatMul):
 
     def _shared(self, left: torch.Tensor, right: torch.Tensor, index: int) -> torch.Tensor:
         """All rows share one bin of timesteps."""
-        left, top = self.left_operand(left)
-        inverse, scale, z = self.left.code_step(index)
-        right_inverse, right_scale, right_z = self.right.code_step(index)
-        k = shifted_codes(right, right_inverse, right_z, self.right.top).to(torch.int8)
+        left, factor = self.left_operand(left)
+        inverse, scale, z, top = self.left.code_step(index)
+        right_inverse, right_scale, right_z, right_top = self.right.code_step(index)
+        k = shifted_codes(right, right_inverse, right_z, right_top).to(torch.int8)
         out = torch.empty(*left.shape[:-1], right.shape[-1])
         total = torch.empty(out.shape[1:], dtype=torch.int32)
-        signed = z <= 128 and self.left.top - z <= 127
+        signed = z <= 128 and top - z <= 127
         for i, result in enumerate(out):
-            q = shifted_codes(left[i], inverse, z, self.left.top)
+            q = shifted_codes(left[i], inverse, z, top)
             q = q.to(torch.int8) if signed else q.to(torch.uint8).add_(z)
             torch._int_mm(q, k[i], out=total)
             if z and not signed:
                 total.sub_(k[i].sum(0, dtype=torch.int32), alpha=z)
             torch.mul(total, scale * right_scale, out=result)
-        return out if top is None else out.mul_(top)
+        return out if factor is None else out.mul_(factor)
 
 
 def fits_int8(quantizer: ActivationQuantizer) -> bool:
     """Whether codes - z lies within -128..127 for every group."""
-    z, top = quantizer.zero_point, 2**quantizer.bits - 1
+    z, top = quantizer.zero_point, 2 ** quantizer.group_bits.int() - 1
     return bool((z <= 128).all() and (top - z <= 127).all())
 
 

@@ -42,7 +42,7 @@ class Log2Quantizer(ActivationQuantizer):
     """Deployed; buffers as those of ActivationQuantizer, zero_point unused."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale, _ = self.current(x.dim())
+        scale, _, _ = self.current(x.dim())
         return log2_quantize(x, scale, 2**self.bits - 1)
 
     def shared(

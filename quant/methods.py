@@ -27,9 +27,12 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class ActivationSettings:
-    """groups: quantizers per tensor that the timesteps share; search: how they are assigned."""
+    """bits: of all steps, with step_bits the most that one has; groups: quantizers per tensor that
+    the timesteps share; search: how they are assigned."""
 
     bits: int = bounded(8, 2, 8)
+    # Fewer bits among which each step takes the lowest that its noise allows (PTQD, precision.py).
+    step_bits: tuple[int, ...] = bounded((), 2, 7)
     groups: int = bounded(8, 1, 255)
     search: str = choice("differentiable", "differentiable", "kmeans", "dp", "uniform", "none")
     scale: str = choice("mse", "mse", "minmax", "percentile")

@@ -8,6 +8,7 @@ Tensors
     layers.channel_scale   float16 (sum C,) of the layers whose input channels are scaled
     activations.scale      float32 (L, G)   one row per activation quantizer, padded with 1
     activations.zero_point int32 (L, G)
+    activations.bits       uint8 (L, G)     optional: where groups of a quantizer differ in bits
     activations.group      uint8 (L, S)     group of each calibrated timestep
     float.<parameter>      float32          what is not quantized: norms, embeddings
     correction.*           float32          optional, see correction.py
@@ -36,7 +37,8 @@ from quant.log2 import Log2Quantizer
 from quant.model import LAYER_TYPES, QuantDenoiser, replace_module
 from quant.quantizer import ActivationQuantizer
 
-FORMAT, VERSION = "tinydm-quantized", "2"
+FORMAT = "tinydm-quantized"
+VERSION, MIXED_VERSION = "2", "3"  # the second with activations.bits, which older readers miss
 CHUNK = 1 << 20  # codes handled at a time when packing, a multiple of 8
 MOST_TIMESTEPS, MOST_BINS = 100_000, 255  # as the configuration allows them
 
@@ -164,6 +166,13 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
         scale[row, : len(q.scale)] = q.scale.cpu()
         zero[row, : len(q.scale)] = q.zero_point.cpu()
         group[row] = q.group_of_bin.cpu()
+    mixed = any((q.group_bits != q.bits).any() for q in quantizers)
+    if mixed:
+        bits = torch.zeros(len(quantizers), width, dtype=torch.uint8)
+        for row, q in enumerate(quantizers):
+            bits[row] = q.bits
+            bits[row, : len(q.scale)] = q.group_bits.cpu()
+        tensors["activations.bits"] = bits
     tensors |= {
         "activations.scale": scale,
         "activations.zero_point": zero,
@@ -173,7 +182,7 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
         tensors |= {f"correction.{k}": v.cpu() for k, v in model.correction.state_dict().items()}
     metadata = metadata | {
         "format": FORMAT,
-        "version": VERSION,
+        "version": MIXED_VERSION if mixed else VERSION,
         "architecture": architecture_hash(shapes),
         "layers": json.dumps(layer_table(model), separators=(",", ":")),
         "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
@@ -231,9 +240,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise PackedFileError(f"{path}: not a readable safetensors file ({reason})") from error
     if metadata.get("format") != FORMAT:
         raise PackedFileError(f"{path}: not a quantized file of calibrate.py (format is missing)")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (VERSION, MIXED_VERSION):
         raise PackedFileError(
-            f"{path}: format version {metadata.get('version')}, this program reads {VERSION}"
+            f"{path}: format version {metadata.get('version')}, this program reads {VERSION} and "
+            f"{MIXED_VERSION}"
         )
     try:
         metadata["layers"] = json.loads(metadata["layers"])
@@ -305,6 +315,9 @@ class _Builder:
         channel_scale = self._get("layers.channel_scale", torch.float16)
         self._check(channel_scale.dim() == 1, "the channel scales' shape")
         self._check(bool((channel_scale > 0).all()), "a channel scale <= 0")
+        if "activations.bits" in tensors:
+            bits = self._get("activations.bits", torch.uint8)
+            self._check(bits.shape == scale.shape, "the shape of the groups' bits")
         group = self._get("activations.group", torch.uint8)
         self._check(group.shape == (len(scale), len(context.timesteps)), "the group table's shape")
         self._check(not group.numel() or int(group.max()) < scale.shape[1], "a group out of range")
@@ -332,7 +345,13 @@ class _Builder:
         self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
         row, self.row = self.row, self.row + 1
         zero_point = self._get("activations.zero_point", torch.int32)[row]
-        good = 0 <= int(zero_point.min()) and int(zero_point.max()) < 2**bits
+        group_bits = torch.full_like(zero_point, bits)
+        if "activations.bits" in self.tensors:
+            group_bits = self.tensors["activations.bits"][row].int()
+            least = 2 if bits <= 8 else bits  # two-byte codes have no groups of one byte
+            good = least <= int(group_bits.min()) and int(group_bits.max()) == bits
+            self._check(good, "a group's bits out of range")
+        good = 0 <= int(zero_point.min()) and bool((zero_point < 2**group_bits).all())
         self._check(good, "an activation zero point out of range")
         kind = Log2Quantizer if log2 else ActivationQuantizer
         return kind(
@@ -341,6 +360,7 @@ class _Builder:
             zero_point.clone(),
             self.tensors["activations.group"][row].clone(),
             bits,
+            group_bits,
         )
 
     def _layer(self, entry: dict[str, Any], layer: nn.Module) -> QuantLayer:

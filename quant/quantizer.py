@@ -17,9 +17,9 @@ SMALLEST_SCALE = 1e-8
 
 
 def fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int | torch.Tensor
 ) -> torch.Tensor:
-    """Quantize and dequantize; scale and zero_point broadcast against x, top = 2^b - 1.
+    """Quantize and dequantize; scale, zero_point and top = 2^b - 1 broadcast against x.
 
     The clamp works on q - z, which saves adding and removing z. Where every sample has its own
     scale, on a CPU the passes go sample by sample, so that a sample stays in the cache between
@@ -186,7 +186,9 @@ def rate_of_scale(lr: float, bits: int) -> float:
 class ActivationQuantizer(nn.Module):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
-    Buffers: scale float32 (G,), zero_point int32 (G,), group_of_bin uint8 (S,).
+    bits: of its codes; group_bits (G,): of each group, where some have fewer (precision.py).
+    Buffers: scale float32 (G,), zero_point int32 (G,), group_bits uint8 (G,), group_of_bin uint8
+    (S,).
     """
 
     def __init__(
@@ -196,9 +198,13 @@ class ActivationQuantizer(nn.Module):
         zero_point: torch.Tensor,
         group_of_bin: torch.Tensor,
         bits: int,
+        group_bits: torch.Tensor | None = None,
     ):
         super().__init__()
         self.context, self.bits = context, bits
+        if group_bits is None:
+            group_bits = torch.full(zero_point.shape, bits, device=zero_point.device)
+        self.register_buffer("group_bits", group_bits.to(torch.uint8))
         self.register_buffer("scale", scale.detach().float())
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
         self.register_buffer("group_of_bin", group_of_bin.to(torch.uint8))
@@ -213,10 +219,11 @@ class ActivationQuantizer(nn.Module):
     def step(self, index: int) -> tuple[float, float, int, int]:
         """1 / scale, scale, and the lowest and highest code minus z, of a bin of timesteps."""
         if self._steps is None:
-            top = 2**self.bits - 1
+            tops = [2**bits - 1 for bits in self.group_bits.tolist()]
             inverse = self.scale.reciprocal().tolist()  # rounded to float32 as in fake_quantize
             zero_points = self.zero_point.tolist()
-            ends = [-z for z in zero_points], [top - z for z in zero_points]
+            highest = [top - z for top, z in zip(tops, zero_points, strict=True)]
+            ends = [-z for z in zero_points], highest
             self._steps = list(zip(inverse, self.scale.tolist(), *ends, strict=True))
             inverses = self.scale.reciprocal()  # 0-d tensors multiply sooner than numbers
             self._shared = [(v, None, *k) for v, *k in zip(inverses, *ends, strict=True)]
@@ -230,15 +237,15 @@ class ActivationQuantizer(nn.Module):
         self._forget()
         super()._load_from_state_dict(*args)
 
-    def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""
+    def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scale, zero point and highest code of the current timestep: 0-d, or (B, 1, ...) of
+        `dims` axes."""
         bins = self.context.bins
-        if isinstance(bins, int):
-            group = self._groups[bins]
-            return self.scale[group], self.zero_point[group]
-        group = self.group_of_bin[bins].long()
-        shape = (-1,) + (1,) * (dims - 1)
-        return self.scale[group].view(shape), self.zero_point[group].view(shape)
+        one = isinstance(bins, int)
+        group = self._groups[bins] if one else self.group_of_bin[bins].long()
+        shape = () if one else (-1,) + (1,) * (dims - 1)
+        top = 2 ** self.group_bits[group].int() - 1
+        return tuple(v.view(shape) for v in (self.scale[group], self.zero_point[group], top))
 
     def shared(
         self, x: torch.Tensor, index: int, inplace: bool = False
@@ -252,8 +259,8 @@ class ActivationQuantizer(nn.Module):
         bins = self.context.bins
         if isinstance(bins, int):
             return fake_quantize_shared(x, self.step(bins))
-        scale, zero_point = self.current(x.dim())
-        return fake_quantize(x, scale, zero_point.to(x.dtype), 2**self.bits - 1)
+        scale, zero_point, top = self.current(x.dim())
+        return fake_quantize(x, scale, zero_point.to(x.dtype), top.to(x.dtype))
 
 
 class LearnedQuantizer(nn.Module):
@@ -271,6 +278,7 @@ class LearnedQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=not (symmetric or unsigned))
         self.register_buffer("group_of_bin", torch.zeros(len(context.timesteps), dtype=torch.long))
+        self.register_buffer("group_bits", None)  # (G,) where some have fewer (precision.py)
         # Error of each bin under each group's range, relative to the bin's best; until the search.
         self.register_buffer("group_error", None)  # (S, G)
         self.logits: nn.Parameter | None = None  # (S, G) during the search
@@ -299,7 +307,10 @@ class LearnedQuantizer(nn.Module):
         shape = () if group.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
         scale = self.log_scale.exp()[group].reshape(shape)
         zero_point = self._integral_zero_point()[group].reshape(shape)
-        return _LearnedFakeQuantize.apply(x, scale, zero_point, 2**self.bits - 1)
+        top: int | torch.Tensor = 2**self.bits - 1
+        if self.group_bits is not None:
+            top = (2 ** self.group_bits[group].to(x.dtype) - 1).reshape(shape)
+        return _LearnedFakeQuantize.apply(x, scale, zero_point, top)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -324,6 +335,7 @@ class LearnedQuantizer(nn.Module):
             self._integral_zero_point().round(),
             self.group_of_bin,
             self.bits,
+            self.group_bits,
         )
 
 

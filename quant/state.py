@@ -12,7 +12,10 @@ from quant.model import QuantDenoiser
 from quant.quantizer import LearnedQuantizer
 from quant.weights import WeightQuantizer
 
-PHASES = ("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune", "correction")
+PHASES = (
+    *("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune"),
+    *("precision", "correction"),
+)
 
 
 @dataclass
@@ -56,8 +59,9 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
                 value = tensors[f"{name}.{key}"].to(old.device)
                 setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
             module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
-            value = tensors.get(f"{name}.group_error")
-            module.group_error = None if value is None else value.to(module.log_scale.device)
+            for key in ("group_error", "group_bits"):
+                value = tensors.get(f"{name}.{key}")
+                setattr(module, key, None if value is None else value.to(module.log_scale.device))
         elif isinstance(module, WeightQuantizer):
             for key in ("alpha", "latent", "log_gain"):
                 value = tensors.get(f"{name}.{key}")

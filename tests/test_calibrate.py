@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from models.ddim_unet import DDIMUNet
 from quant.packed import read_metadata
+from scripts.reporting.contents import read_quantizers
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """\
@@ -152,6 +154,29 @@ def test_every_method_makes_a_file_and_a_complete_table(
     assert ("rounding" in report["phases"]) == (method == "tinydm")
     assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd"))
     assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))
+
+
+def test_bits_by_step(home: Path) -> None:
+    """PTQD's mixed precision from the command line to images and the report's ranges."""
+    result = done(calibration(home, "mixed", "quant.activation.step_bits=[3,5]", method="ptqd"))
+    phase = json.loads((home / "mixed" / "report.json").read_text())["phases"]["precision"]
+    bits = phase["bits_of_step"]
+    assert f"{phase['average_bits']:.2f} bits on average" in result.stdout
+    assert len(bits) == 6 and len(set(bits)) > 1 and bits[-1] == 8  # the last ones most
+    assert bits == sorted(bits)
+    file = home / "mixed" / "quantized.safetensors"
+    quantizers = read_quantizers(file)
+    with safe_open(file, framework="np") as handle:
+        table = {n: handle.get_tensor(f"activations.{n}") for n in ("scale", "group", "bits")}
+    for row, groups in enumerate(table["group"]):
+        steps = table["scale"][row][groups]
+        codes = np.round((quantizers.high[row] - quantizers.low[row]) / steps)
+        assert np.array_equal(codes, 2.0 ** table["bits"][row][groups] - 1)
+    # Timesteps are ascending in the file, steps descending.
+    rows = enumerate(table["group"])
+    assert any(list(table["bits"][row][groups]) == bits[::-1] for row, groups in rows)
+    done(command("sample_diffusion.py", home, "--quantized", str(file), "--out", "mixed-images"))
+    assert len(list((home / "mixed-images").glob("*.png"))) == 3
 
 
 def _numel(state: dict[str, torch.Tensor]) -> list[int]:

@@ -61,17 +61,17 @@ def test_plain_codes_are_equal(compiled: Compiled, shape: tuple[int, ...], threa
         x[0, :3] = torch.tensor([0.5, -2.5, 1e9]).view(3, 1, 1)
         factors = torch.rand(shape[1]) + 0.5
         scaled = x * factors.view(-1, 1, 1)
-        ((got, scale, zero_point),) = compiled.codes(x, factors, (0.75, 4 / 3, 9), 7)
+        ((got, scale, zero_point),) = compiled.codes(x, factors, (0.75, 4 / 3, 9, 127))
         assert torch.equal(got, codes_of(scaled, 0.75, 9, 127)) and (scale, zero_point) == (
             4 / 3,
             9,
         )
         assert got.is_contiguous(memory_format=LAST)
-        rest, step = factors[2:].contiguous(), (1.5, 2 / 3, 128)
-        ((part, *_),) = compiled.codes(x[:, 2:], rest, step, 8, (2, 1), shape[1] + 1)
+        rest, step = factors[2:].contiguous(), (1.5, 2 / 3, 128, 255)
+        ((part, *_),) = compiled.codes(x[:, 2:], rest, step, (2, 1), shape[1] + 1)
         inner = F.pad(codes_of(scaled[:, 2:], 1.5, 128, 255).int(), (1, 1, 2, 2), value=128)
         assert torch.equal(part[:, : shape[1] - 2].int(), inner)
-        planes = compiled.codes(x, factors, (200.0, 1 / 200, 32000), 16, (0, 1))
+        planes = compiled.codes(x, factors, (200.0, 1 / 200, 32000, 65535), (0, 1))
         value = sum(scale * (q.double() - z) for q, scale, z in planes)
         codes = (torch.round(scaled * 200.0) + 32000).clamp(0, 65535) - 32000
         assert torch.allclose(value, F.pad(codes.double(), (1, 1)) / 200)
@@ -88,13 +88,15 @@ def test_codes_of_a_norm(compiled: Compiled, mean: float):
     factors = torch.rand(24) + 0.5
     exact = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
     exact = exact * factors.view(-1, 1, 1) * 40.0
-    ((got, *_),) = compiled.norm_silu_codes(x, norm, factors, (40.0, 1 / 40, 12), 8)
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, factors, (40.0, 1 / 40, 12, 255))
     border = (exact - exact.floor() - 0.5).abs() < 1e-3
     expected = (exact.round() + 12).clamp(0, 255)
     off = (got.double() - expected).abs()
     assert off.max() <= 1 and not off[~border].any() and border.double().mean() < 0.01
     for row, codes in zip(x, got, strict=True):  # whatever the batch and the border
-        ((one, *_),) = compiled.norm_silu_codes(row[None], norm, factors, (40.0, 1, 12), 8, (1, 1))
+        ((one, *_),) = compiled.norm_silu_codes(
+            row[None], norm, factors, (40.0, 1, 12, 255), (1, 1)
+        )
         assert torch.equal(one[0, :, 1:-1, 1:-1], codes)
         assert one[:, :, 0].eq(12).all() and one[..., -1].eq(12).all()
 
@@ -105,10 +107,10 @@ def test_extreme_inputs(compiled: Compiled):
     norm.weight.fill_(1e3), norm.bias.zero_()
     x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous(memory_format=LAST)
     ones = torch.ones(2)
-    ((got, *_),) = compiled.norm_silu_codes(x, norm, ones, (0.1, 10.0, 3), 8)
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, ones, (0.1, 10.0, 3, 255))
     assert got[0, 0].eq(3).all() and got[0, 1].eq(103).all()
     norm.bias.fill_(50.0)
-    ((got, *_),) = compiled.norm_silu_codes(x.abs(), norm, ones, (1.0, 1.0, 0), 8)
+    ((got, *_),) = compiled.norm_silu_codes(x.abs(), norm, ones, (1.0, 1.0, 0, 255))
     assert got.eq(50).all()
 
 

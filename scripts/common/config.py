@@ -253,6 +253,10 @@ def _check(config: Config, where: Where) -> None:
     if sampler.guidance_scale != 1 and model.conditioning is None:
         refuse("sampler.guidance_scale", "needs model.conditioning")
     _check_classes(config, refuse)
+    activation = config.quant.activation
+    if max(activation.step_bits, default=0) >= activation.bits:
+        why = f"must be fewer than quant.activation.bits, {activation.bits}"
+        refuse("quant.activation.step_bits", why)
 
 
 def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) -> None:

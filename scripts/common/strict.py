@@ -212,13 +212,16 @@ def check_names(mapping: Any, known: Sequence[str], where: Where, key: Key) -> N
 
 
 def convert(value: Any, hint: Any, where: Where, key: Key, metadata: Mapping = NOTHING) -> Any:
-    """`value` as the type `hint`; whole numbers pass for floats, lists become tuples."""
+    """`value` as the type `hint`; whole numbers pass for floats, lists become tuples.
+
+    metadata: choices and range of the value, or of each item of a list.
+    """
     inner = _without_none(hint)
     if value is None and inner is not hint:
         return None
     origin = typing.get_origin(inner) or inner
     if origin in (tuple, list, Sequence):
-        return _sequence(value, inner, where, key)
+        return _sequence(value, inner, where, key, metadata)
     value = float(value) if inner is float and type(value) is int else value
     fits = isinstance(value, origin) and (inner is bool or not isinstance(value, bool))
     if not fits or (inner is float and not math.isfinite(value)):
@@ -237,11 +240,12 @@ def convert(value: Any, hint: Any, where: Where, key: Key, metadata: Mapping = N
     return value
 
 
-def _sequence(value: Any, hint: Any, where: Where, key: Key) -> tuple:
+def _sequence(value: Any, hint: Any, where: Where, key: Key, metadata: Mapping) -> tuple:
     item = typing.get_args(hint)[0]
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where(key)}: {dotted(key)} must be {_named(hint)}, is {_shown(value)}")
-    return tuple(convert(v, item, where, (*key, f"[{i}]")) for i, v in enumerate(value))
+    places = [(*key, f"[{i}]") for i in range(len(value))]
+    return tuple(convert(v, item, where, k, metadata) for k, v in zip(places, value, strict=True))
 
 
 def _without_none(hint: Any) -> Any:

@@ -36,6 +36,7 @@ LOWER = {
 LEAVE_OUT = {
     "equivalent": "quant.equivalent_scaling=false",
     "rounding": "quant.weight.rounding=nearest",
+    "precision": "quant.activation.step_bits=[]",
     "correction": "quant.correction=none",
 }
 

@@ -18,6 +18,7 @@ KINDS = {
     "layers.channel_scale": "scales of input channels",
     "activations.scale": "activation scales and zero points",
     "activations.zero_point": "activation scales and zero points",
+    "activations.bits": "activation scales and zero points",
     "activations.group": "groups of timesteps",
 }
 
@@ -55,11 +56,14 @@ def read_quantizers(path: Path) -> Quantizers:
     with safe_open(path, framework="np") as handle:
         names = ("scale", "zero_point", "group")
         scale, zero, group = (handle.get_tensor(f"activations.{name}") for name in names)
+        mixed = "activations.bits" in handle.keys()  # noqa: SIM118
+        bits_of_group = handle.get_tensor("activations.bits") if mixed else None
     bits = [b for entry in metadata["layers"] for b in entry["inputs"]]
     operands = [o for entry in metadata["layers"] for o in _operands(entry)]
     rows = np.arange(len(bits))[:, None]
     scale, zero = scale[rows, group], zero[rows, group]  # (L, S)
-    top = 2.0 ** np.array(bits, dtype=np.float64)[:, None] - 1
+    own = np.array(bits)[:, None] if bits_of_group is None else bits_of_group[rows, group]
+    top = 2.0 ** own.astype(np.float64) - 1
     # Logarithmic codes reach from 0 to the scale itself.
     log2 = np.array([b for entry in metadata["layers"] for b in _logarithmic(entry)])[:, None]
     low = np.where(log2, 0.0, -zero * scale)
