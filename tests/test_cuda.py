@@ -82,20 +82,20 @@ def test_the_device_is_strict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "key"),
+    ("method", "keys"),
     [
-        ("tinydm", "quant.reconstruct.progressive=true"),
-        ("ptqd", "quant.reconstruct.iterations=2"),
+        ("tinydm", ["quant.reconstruct.progressive=true"]),
+        ("ptqd", ["quant.reconstruct.iterations=2", "quant.activation.step_bits=[4]"]),
     ],
 )
 def test_every_phase_of_calibration(
     room: Path,  # noqa: F811
     tmp_path: Path,
     method: str,
-    key: str,
+    keys: list[str],
 ) -> None:
-    """Trajectories, ranges, search, reconstruction, end-to-end steps, correction, the file."""
-    config = config_of(room, f"quant.method={method}", key)
+    """From the trajectories to the file."""
+    config = config_of(room, f"quant.method={method}", *keys)
     cpu = torch.device("cpu")
     calibrate.calibrate_config(config, assemble(config), tmp_path / "cpu", cpu)
     with fake_cuda() as mode:
