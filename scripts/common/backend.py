@@ -1,8 +1,10 @@
 """--backend and --compile: how a quantized model runs, for every command that samples.
 
-add_backend(parser)
-backend = read_backend(parser.parse_args(argv))
-assembly = assemble(config, quantized, backend.name, device, backend.code)
+    add_backend(parser)
+    backend = read_backend(parser.parse_args(argv))
+    assembly = assemble(config, quantized, backend.name, device, backend.code)
+
+sample_diffusion.py compiles while it reads the file, and makes its Backend itself.
 """
 
 import argparse
