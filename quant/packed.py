@@ -349,7 +349,7 @@ class _Builder:
         if "activations.bits" in self.tensors:
             group_bits = self.tensors["activations.bits"][row].int()
             least = 2 if bits <= 8 else bits  # two-byte codes have no groups of one byte
-            good = least <= int(group_bits.min()) and int(group_bits.max()) == bits
+            good = least <= int(group_bits.min()) and int(group_bits.max()) <= bits
             self._check(good, "a group's bits out of range")
         good = 0 <= int(zero_point.min()) and bool((zero_point < 2**group_bits).all())
         self._check(good, "an activation zero point out of range")

@@ -9,6 +9,7 @@ attention probabilities as far as `softmax_bits` says.
 Legend: S bins (calibrated timesteps), G groups.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,9 +158,11 @@ def choose_bits(
         give(torch.full((bins,), bits))
         ratios[bits] = signal_to_quantization_noise(model.deploy(), bank, batch_size, step)
     of_bin = [int(model.context.bin_of_t[t]) for t in bank.timesteps]
-    forward = torch.full((bins,), torch.inf, dtype=torch.float64)  # bins without a step: most bits
-    forward[of_bin] = signal_to_noise.double()
-    chosen = lowest_sufficient(ratios, forward)
+    strictest: dict[int, float] = {}  # steps that share a bin share its bits
+    for b, ratio in zip(of_bin, signal_to_noise.tolist(), strict=True):
+        strictest[b] = max(ratio, strictest.get(b, 0.0))
+    forward = [strictest.get(b, math.inf) for b in range(bins)]  # no step: most bits
+    chosen = lowest_sufficient(ratios, torch.tensor(forward, dtype=torch.float64))
     give(chosen)
     of_step = chosen[of_bin]
     return {

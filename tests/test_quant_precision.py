@@ -103,6 +103,21 @@ def test_noise_that_allows_nothing_changes_nothing() -> None:
     assert to_bytes(model, {}) == to_bytes(plain, {})
 
 
+def test_noise_that_allows_everything_gives_a_file_of_few_bits(tmp_path: Path) -> None:
+    model, report, *_ = run(Toy(), "ptqd", step_bits=(4,), signal_to_noise=torch.zeros(len(STEPS)))
+    assert set(report["precision"]["bits_of_step"]) == {4}
+    (tmp_path / "q.safetensors").write_bytes(to_bytes(model, {}))
+    loaded = load_quantized(tmp_path / "q.safetensors", Toy())
+    assert all(set(bits) == {4} for bits in codes_of(loaded).values())
+
+
+def test_steps_of_one_bin_share_the_strictest_of_their_bits() -> None:
+    noise = torch.zeros(len(STEPS))
+    noise[2] = 1e9  # timestep 500, the bin of 700 and 400 as well; the others are 900, 200 and 0
+    _, report, *_ = run(Toy(), "ptqd", step_bits=(4,), signal_to_noise=noise, bins=4)
+    assert report["precision"]["bits_of_step"] == [4, 6, 6, 6, 4, 4, 4, 4]
+
+
 def test_step_bits_need_the_signal_to_noise_ratio() -> None:
     with pytest.raises(ValueError, match="signal-to-noise"):
         run(Toy(), "ptqd", step_bits=(4,))
