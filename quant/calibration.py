@@ -4,6 +4,7 @@
     ranges       activation statistics, grouping by error table (grouping.py)
     rounding     second-order rounding of the weights (gptq.py)
     search       differentiable groups with active timestep selection (search.py)
+    temporal     AdaRound of the layers of the timestep alone (reconstruct.py)
     reconstruct  block-wise AdaRound and activation scales (reconstruct.py)
     finetune     end-to-end steps on the eps error (finetune.py)
     precision    bits of the activations by step (precision.py)
@@ -14,7 +15,7 @@ everything that a later run needs to go on from there.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,6 +48,7 @@ STATISTICS_CONDITIONED = 32  # likewise: classes and texts have ranges of their 
 CHECKPOINT = 100
 DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
 MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
+TEMPORAL_TRAJECTORIES = 8  # whose features are alike: as many samples judge as there are steps
 PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
@@ -132,6 +134,7 @@ def calibrate(
         "ranges": _ranges,
         "rounding": _rounding,
         "search": _search,
+        "temporal": _temporal,
         "reconstruct": _reconstruct,
         "finetune": _finetune,
         "precision": _precision,
@@ -314,10 +317,36 @@ def _search(job: _Job) -> dict[str, Any] | None:
     }
 
 
+def _temporal(job: _Job) -> dict[str, Any] | None:
+    """The layers of the timestep alone, over all timesteps of the schedule (TFMQ-DM, Section 4)."""
+    names = _apart(job)
+    if not names or job.settings.reconstruct.iterations == 0:
+        return None
+    bank = job.bank
+    count, trajectories = len(bank.timesteps), min(TEMPORAL_TRAJECTORIES, bank.trajectories)
+    steps = timesteps.all_steps(trajectories * count, count)
+    tuples = timesteps.tuples_of_steps(steps, trajectories, job.generator("temporal"))
+    return _learn_units(job, "temporal reconstruction", names, tuples)
+
+
+def _apart(job: _Job) -> list[str]:
+    """Layers that are reconstructed before the units that hold them, and left alone there."""
+    if job.settings.time_embedding != "reconstructed":
+        return []
+    return list(roles_of(job.denoiser).timestep_only)
+
+
 def _reconstruct(job: _Job) -> dict[str, Any] | None:
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
-    units = unit_names(job.model, roles_of(job.denoiser).units)
+    apart = _apart(job)
+    units = unit_names(job.model, roles_of(job.denoiser).units, apart)
+    return _learn_units(job, "block reconstruction", units, job.state.tuples, apart)
+
+
+def _learn_units(
+    job: _Job, title: str, units: list[str], tuples: torch.Tensor, apart: Sequence[str] = ()
+) -> dict[str, Any]:
     errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
 
     def on_unit(name: str, before: float, after: float) -> None:
@@ -325,14 +354,14 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
         job.progress.step(name)
 
     job.remember()
-    job.progress.begin("block reconstruction", len(units))
+    job.progress.begin(title, len(units))
     for name in errors:
         job.progress.step(name)
     reconstruct(
         job.denoiser,
         job.model,
         job.bank,
-        job.state.tuples,
+        tuples,
         job.settings.reconstruct,
         job.settings.activation.learned,
         units,
@@ -341,6 +370,7 @@ def _reconstruct(job: _Job) -> dict[str, Any] | None:
         on_unit,
         on_chunk=lambda: job.keep(dict(errors)),
         finished=frozenset(errors),
+        apart=apart,
     )
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())

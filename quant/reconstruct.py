@@ -8,7 +8,7 @@ it learned only if the error of held-out samples fell.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,27 +36,31 @@ class Record:
     output: torch.Tensor | None = None
 
 
-def unit_names(model: QuantDenoiser, declared: tuple[str, ...]) -> list[str]:
+def unit_names(
+    model: QuantDenoiser, declared: tuple[str, ...], apart: Sequence[str] = ()
+) -> list[str]:
     """Units to reconstruct: the declared ones that hold layers, then every layer outside them.
 
-    Layers of the timestep alone are left out; they are not quantized on the input side and their
-    weights keep more bits.
+    Layers of the timestep alone are left out when they are cached: they are not quantized on the
+    input side and their weights keep more bits. So are those `apart`, see `reconstruct`.
     """
     modules = dict(model.denoiser.named_modules())
-    units = [n for n in declared if _trainable(modules[n])]
+    done = {id(modules[name]) for name in apart}
+    units = [n for n in declared if _trainable(modules[n], done)]
     for name, module in modules.items():
         if isinstance(module, CalibLayer) and not any(
             name == u or name.startswith(f"{u}.") for u in units
         ):
             parent = modules[name.rpartition(".")[0]]
-            if not isinstance(parent, TimestepLayer):
+            if not isinstance(parent, TimestepLayer) and id(module) not in done:
                 units.append(name)
     return units
 
 
-def _trainable(unit: nn.Module) -> list[CalibLayer]:
-    """The layers of a unit whose rounding is learned: all but those of the timestep alone."""
-    inside = {id(m.layer) for m in unit.modules() if isinstance(m, TimestepLayer)}
+def _trainable(unit: nn.Module, done: set[int]) -> list[CalibLayer]:
+    """The layers of a unit whose rounding is learned: all but cached ones of the timestep alone and
+    those with their id in `done`."""
+    inside = {id(m.layer) for m in unit.modules() if isinstance(m, TimestepLayer)} | done
     return [m for m in unit.modules() if isinstance(m, CalibLayer) and id(m) not in inside]
 
 
@@ -114,13 +118,14 @@ def reconstruct(
     on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
     on_chunk: Callable[[], None] = lambda: None,
     finished: frozenset[str] = frozenset(),
+    apart: Sequence[str] = (),
 ) -> None:
     """Reconstructs the units in place; on_unit(name, error before, error after) after each.
 
     tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
     on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
-    names of the units that are `finished`, and ends as an uninterrupted one. Raises
-    DivergenceError.
+    names of the units that are `finished`, and ends as an uninterrupted one. Layers `apart` keep
+    what they have, though units hold them. Raises DivergenceError.
     """
     order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
 
@@ -138,6 +143,7 @@ def reconstruct(
     half = int(memory_gb * 2**29)  # of the memory, for these; the other for the prefix
     prefix = Prefix(model, half)
     t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
+    done = {id(model.denoiser.get_submodule(name)) for name in apart}
     for chunk in _chunks(units, sizes, half):
         inside = {n: model.denoiser.get_submodule(n) for n in chunk}
         if finished.issuperset(chunk):
@@ -150,7 +156,7 @@ def reconstruct(
             record = Record(inputs, prefix.inputs(inside[name], batches()), output)
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             before, after = _learn_unit(
-                model, name, record, t_all, settings, learn_scales, generator
+                model, name, record, t_all, settings, learn_scales, generator, done
             )
             prefix.finish(name, inside[name])
             on_unit(name, before, after)
@@ -172,10 +178,11 @@ def _learn_unit(
     settings: ReconstructSettings,
     learn_scales: bool,
     generator: torch.Generator,
+    done: set[int],
 ) -> tuple[float, float]:
     """Returns the held-out error before and after; restores the start if it did not fall."""
     unit = model.denoiser.get_submodule(name)
-    layers = _trainable(unit)
+    layers = _trainable(unit, done)
     device = next(unit.parameters()).device
     held_out = max(1, int(len(t_all) * HELD_OUT))
     teach = len(t_all) - held_out
@@ -209,13 +216,18 @@ def _learn_unit(
     saved = {k: v.clone() for k, v in unit.state_dict().items()}
     for p in model.parameters():
         p.requires_grad_(False)
+    latents = [layer.weight_quantizer.latent for layer in layers]
     for layer in layers:
         layer.weight_quantizer.start_rounding(layer.weight.detach())
     alphas = [layer.weight_quantizer.alpha for layer in layers]
     groups = [{"params": alphas, "lr": settings.lr_rounding}]
     if learn_scales:
-        quantizers = [q for q in unit.modules() if isinstance(q, LearnedQuantizer)]
-        scales = [q.log_scale.requires_grad_(True) for q in quantizers]
+        still = {id(m) for layer in unit.modules() if id(layer) in done for m in layer.modules()}
+        scales = [
+            q.log_scale.requires_grad_(True)
+            for q in unit.modules()
+            if isinstance(q, LearnedQuantizer) and id(q) not in still
+        ]
         groups.append({"params": scales, "lr": settings.lr_scale})
     optimizer = torch.optim.Adam(groups)
     weights = sum(a.numel() for a in alphas)
@@ -241,8 +253,8 @@ def _learn_unit(
         layer.weight_quantizer.soft = False
     after = judge()
     if not after < before:
-        for layer in layers:
-            layer.weight_quantizer.alpha = None
+        for layer, latent in zip(layers, latents, strict=True):
+            layer.weight_quantizer.alpha, layer.weight_quantizer.latent = None, latent
         unit.load_state_dict(saved)
         return before, before
     return before, after

@@ -13,8 +13,8 @@ from quant.quantizer import LearnedQuantizer
 from quant.weights import WeightQuantizer
 
 PHASES = (
-    *("equivalent", "ranges", "rounding", "search", "reconstruct", "finetune"),
-    *("precision", "correction"),
+    *("equivalent", "ranges", "rounding", "search"),
+    *("temporal", "reconstruct", "finetune", "precision", "correction"),
 )
 
 

@@ -142,10 +142,11 @@ class WeightQuantizer(nn.Module):
         self.log_gain: nn.Parameter | None = None  # (O,) learned factor of the scale
 
     def start_rounding(self, weight: torch.Tensor) -> None:
+        """Starts at the weight itself; codes that were fixed are given up."""
         fraction = weight / per_channel(self.scale, weight)
         fraction = (fraction - fraction.floor()).clamp(1e-3, 1 - 1e-3)
         stretched = (fraction - GAMMA) / (ZETA - GAMMA)
-        self.alpha = nn.Parameter(torch.logit(stretched))
+        self.alpha, self.latent = nn.Parameter(torch.logit(stretched)), None
         self.soft = True
 
     def fix_codes(self, codes: torch.Tensor) -> None:

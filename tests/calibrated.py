@@ -57,13 +57,15 @@ def run(
     method: str,
     state: CalibrationState | None = None,
     step_bits: tuple[int, ...] = (),
+    time_embedding: str = "cached",
     signal_to_noise: torch.Tensor | None = None,
     **calibration: object,
 ) -> tuple[QuantDenoiser, dict, Silent, list[dict]]:
     """The deployed model, the report, the progress and every state that was saved."""
     bank, progress, saved = toy_bank(denoiser), Silent(), []
     quant, calib = tiny(method, **calibration)
-    quant = replace(quant, activation=replace(quant.activation, step_bits=step_bits))
+    activation = replace(quant.activation, step_bits=step_bits)
+    quant = replace(quant, activation=activation, time_embedding=time_embedding)
     model, report = calibrate(
         denoiser,
         bank,

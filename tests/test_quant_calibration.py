@@ -8,6 +8,7 @@ import torch
 
 from quant.layers import QuantLayer
 from quant.methods import CalibrationSettings, preset
+from quant.model import GenericRoles, QuantDenoiser
 from quant.packed import to_bytes
 from quant.state import PHASES, CalibrationState
 from tests.calibrated import run
@@ -100,3 +101,52 @@ def test_settings_of_the_presets_are_what_they_are_called() -> None:
     }
     with pytest.raises(ValueError, match="unknown method"):
         preset("apq")
+
+
+class Embedded(Toy):
+    """The toy, which says which of its layers depends on the timestep alone."""
+
+    def layer_roles(self) -> GenericRoles:
+        return GenericRoles(timestep_only=("embed",))
+
+
+def embedding_error(denoiser: Toy, model: QuantDenoiser) -> float:
+    """Mean squared error of the embedding over the timesteps of the schedule."""
+    total = 0.0
+    with torch.no_grad():
+        for t in STEPS:
+            value = torch.tensor([float(t)])
+            features = torch.stack([value / 1000, torch.cos(value / 100)], 1)
+            model.context.set(torch.tensor([t]))
+            out = model.denoiser.embed(features) - denoiser.embed(features)
+            total += float(out.square().mean())
+    return total / len(STEPS)
+
+
+@pytest.mark.parametrize("method", ["tinydm", "ptqd"])
+def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
+    """Like other layers in bits; apart from its unit, before it, and resumed to the same bytes."""
+    denoiser = Embedded()
+    model, report, progress, saved = run(denoiser, method, time_embedding="reconstructed")
+    assert all(announced == done for announced, done in progress.phases.values())
+    assert model.denoiser.embed.bits == 4
+    ((name, (before, after)),) = report["temporal"]["errors"].items()
+    assert name == "embed" and after <= before
+    if method == "ptqd":
+        assert set(report["reconstruct"]["errors"]) == {"first", "second", "last"}
+        states = {s["done"][-1]: s for s in saved if s["partial"] is None}
+        states = [states[phase]["tensors"] for phase in ("temporal", "reconstruct")]
+        layer = [{k: v for k, v in s.items() if ".embed." in k} for s in states]
+        assert layer[0] and all(torch.equal(v, layer[1][k]) for k, v in layer[0].items())
+        assert after < before
+        assert embedding_error(denoiser, model) == pytest.approx(after, rel=0.3)
+    whole = to_bytes(model, {})
+    for plain in saved:
+        state = CalibrationState.from_plain(copy.deepcopy(plain))
+        resumed = run(denoiser, method, state, time_embedding="reconstructed")[0]
+        assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
+
+
+def test_a_model_without_layers_of_the_timestep_alone_has_nothing_to_reconstruct() -> None:
+    _, report, _, _ = run(Toy(), "ptqd", time_embedding="reconstructed")
+    assert "temporal" not in report and "embed" in report["reconstruct"]["errors"]

@@ -46,7 +46,14 @@ PARTS: dict[str, tuple[Variant, ...]] = {
         Variant("lambda 0.8, tau 1 throughout", ("quant.search.temperature=1.0",)),
     ),
     "timesteps": (*_selection(256), *_selection(512), *_selection(1024)),
-    "time_embedding": _each("quant.time_embedding", "quantized", "cached"),
+    "time_embedding": (
+        *_each("quant.time_embedding", "quantized", "cached"),
+        # By AdaRound over all timesteps; "quantized" has the preset's own second-order rounding.
+        Variant(
+            "reconstructed, 200 iterations a layer",
+            ("quant.time_embedding=reconstructed", "quant.reconstruct.iterations=200"),
+        ),
+    ),
     "rounding": (
         *_each("quant.weight.rounding", "nearest", "gptq"),
         Variant(

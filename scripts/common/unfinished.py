@@ -30,6 +30,7 @@ STEPS_ALONE = {
 }
 LOWER = {
     "search": "quant.search.lr_scale",
+    "temporal": "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding",
     "reconstruct": "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding",
     "finetune": "quant.reconstruct.lr_scale",
 }
@@ -43,12 +44,16 @@ LEAVE_OUT = {
 
 def settings_of_phases(config: Config) -> dict[str, dict[str, Any]]:
     """Phase -> the settings that it alone reads, or it and later ones."""
-    settings, blocks = config.quant, {}
+    settings = config.quant
     values = vars(settings.reconstruct)
-    if settings.weight.rounding == "adaround" and settings.reconstruct.iterations > 0:
-        blocks = {k: v for k, v in values.items() if k not in STEPS_ALONE}
-    steps = {k: v for k, v in values.items() if k not in BLOCKS_ALONE}
-    return {"search": dict(vars(settings.search)), "reconstruct": blocks, "finetune": steps}
+    blocks = {k: v for k, v in values.items() if k not in STEPS_ALONE}
+    blocks = blocks if settings.reconstruct.iterations > 0 else {}
+    return {
+        "search": dict(vars(settings.search)),
+        "temporal": blocks if settings.time_embedding == "reconstructed" else {},
+        "reconstruct": blocks if settings.weight.rounding == "adaround" else {},
+        "finetune": {k: v for k, v in values.items() if k not in BLOCKS_ALONE},
+    }
 
 
 def _parts(config: Config, sources: dict[str, str]) -> dict[str, Any]:
