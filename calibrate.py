@@ -29,11 +29,13 @@ import torch
 from tqdm import tqdm
 
 from quant.bank import Bank
-from quant.calibration import Adjust, calibrate, correct_noise
+from quant.calibration import calibrate
 from quant.coverage import count_macs, format_table, layer_rows, shares
 from quant.finite import DivergenceError
 from quant.model import roles_of
 from quant.packed import load_quantized, to_bytes
+from quant.phases.job import Adjust
+from quant.phases.output import correct_noise
 from quant.state import CalibrationState
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
 from scripts.common.config import Config, load_config, resolved_yaml

@@ -71,7 +71,7 @@ class ReconstructSettings:
     # Half of the samples see full-precision inputs of the unit, the others quantized ones (QDrop).
     # The release of Q-Diffusion has quantized ones alone; eps errors were lower so here as well.
     mixed_inputs: bool = False
-    # At most as many as show each sample calibration.MOST_VIEWS times.
+    # At most as many as show each sample phases.learn.MOST_VIEWS times.
     finetune_iterations: int = bounded(0, 0, 10_000_000)
     finetune_batch_size: int = bounded(16, 1, 4096)
     accumulate: int = bounded(1, 1, 4096)  # parts of that batch, one after the other: less memory

@@ -24,7 +24,7 @@ import yaml
 import calibrate
 import sample_diffusion
 from models.pipeline import build_denoiser
-from quant import calibration
+from quant.phases import learn
 from scripts import evaluate
 from tests import forks
 from tests.images import write_images
@@ -226,7 +226,7 @@ def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     arguments = ("--config", room / "tiny.yaml", "--out", out)
 
     def often() -> None:
-        calibration.CHECKPOINT = checkpoint
+        learn.CHECKPOINT = checkpoint
 
     wild = (*arguments, "--set", *WILD)
     line = refusal(forks.run(calibrate.main, *wild, before=often))

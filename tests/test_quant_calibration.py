@@ -56,7 +56,7 @@ def test_calibration_resumed_anywhere_gives_the_same_bytes(
     method: str, progressive: bool, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any phase, after each block, between end-to-end steps."""
-    monkeypatch.setattr("quant.calibration.CHECKPOINT", 12)
+    monkeypatch.setattr("quant.phases.learn.CHECKPOINT", 12)
     denoiser = Toy()
     limits = {"progressive": progressive, "memory_gb": 1e-6}  # a block a chunk
     model, _, _, saved = run(denoiser, method, **limits)

@@ -1,0 +1,135 @@
+"""The phases in which weights and scales learn: unit by unit, then from end to end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant import timesteps
+from quant.bank import Bank
+from quant.finetune import finetune as learn_end_to_end
+from quant.model import roles_of
+from quant.phases.job import Job
+from quant.reconstruct import reconstruct as learn_units
+from quant.reconstruct import unit_names
+
+CHECKPOINT = 100
+MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
+TEMPORAL_TRAJECTORIES = 8  # whose features are alike: as many samples judge as there are steps
+
+
+def temporal(job: Job) -> dict[str, Any] | None:
+    """The layers of the timestep alone, over all timesteps of the schedule (TFMQ-DM, Section 4)."""
+    names = _apart(job)
+    if not names or job.settings.reconstruct.iterations == 0:
+        return None
+    bank = job.bank
+    count, trajectories = len(bank.timesteps), min(TEMPORAL_TRAJECTORIES, bank.trajectories)
+    steps = timesteps.all_steps(trajectories * count, count)
+    tuples = timesteps.tuples_of_steps(steps, trajectories, job.generator("temporal"))
+    return _learn_units(job, "temporal reconstruction", names, tuples)
+
+
+def _apart(job: Job) -> list[str]:
+    """Layers that are reconstructed before the units that hold them, and left alone there."""
+    if job.settings.time_embedding != "reconstructed":
+        return []
+    return list(roles_of(job.denoiser).timestep_only)
+
+
+def reconstruct(job: Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
+        return None
+    apart = _apart(job)
+    units = unit_names(job.model, roles_of(job.denoiser).units, apart)
+    return _learn_units(job, "block reconstruction", units, job.state.tuples, apart)
+
+
+def _learn_units(
+    job: Job, title: str, units: list[str], tuples: torch.Tensor, apart: Sequence[str] = ()
+) -> dict[str, Any]:
+    errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
+
+    def on_unit(name: str, before: float, after: float) -> None:
+        errors[name] = (before, after)
+        job.progress.step(name)
+
+    job.remember()
+    job.progress.begin(title, len(units))
+    for name in errors:
+        job.progress.step(name)
+    learn_units(
+        job.denoiser,
+        job.model,
+        job.bank,
+        tuples,
+        job.settings.reconstruct,
+        job.settings.activation.learned,
+        units,
+        job.calibration.memory_gb,
+        job.calibration.seed,
+        on_unit,
+        on_chunk=lambda: job.keep(dict(errors)),
+        finished=frozenset(errors),
+        apart=apart,
+    )
+    job.progress.end()
+    kept = sum(after < before for before, after in errors.values())
+    return {"units": len(units), "improved": kept, "errors": errors}
+
+
+def finetune(job: Job) -> dict[str, Any] | None:
+    settings = job.settings.reconstruct
+    if settings.finetune_iterations == 0:
+        return None
+    enough = -(-MOST_VIEWS * len(job.state.tuples) // settings.finetune_batch_size)
+    iterations = min(settings.finetune_iterations, enough)
+    partial = job.state.partial or {}
+    losses: list[float] = list(partial.get("losses", ()))
+
+    def on_iteration(i: int, loss: float) -> None:
+        losses.append(loss)
+        recent = losses[-20:]
+        job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
+
+    resumable = not settings.progressive and iterations >= CHECKPOINT  # visits would be lost
+    if resumable:
+        job.remember()
+
+    def on_checkpoint(progress: dict[str, Any]) -> None:
+        if resumable and len(losses) % CHECKPOINT == 0:
+            job.keep({"losses": list(losses), "progress": progress})
+
+    visits = [0]
+
+    def visit(model: nn.Module) -> Bank:
+        visits[0] += 1
+        return job.visit(model, visits[0])
+
+    job.progress.begin("end-to-end steps", iterations)
+    for _ in losses:
+        job.progress.step("")
+    learn_end_to_end(
+        job.model,
+        job.bank,
+        job.state.tuples,
+        iterations,
+        settings.finetune_batch_size,
+        settings.lr_scale,
+        job.generator("finetune"),
+        visit if settings.progressive else None,
+        on_iteration,
+        job.importance if settings.weigh_steps else None,
+        on_checkpoint,
+        partial.get("progress"),
+        settings.accumulate,
+    )
+    job.progress.end()
+    tenth = max(1, len(losses) // 10)
+    return {
+        "error_start": sum(losses[:tenth]) / tenth,
+        "error_end": sum(losses[-tenth:]) / tenth,
+        "iterations": iterations,
+        "visited": visits[0],
+    }
