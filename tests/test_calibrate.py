@@ -179,6 +179,24 @@ def test_bits_by_step(home: Path) -> None:
     assert len(list((home / "mixed-images").glob("*.png"))) == 3
 
 
+@pytest.mark.parametrize("method", ["tinydm", "ptqd"])
+def test_the_time_embedding_is_a_layer_like_others_when_it_is_not_cached(
+    method: str, home: Path
+) -> None:
+    name, keys = f"temporal-{method}", ("quant.time_embedding=reconstructed",)
+    if method == "tinydm":  # which has none otherwise
+        keys += ("quant.reconstruct.iterations=3",)
+    done(calibration(home, name, *keys, method=method))
+    report = json.loads((home / name / "report.json").read_text())
+    rows = [r for r in report["layers"] if "temb" in r["name"]]
+    assert rows and all((r["weight_bits"], r["activation_bits"]) == (4, [8]) for r in rows)
+    assert set(report["phases"]["temporal"]["errors"]) == {r["name"] for r in rows}
+    file = home / name / "quantized.safetensors"
+    images = f"{name}-images"
+    done(command("sample_diffusion.py", home, "--quantized", str(file), "--out", images))
+    assert len(list((home / images).glob("*.png"))) == 3
+
+
 def _numel(state: dict[str, torch.Tensor]) -> list[int]:
     return [v.numel() for v in state.values()]
 
