@@ -127,6 +127,7 @@ def test_not_a_configuration(text: str) -> None:
         ("smpler.steps=3", "--set smpler.steps: unknown key smpler (did you mean sampler?)"),
         ("quant.weight.bits=9", "--set quant.weight.bits: quant.weight.bits must be within 2..8"),
         ("quant.method=mnmax", "--set quant.method: quant.method is 'mnmax'"),
+        ("quant.time_embedding=reconstructed", "needs quant.reconstruct.iterations above 0"),
         ("name.x=1", "--set name.x: name is not a section"),
         ("sampling=3", "--set sampling: sampling must be a section, is 3"),
         ("sampler={stps: 3}", "--set sampler: unknown key sampler.stps"),
