@@ -44,6 +44,7 @@ from scripts.common.memory import return_freed_memory
 from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
 from scripts.common.shared_statistics import collect_together, help_collect
+from scripts.common.strict import ConfigError
 from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, record_bank
 from scripts.common.unfinished import STATE, advice, identity_of, load_state, save_state
 from scripts.common.wiring import Assembly, assemble
@@ -173,6 +174,12 @@ def calibrate_config(
     already; the reported seconds are then those after it. team: processes that help to make it.
     """
     began = time.perf_counter()
+    temporal = roles_of(assembly.denoiser).timestep_only
+    if config.quant.time_embedding == "reconstructed" and not temporal:
+        raise ConfigError(
+            f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
+            "to be reconstructed; use quantized"
+        )
     identity = identity_of(config, assembly.sources)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
@@ -241,7 +248,7 @@ def calibrate_config(
                 signal_to_noise(assembly, bank),
             )
         except DivergenceError as error:
-            raise RunError(advice(error, state.phase)) from error
+            raise RunError(advice(error, state, config)) from error
     lines = write_result(folder, config, assembly, bank, deployed, phases, began, identity)
     (folder / STATE).unlink(missing_ok=True)
     return lines

@@ -10,8 +10,8 @@
     precision    bits of the activations by step (precision.py)
     correction   of the output: PTQD's tables (correction.py) or of the drift (drift.py)
 
-After each phase, each chunk of units and every CHECKPOINT end-to-end steps, `save(state)` gets
-everything that a later run needs to go on from there.
+After each phase, each chunk of units and every learn.CHECKPOINT end-to-end steps,
+`save(state)` gets everything that a later run needs to go on from there.
 """
 
 import time

@@ -91,8 +91,8 @@ class QuantSettings:
     edge_bits: int = bounded(8, 2, 8)  # weights of the first and last layer
     edge_activation_bits: int = bounded(16, 2, 16)  # their inputs; 16 run as two 8-bit products
     time_bits: int = bounded(8, 2, 8)  # layers of the timestep alone, when cached
-    # Computed once per timestep; or quantized as other layers are, with reconstruct.iterations of
-    # AdaRound over all timesteps of the schedule (TFMQ-DM), or by the method's own rounding.
+    # Computed once per timestep; or quantized as other layers are: by the method's own rounding,
+    # or by AdaRound (reconstruct.iterations) over all timesteps of the sampling schedule (TFMQ-DM).
     time_embedding: str = choice("cached", "cached", "reconstructed", "quantized")
     split_skip: bool = True
     equivalent_scaling: bool = False  # of input channels, see equivalent.py

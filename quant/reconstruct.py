@@ -23,7 +23,7 @@ from quant.model import QuantDenoiser
 from quant.prefix import Prefix
 from quant.quantizer import LearnedQuantizer
 
-HELD_OUT = 1 / 8  # share of the samples that judge instead of teach
+HELD_OUT = 1 / 8  # share of the samples that judge instead of teach; 0: all of them do both
 
 
 @dataclass
@@ -119,6 +119,7 @@ def reconstruct(
     on_chunk: Callable[[], None] = lambda: None,
     finished: frozenset[str] = frozenset(),
     apart: Sequence[str] = (),
+    held_out: float = HELD_OUT,
 ) -> None:
     """Reconstructs the units in place; on_unit(name, error before, error after) after each.
 
@@ -156,7 +157,7 @@ def reconstruct(
             record = Record(inputs, prefix.inputs(inside[name], batches()), output)
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             before, after = _learn_unit(
-                model, name, record, t_all, settings, learn_scales, generator, done
+                model, name, record, t_all, settings, learn_scales, generator, done, held_out
             )
             prefix.finish(name, inside[name])
             on_unit(name, before, after)
@@ -179,15 +180,17 @@ def _learn_unit(
     learn_scales: bool,
     generator: torch.Generator,
     done: set[int],
+    held_out: float,
 ) -> tuple[float, float]:
     """Returns the held-out error before and after; restores the start if it did not fall."""
     unit = model.denoiser.get_submodule(name)
     layers = _trainable(unit, done)
     device = next(unit.parameters()).device
-    held_out = max(1, int(len(t_all) * HELD_OUT))
-    teach = len(t_all) - held_out
+    judges = max(1, int(len(t_all) * held_out)) if held_out else 0
+    teach = len(t_all) - judges
     if teach < 1 or settings.iterations == 0:
         return 0.0, 0.0
+    first = teach if judges else 0  # of those that judge
 
     def call(index: torch.Tensor, mix: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model.context.set(t_all[index])
@@ -205,11 +208,11 @@ def _learn_unit(
     @torch.no_grad()
     def judge() -> float:
         total = 0.0
-        for start in range(teach, len(t_all), settings.batch_size):
+        for start in range(first, len(t_all), settings.batch_size):
             index = torch.arange(start, min(start + settings.batch_size, len(t_all)))
             out, target = call(index, mix=False)
             total += float((out - target).square().sum())
-        return total / record.output[teach:].numel()
+        return total / record.output[first:].numel()
 
     before = judge()
     scale_of_loss = 1.0 / max(before, 1e-12)

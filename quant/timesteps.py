@@ -46,7 +46,9 @@ def normal_steps(
 
 
 def all_steps(samples: int, count: int) -> torch.Tensor:
-    """Every step alike, (samples,)."""
+    """Every step alike, (samples,); fewer samples than steps are spread evenly."""
+    if samples < count:
+        return torch.linspace(0, count - 1, samples).round().long()
     return torch.arange(samples) % count
 
 

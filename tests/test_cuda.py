@@ -85,7 +85,14 @@ def test_the_device_is_strict() -> None:
     ("method", "keys"),
     [
         ("tinydm", ["quant.reconstruct.progressive=true"]),
-        ("ptqd", ["quant.reconstruct.iterations=2", "quant.activation.step_bits=[4]"]),
+        (
+            "ptqd",
+            [
+                "quant.reconstruct.iterations=2",
+                "quant.activation.step_bits=[4]",
+                "quant.time_embedding=reconstructed",
+            ],
+        ),
     ],
 )
 def test_every_phase_of_calibration(

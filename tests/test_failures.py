@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ import sample_diffusion
 from models.pipeline import build_denoiser
 from quant.phases import learn
 from scripts import evaluate
+from scripts.common.config import load_config
+from scripts.common.strict import ConfigError
+from scripts.common.wiring import assemble
 from tests import forks
 from tests.images import write_images
 
@@ -243,6 +247,18 @@ def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
 
 
+def test_units_that_learned_at_the_rate_that_ran_away_learn_anew(
+    room: Path, tmp_path: Path
+) -> None:
+    temporal = ("quant.time_embedding=reconstructed", "quant.reconstruct.iterations=1")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", "--set", *temporal)
+    line = refusal(forks.run(calibrate.main, *arguments, *WILD))
+    assert "finetune: the loss is" in line
+    assert line.endswith("lower quant.reconstruct.lr_scale and start anew with --overwrite")
+    fork = forks.run(calibrate.main, *arguments, *TAME, "--overwrite")
+    assert fork.code == 0, fork.text()
+
+
 def test_a_checkpoint_whose_noise_has_no_square(room: Path, tmp_path: Path) -> None:
     """The clipped trajectories are finite, the loss is not, and no rate is to blame."""
     state = torch.load(room / "tiny.pt", weights_only=True)
@@ -366,3 +382,12 @@ def test_scoring_images_that_cannot_be_decoded(room: Path, tmp_path: Path) -> No
     (folder / "001.png").write_bytes(b"half")
     fork = forks.run(evaluate.main, folder, folder, "--paired", folder)
     assert "001.png: cannot be decoded" in refusal(fork)
+
+
+def test_a_model_without_layers_of_the_timestep_alone(room: Path, tmp_path: Path) -> None:
+    keys = ("quant.time_embedding=reconstructed", "quant.reconstruct.iterations=1")
+    config = load_config(room / "tiny.yaml", keys)
+    assembly = replace(assemble(config), denoiser=torch.nn.Conv2d(3, 3, 1))
+    with pytest.raises(ConfigError, match="no layer that depends on the timestep alone"):
+        calibrate.calibrate_config(config, assembly, tmp_path / "run", torch.device("cpu"))
+    assert not (tmp_path / "run").exists()

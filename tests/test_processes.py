@@ -104,7 +104,14 @@ BRIEF = (
 )
 
 
-@pytest.mark.parametrize("keys", [("quant.method=minmax",), BRIEF], ids=["minmax", "tinydm"])
+MIXED = ("quant.method=ptqd", "quant.activation.step_bits=[3]", "quant.reconstruct.iterations=2")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("quant.method=minmax",), BRIEF, MIXED],
+    ids=["minmax", "tinydm", "bits by step"],
+)
 def test_any_number_of_processes_calibrates_to_the_same_file(
     room: Path, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:

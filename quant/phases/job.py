@@ -14,7 +14,7 @@ from quant.model import QuantDenoiser
 from quant.state import CalibrationState
 
 # Of random numbers; fixed, so that a new phase leaves those of the others alone.
-STREAMS = {"equivalent": 0, "search": 3, "finetune": 5, "temporal": 9}
+STREAMS = {"equivalent": 0, "search": 3, "finetune": 5}
 
 Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -6,29 +6,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant import timesteps
 from quant.bank import Bank
 from quant.finetune import finetune as learn_end_to_end
 from quant.model import roles_of
 from quant.phases.job import Job
+from quant.reconstruct import HELD_OUT, unit_names
 from quant.reconstruct import reconstruct as learn_units
-from quant.reconstruct import unit_names
 
 CHECKPOINT = 100
 MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
-TEMPORAL_TRAJECTORIES = 8  # whose features are alike: as many samples judge as there are steps
 
 
 def temporal(job: Job) -> dict[str, Any] | None:
-    """The layers of the timestep alone, over all timesteps of the schedule (TFMQ-DM, Section 4)."""
+    """The layers of the timestep alone, over all timesteps of the schedule (TFMQ-DM, Section 4):
+    there are no others to judge by, and one sample of each is all there is to see."""
     names = _apart(job)
     if not names or job.settings.reconstruct.iterations == 0:
         return None
-    bank = job.bank
-    count, trajectories = len(bank.timesteps), min(TEMPORAL_TRAJECTORIES, bank.trajectories)
-    steps = timesteps.all_steps(trajectories * count, count)
-    tuples = timesteps.tuples_of_steps(steps, trajectories, job.generator("temporal"))
-    return _learn_units(job, "temporal reconstruction", names, tuples)
+    steps = torch.arange(len(job.bank.timesteps))
+    tuples = torch.stack([steps, torch.zeros_like(steps)], 1)
+    return _learn_units(job, "temporal reconstruction", names, tuples, held_out=0.0)
 
 
 def _apart(job: Job) -> list[str]:
@@ -41,13 +38,21 @@ def _apart(job: Job) -> list[str]:
 def reconstruct(job: Job) -> dict[str, Any] | None:
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
-    apart = _apart(job)
-    units = unit_names(job.model, roles_of(job.denoiser).units, apart)
+    apart, roles = _apart(job), roles_of(job.denoiser)
+    # Units hold some of the layers of the timestep alone; the others come before them.
+    inside = tuple(f"{unit}." for unit in roles.units)
+    first = [n for n in roles.timestep_only if not n.startswith(inside) and n not in apart]
+    units = unit_names(job.model, (*first, *roles.units), apart)
     return _learn_units(job, "block reconstruction", units, job.state.tuples, apart)
 
 
 def _learn_units(
-    job: Job, title: str, units: list[str], tuples: torch.Tensor, apart: Sequence[str] = ()
+    job: Job,
+    title: str,
+    units: list[str],
+    tuples: torch.Tensor,
+    apart: Sequence[str] = (),
+    held_out: float = HELD_OUT,
 ) -> dict[str, Any]:
     errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
 
@@ -73,6 +78,7 @@ def _learn_units(
         on_chunk=lambda: job.keep(dict(errors)),
         finished=frozenset(errors),
         apart=apart,
+        held_out=held_out,
     )
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())

@@ -11,6 +11,7 @@ from quant.model import QuantDenoiser, roles_of
 from quant.phases.job import Adjust, Job, Progress
 from quant.phases.prepare import statistics_of
 from quant.precision import choose_bits
+from quant.statistics import collect
 
 DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
 
@@ -27,7 +28,7 @@ def precision(job: Job) -> dict[str, Any] | None:
     report = choose_bits(
         job.model,
         job.bank,
-        statistics_of(job),
+        statistics_of(job, collect),  # in this process alone: other ranks have ended
         activation,
         [*roles.inputs, *roles.outputs],
         job.signal_to_noise,

@@ -1,5 +1,6 @@
-"""The phases before anything learns but the groups: channels, ranges, rounding, search."""
+"""The first phases: scaling of channels, ranges and groups, rounding, search."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def ranges(job: Job) -> dict[str, Any]:
     if activation.search == "none":
         _select(job, None)
     job.progress.begin("activation ranges", len(quantizers))
-    stats = statistics_of(job)
+    stats = statistics_of(job, job.collect)
     for name, quantizer in quantizers:
         grouping.assign(
             quantizer, stats[name], activation.groups, activation.search, activation.scale
@@ -55,14 +56,15 @@ def ranges(job: Job) -> dict[str, Any]:
     return {"quantizers": len(quantizers)}
 
 
-def statistics_of(job: Job) -> dict[str, Statistics]:
+def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> dict[str, Statistics]:
+    """Of every activation. collect: quant.statistics.collect, or what stands for it."""
     bank, size = job.bank, job.calibration.batch_size
     if job.settings.activation.search == "none":
         batches = bank.tuples_by_timestep(job.state.tuples, size)
     else:
         limit = STATISTICS_CONDITIONED if bank.conditioning else STATISTICS_TRAJECTORIES
         batches = bank.by_timestep(limit, size)
-    return job.collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    return collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
 
 
 def rounding(job: Job) -> dict[str, Any] | None:

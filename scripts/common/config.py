@@ -257,8 +257,8 @@ def _check(config: Config, where: Where) -> None:
     if max(activation.step_bits, default=0) >= activation.bits:
         why = f"must be fewer than quant.activation.bits, {activation.bits}"
         refuse("quant.activation.step_bits", why)
-    alone = config.quant.time_embedding == "reconstructed"
-    if alone and config.quant.reconstruct.iterations == 0:
+    temporal = config.quant.time_embedding == "reconstructed"
+    if temporal and config.quant.reconstruct.iterations == 0:
         refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
 
 

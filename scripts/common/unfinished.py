@@ -34,6 +34,7 @@ LOWER = {
     "reconstruct": "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding",
     "finetune": "quant.reconstruct.lr_scale",
 }
+UNITS = ("temporal", "reconstruct")
 LEAVE_OUT = {
     "equivalent": "quant.equivalent_scaling=false",
     "rounding": "quant.weight.rounding=nearest",
@@ -131,8 +132,9 @@ def load_state(
     return state, Bank(**value["bank"])
 
 
-def advice(error: DivergenceError, phase: str) -> str:
+def advice(error: DivergenceError, state: CalibrationState, config: Config) -> str:
     """The line for a phase that ran away: what happened, and what to change."""
+    phase = state.phase
     line = f"calibration ran away, {phase}: {error}"
     if error.untouched:
         return (
@@ -140,6 +142,10 @@ def advice(error: DivergenceError, phase: str) -> str:
             "look at images of it in full precision"
         )
     if phase in LOWER:
+        settings = settings_of_phases(config)
+        units = any(settings[p] for p in UNITS if p in state.done)
+        if units and phase != "search":  # they had the same rate
+            return f"{line}; lower {LOWER[phase]} and start anew with --overwrite"
         return f"{line}; lower {LOWER[phase]}, and --resume goes on after the phase before"
     if phase in LEAVE_OUT:
         return f"{line}; leave it out with --set {LEAVE_OUT[phase]} --overwrite"
