@@ -143,8 +143,7 @@ def advice(error: DivergenceError, state: CalibrationState, config: Config) -> s
         )
     if phase in LOWER:
         settings = settings_of_phases(config)
-        units = any(settings[p] for p in UNITS if p in state.done)
-        if units and phase != "search":  # they had the same rate
+        if any(settings[p] for p in UNITS if p in state.done):  # they had the same rate
             return f"{line}; lower {LOWER[phase]} and start anew with --overwrite"
         return f"{line}; lower {LOWER[phase]}, and --resume goes on after the phase before"
     if phase in LEAVE_OUT:
