@@ -45,7 +45,7 @@ from scripts.common.processes import ALONE, Team, team_of_processes
 from scripts.common.runs import RunError, locked
 from scripts.common.shared_statistics import collect_together, help_collect
 from scripts.common.strict import ConfigError
-from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, record_bank
+from scripts.common.trajectories import FRESH, SEED_DOMAIN, answer, guided_rows, record_bank
 from scripts.common.unfinished import STATE, advice, identity_of, load_state, save_state
 from scripts.common.wiring import Assembly, assemble
 
@@ -187,7 +187,7 @@ def calibrate_config(
         for name in (RESULT, STATE):
             (folder / name).unlink(missing_ok=True)
     done = is_done(folder, identity)
-    saved = None if done else load_state(folder, config, assembly.sources, resume)
+    saved = None if done else load_state(folder, config, assembly.sources, resume, device)
     wanted = team.agree(not done and saved is None and bank is None)
     team.agree(not done and (saved is None or "ranges" not in saved[0].done))
     if done:
@@ -246,6 +246,7 @@ def calibrate_config(
                 save,
                 partial(collect_together, team),
                 signal_to_noise(assembly, bank),
+                partial(guided_rows, assembly.pipeline),
             )
         except DivergenceError as error:
             raise RunError(advice(error, state, config)) from error
@@ -266,9 +267,11 @@ def correct_config(
     began = time.perf_counter() - report["seconds"]
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
+    model = model.to(bank.device).to(memory_format=torch.channels_last)
     with closing(Bars()) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, bank, config.calibration.batch_size, bars)
+        guide = partial(guided_rows, assembly.pipeline)
+        fitted = correct_noise(model, bank, config.calibration.batch_size, bars, guide)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", resolved_yaml(config))

@@ -30,7 +30,13 @@ from tqdm import tqdm
 from quant.packed import PackedFileError, read_metadata
 from scripts.common.backend import Backend, add_backend, check_backend, compiled_code
 from scripts.common.cli import add_config, add_out, make_parser, resolve_device, run
-from scripts.common.config import Config, load_config, parse_config, resolved_yaml
+from scripts.common.config import (
+    Config,
+    calls_per_image,
+    load_config,
+    parse_config,
+    resolved_yaml,
+)
 from scripts.common.files import write_json, write_text
 from scripts.common.images import grid, is_whole_png, to_uint8, write_png
 from scripts.common.processes import rank_and_world
@@ -209,7 +215,7 @@ def report_of(
         "name": config.name,
         "backend": backend or "full precision",
         "seed": config.sampling.seed,
-        "calls_per_image": len(assembly.pipeline.timesteps),
+        "calls_per_image": calls_per_image(config),
         "files_sha256": assembly.sources,
         "files_bytes": assembly.bytes,
         "batch_size": config.sampling.batch_size,

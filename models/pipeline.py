@@ -187,6 +187,11 @@ class Pipeline:
     embedder: ClassEmbedder | PromptTable | None
     scale_factor: float
 
+    @property
+    def guided(self) -> bool:
+        """True where an output is put together from one with and one without the class or text."""
+        return self.embedder is not None and self.guidance_scale != 1.0
+
     def step_importance(self, data_std: float = 2.0, floor: float = 0.02) -> np.ndarray:
         """How much an eps error at each step moves the final image, (S,), mean 1 before the floor.
 
@@ -297,7 +302,7 @@ class Pipeline:
         if self.sampler == "ddim":
             return ddim(*start, eta=self.eta, noise_scale=noise_scale, **clip, **drawn)
         if self.sampler == "ddpm":
-            return ddpm(*start, **drawn)
+            return ddpm(*start, noise_scale=noise_scale, **drawn)
         if self.sampler == "ldm_ddim":
             return ldm_ddim(*start, eta=self.eta, noise_scale=noise_scale, **drawn)
         if self.sampler == "plms":

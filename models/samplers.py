@@ -110,6 +110,7 @@ def ddpm(
     alphas_cumprod: np.ndarray,
     *,
     noise: Noise,
+    noise_scale: NoiseScale | None = None,
     on_step: StepHook | None = None,
 ) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the larger variance beta_t.
@@ -129,7 +130,10 @@ def ddpm(
         x0 = (float((1 / a_t) ** 0.5) * x - float((1 / a_t - 1) ** 0.5) * eps).clamp(-1, 1)
         x_prev = mean_x0 * x0 + mean_x * x
         if t > 0:
-            x_prev = x_prev + float(beta**0.5) * noise(k)
+            sigma = float(beta**0.5)
+            if noise_scale is not None:
+                sigma = noise_scale(t, sigma, -mean_x0 * float((1 / a_t - 1) ** 0.5))
+            x_prev = x_prev + sigma * noise(k)
         _check_finite(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)

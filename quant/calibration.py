@@ -29,7 +29,7 @@ from quant.finite import check_finite
 from quant.methods import CalibrationSettings, QuantSettings
 from quant.model import BitPolicy, QuantDenoiser, count_layers, quantize
 from quant.phases import learn, output, prepare
-from quant.phases.job import Adjust, Job, Progress
+from quant.phases.job import Adjust, Guide, Job, Progress
 from quant.state import PHASES, CalibrationState, restore
 
 
@@ -75,6 +75,7 @@ def calibrate(
     save: Callable[[CalibrationState], None] = lambda state: None,
     collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect,
     signal_to_noise: torch.Tensor | None = None,
+    guide: Guide = lambda eps: eps,
 ) -> tuple[QuantDenoiser, dict[str, Any]]:
     """Quantizes the denoiser. Returns the deployed model and a report of plain values.
 
@@ -83,6 +84,7 @@ def calibrate(
     fresh images at once, the same ones each time; adjust(x, t, eps) -> eps sees and may change each
     output that the sampler gets. importance (S,): weight of an eps error at each sampling step;
     signal_to_noise (S,): abar / (1 - abar) there, which settings.activation.step_bits needs.
+    guide(eps): outputs of all rows of the bank at a step -> what the sampler makes of them.
     `state` continues an earlier run; its `phase` is the one that raised DivergenceError, because a
     loss or a learned value is not finite. `collect` stands for statistics.collect.
     """
@@ -139,6 +141,7 @@ def calibrate(
         remember,
         collect,
         signal_to_noise,
+        guide,
     )
     for phase in PHASES:
         if phase in state.done:

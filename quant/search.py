@@ -22,6 +22,7 @@ from quant.timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 
 EXCESS, FAR = 10.0, 4.0
 SMALLEST_ERROR = 1e-20
+WIDEST = 8  # bits; the inputs of the first and last layer have more, and no groups
 
 
 @dataclass
@@ -92,17 +93,20 @@ def search(
 ) -> SearchResult:
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
-    Only quantizers with more than one group are searched. importance (S,): how much an eps error at
-    a sampling step matters. on_round(i, loss) is for progress. Raises DivergenceError.
+    Only quantizers with more than one group are searched; with one group everywhere the scales
+    learn alone. importance (S,): how much an eps error at a sampling step matters.
+    on_round(i, loss) is for progress. Raises DivergenceError.
     """
-    quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
+    every = [q for _, q in activation_quantizers(model)]
+    quantizers = [q for q in every if q.groups > 1]
+    learned = quantizers or [q for q in every if q.bits <= WIDEST]
     count = len(bank.timesteps)
     selector = ActiveSelector(count, settings.exploration, settings.error_weight)
-    if not quantizers:
+    if not learned:
         return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
     logits = start(quantizers)
-    groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}]
-    groups += scale_groups(quantizers, settings.lr_scale)
+    groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}] if logits else []
+    groups += scale_groups(learned, settings.lr_scale)
     for p in model.parameters():
         p.requires_grad_(False)
     for p in [p for group in groups for p in group["params"]]:
@@ -130,21 +134,22 @@ def search(
             value += finite_loss(loss, i, settings.rounds)
             loss.backward()
             error.append(found.detach())
-        sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
-        entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
-        loss = settings.entropy * entropy.mean()
-        value += finite_loss(loss, i, settings.rounds)
-        loss.backward()
+        if logits:
+            sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
+            entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
+            loss = settings.entropy * entropy.mean()
+            value += finite_loss(loss, i, settings.rounds)
+            loss.backward()
+            selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.step()
         error = torch.cat(error)
         selector.observe_error(index[:, 0], error.cpu())
-        selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
         tuples.append(index)
         errors.append(float(error.mean()))
         on_round(i, value)
-    decided, moved = harden(quantizers)
+    decided, moved = harden(quantizers) if quantizers else (1.0, 0.0)
     tenth = max(1, len(errors) // 10)
     return SearchResult(
         torch.cat(tuples),

@@ -85,6 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     reports = [report_of(path, IMAGES, "sample_diffusion.py") for path in paths]
     write_png(folder / "compare.png", board)
     psnr = paired_psnr(quantized, full)
+    if psnr["unpaired"]:
+        raise RunError(
+            f"{full}, {quantized}: {psnr['unpaired']} images are in one of them alone, and FID "
+            "depends on how many there are; sample the same --count into both"
+        )
     fid: list[Any] = ["", ""]
     if args.reference is not None:
         weights = prepare_inception()

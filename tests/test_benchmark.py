@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from quant.int8 import int8_supported
 from scripts import benchmark
 from scripts.bench import leads, measure, methods, tables
 from scripts.bench.ablations import PARTS
+from scripts.bench.cells import Bench
 from scripts.bench.plan import Cell, Plan, ablation_cells, read_bits
 from scripts.common.config import ConfigError
 from tests.narrow import MODEL, write_narrow
@@ -143,6 +145,56 @@ def test_lead_over_common_seeds_and_samplers() -> None:
     assert lines[1][:4] == ["20 (calibrated at 50)", "4/8", "PTQD, calibrated there", "1"]
     assert lines[1][6] == "48 of 64" and len(lines) == 2
     assert leads.lead_table(rows[:2]) == ""
+
+
+def test_a_variant_is_compared_with_its_own_preset() -> None:
+    """Of the same calibrated steps, over the seeds that both have."""
+    images = np.random.default_rng(0).exponential(100.0, 64) + 1
+
+    def row(table: str, label: str, calibrated: int, seed: int, mse: np.ndarray) -> dict[str, Any]:
+        made = row_of("tinydm", 20, calibrated, seed, mse) | {"size_mb": 1.0, "seconds": 1.0}
+        cell = Cell(table, label, (4, 8), calibrated, seed).to_plain()
+        return made | {"cell": cell, "scores": None}
+
+    rows = [
+        row("preset", "as it is", 50, 0, images),
+        row("preset", "as it is", 50, 1, 10 * images),
+        row("preset", "as it is", 20, 0, images / 100),
+        row("softmax", "row, 8 bits", 50, 0, images),
+    ]
+    found = [line for line in tables.ablation_table(rows).splitlines() if "row, 8" in line]
+    assert len(found) == 1 and "+0.00 [+0.00, +0.00]" in found[0]
+
+
+def test_scores_of_another_reference_are_left_out(room: Path, tmp_path: Path) -> None:
+    """FIDs in one column are of one reference; a reference may not know its images' number."""
+
+    class Reference:
+        def __init__(self, sha256: str):
+            self.sha256 = sha256
+
+    def scores(sha256: str, n: int | None) -> dict[str, Any]:
+        images = {"generated": 2, "reference": n}
+        return {"fid": 1.0, "reference": "x.npz", "reference_sha256": sha256, "images": images}
+
+    plan = Plan(str(room / "narrow.yaml"), ["sampling.count=64"])
+    bench = Bench(tmp_path, plan, torch.device("cpu"), 2, Reference("a"))
+    made = row_of("minmax", 3, 3, 0, np.ones(64))
+    made |= {"digest": bench.digest(Cell.from_plain(made["cell"]))}
+    made |= {"count": 64, "trajectories": 2, "calls": 3, "distinct_calls": 3}
+    for sha256, kept in (("a", True), ("b", False)):
+        (row,) = bench.merge([], [made | {"scores": scores(sha256, 5)}])
+        assert (row["scores"] is not None) == kept
+    both = [made | {"scores": scores(s, n)} for s, n in (("a", None), ("b", 5))]
+    both[1] = both[1] | {"cell": both[1]["cell"] | {"label": "ptqd"}}
+    assert sum("of x.npz" in note for note in tables.notes(both, ablations=False)) == 2
+
+
+def test_softmax_variants_are_what_they_say() -> None:
+    for bits, expected in (("w4a8", False), ("w4a4", True)):
+        labels = {cell.label for cell in ablation_cells(["softmax"], read_bits(bits), [3], [0])}
+        assert ("row, 4 bits" in labels) == ("uniform, 4 bits" in labels) == expected
+        assert {"row, 8 bits", "log2, 4 bits"} <= labels
 
 
 def test_an_equal_image_does_not_make_the_mean_infinite() -> None:

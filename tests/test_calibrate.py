@@ -250,6 +250,12 @@ def test_an_overwriting_run_that_is_killed_can_be_resumed(home: Path, whole: Pat
     assert (folder / name).read_bytes() != (whole / name).read_bytes()
 
 
+def test_any_seed_will_do(home: Path) -> None:
+    """Nanoseconds of the clock, and the largest that is allowed."""
+    for seed in (1764000000000000000, 2**63 - 1):
+        done(calibration(home, f"seed-{seed}", f"calibration.seed={seed}"))
+
+
 def test_a_damaged_state_is_refused(home: Path, whole: Path) -> None:
     folder = home / "damaged"
     folder.mkdir()

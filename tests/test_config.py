@@ -62,6 +62,23 @@ def test_a_method_changes_defaults_only() -> None:
     assert config.calibration == calibration
 
 
+def test_end_to_end_steps_of_a_file_are_those_of_its_method() -> None:
+    """Else the baselines would be trained by the key that a file of tinyDM has."""
+    learned = "  reconstruct: {finetune_iterations: 250, batch_size: 8}\n"
+    text = TEXT.replace("sampling:", f"{learned}sampling:")
+    assert parse_config(text, "x").quant.reconstruct.finetune_iterations == 250
+    for method in ("minmax", "ptq4dm", "qdiffusion", "ptqd"):
+        found = parse_config(text, "x", [f"quant.method={method}"]).quant.reconstruct
+        assert (found.finetune_iterations, found.batch_size) == (0, 8)
+        steps = "quant.reconstruct.finetune_iterations=7"
+        for order in ([f"quant.method={method}", steps], [steps, f"quant.method={method}"]):
+            assert parse_config(text, "x", order).quant.reconstruct.finetune_iterations == 7
+    own = text.replace("quant:", "quant:\n  method: ptqd")
+    assert parse_config(own, "x").quant.reconstruct.finetune_iterations == 250
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        assert load_config(path, ["quant.method=ptqd"]).quant.reconstruct.finetune_iterations == 0
+
+
 def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
     for bits, expected in ((8, "nearest"), (6, "adaround"), (4, "adaround")):
         overrides = ["quant.method=ptq4dm", f"quant.weight.bits={bits}"]

@@ -17,6 +17,8 @@ import calibrate
 from models.autoencoder import first_stage_from_upstream
 from models.conditioning import ClassEmbedder
 from models.pipeline import build_denoiser
+from quant.state import CalibrationState
+from scripts.common import unfinished
 from scripts.common.config import Config, load_config
 from scripts.common.wiring import assemble
 from tests.fake_cuda import CUDA, CudaTensor, fake_cuda
@@ -110,6 +112,27 @@ def test_every_phase_of_calibration(
         assert all(p.device == CUDA for p in assembly.denoiser.parameters())
         calibrate.calibrate_config(config, assembly, tmp_path / "cuda", CUDA)
     assert mode.calls > 100
+    files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
+    assert files[0] == files[1]
+
+
+def test_a_correction_of_a_finished_run(
+    room: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """PTQD from Q-Diffusion's file, as the benchmark makes it; states of a run on the CPU."""
+    base = config_of(room, "quant.method=qdiffusion", "quant.reconstruct.iterations=2")
+    config = config_of(room, "quant.method=ptqd", "quant.reconstruct.iterations=2")
+    assembly = assemble(base)
+    bank = calibrate.make_bank(base, assembly, torch.device("cpu"))
+    calibrate.calibrate_config(base, assembly, tmp_path / "base", torch.device("cpu"), bank=bank)
+    calibrate.correct_config(config, assembly, tmp_path / "cpu", tmp_path / "base", bank)
+    unfinished.save_state(tmp_path, config, assembly.sources, CalibrationState(), bank)
+    with fake_cuda():
+        assembly = assemble(config, device=CUDA)
+        given = (tmp_path, config, assembly.sources, True, CUDA)
+        _, bank = unfinished.load_state(*given)
+        calibrate.correct_config(config, assembly, tmp_path / "cuda", tmp_path / "base", bank)
     files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
     assert files[0] == files[1]
 

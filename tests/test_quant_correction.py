@@ -1,12 +1,15 @@
 """PTQD's correction of the predicted noise."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.samplers import ddim
+from models.samplers import ddim, ddpm
 from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from quant.context import TimestepContext
 from quant.correction import LARGEST_K, OutputCorrection, corrected_variance, fit
@@ -126,8 +129,11 @@ class NoisyDenoiser:
         return exact + self.std * torch.randn(x.shape, generator=self.generator)
 
 
-def test_variance_correction_takes_the_quantization_noise_out_of_the_samplers_own() -> None:
-    """With eta 1 the samples of a noisy denoiser get the spread of those of the exact one back."""
+@pytest.mark.parametrize("sampler", [partial(ddim, eta=1.0), ddpm], ids=["ddim", "ddpm"])
+def test_variance_correction_takes_the_quantization_noise_out_of_the_samplers_own(
+    sampler: Callable[..., torch.Tensor],
+) -> None:
+    """The samples of a noisy denoiser get the spread of those of the exact one back."""
     betas = make_betas("linear", 0.0001, 0.02, 1000)
     steps = sampling_timesteps(20, "uniform", 1000)
     context = TimestepContext(steps, 1000)
@@ -138,12 +144,11 @@ def test_variance_correction_takes_the_quantization_noise_out_of_the_samplers_ow
 
     def spread(std: float, **arguments: object) -> float:
         g = torch.Generator().manual_seed(2)
-        x = ddim(
+        x = sampler(
             NoisyDenoiser(std, betas),
             start,
             steps,
             alphas_cumprod(betas),
-            eta=1.0,
             noise=lambda k: torch.randn(start.shape, generator=g),
             **arguments,
         )

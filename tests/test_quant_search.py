@@ -96,12 +96,17 @@ def test_a_batch_in_parts_learns_the_same() -> None:
             assert torch.equal(a.group_of_bin, b.group_of_bin)
 
 
-def test_search_without_groups_does_nothing() -> None:
+def test_with_one_group_scales_learn_as_with_more() -> None:
+    """An ablation of the groups must not be one of the scales as well."""
     denoiser = Toy()
     bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 1, BitPolicy())
+    model = toy_model(denoiser, bank, 1, BitPolicy(activation=4))
     state = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)
-    result = search(model, bank, SearchSettings(rounds=2), generator, torch.ones(len(STEPS)))
-    assert len(result.tuples) == 0
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    settings = SearchSettings(rounds=2, batch_size=4)
+    result = search(model, bank, settings, generator, torch.ones(len(STEPS)))
+    assert len(result.tuples) == 8 and (result.decided, result.moved) == (1.0, 0.0)
+    for name, q in activation_quantizers(model):
+        moved = not torch.equal(q.log_scale, state[f"{name}.log_scale"])
+        assert moved == (q.bits <= 8), name
+        assert q.groups == 1

@@ -25,6 +25,7 @@ from models.ddim_unet import DDIMUNet
 from quant.packed import load_quantized
 from scripts import compare, report
 from scripts.common.cli import explain
+from scripts.common.runs import RunError, png_name
 from scripts.metrics import paired_psnr
 from scripts.reporting.contents import bytes_by_kind, read_quantizers
 from scripts.reporting.measurements import FILE, Networks
@@ -280,6 +281,13 @@ def test_images_that_do_not_belong_together_are_not_compared(copy: Path, home: P
     (copy / "images-w4a8.identity.json").write_text(json.dumps(identity))
     page = reported(copy, *QUICK, "--full", str(home / "run" / "images-fp"))
     assert "another file" in page.notes[0]
+
+
+def test_folders_of_different_counts_have_no_common_fid(copy: Path) -> None:
+    (copy / "images-w4a8" / png_name(0)).unlink()
+    arguments = ["--run", str(copy), "--full", "images-fp", "--quantized", "images-w4a8"]
+    with pytest.raises(RunError, match="1 images are in one of them alone"):
+        compare.main(arguments)
 
 
 def test_an_older_configuration_is_told_not_guessed(copy: Path) -> None:

@@ -12,8 +12,8 @@ import yaml
 
 from scripts import benchmark
 from scripts.bench import speed, speed_tables
-from scripts.bench.speed_models import VARIANTS, Models, calls_per_image, obstacle
-from scripts.common.config import load_config
+from scripts.bench.speed_models import VARIANTS, Models, obstacle
+from scripts.common.config import calls_per_image, load_config
 from scripts.common.strict import ConfigError
 from tests.latent import CONFIG
 

@@ -19,6 +19,10 @@ STREAMS = {"equivalent": 0, "search": 3, "finetune": 5}
 Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+# Outputs of a bank's rows at one step -> what the sampler goes on with (guidance).
+Guide = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Progress(Protocol):
     """Where progress goes; a phase of `total` parts reports each with a short text."""
 
@@ -46,7 +50,9 @@ class Job:
     remember: Callable[[], None]
     collect: Callable[..., dict[str, statistics.Statistics]]
     signal_to_noise: torch.Tensor | None
+    guide: Guide
 
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
-        return torch.Generator().manual_seed(self.calibration.seed * 1009 + STREAMS[phase])
+        seed = (self.calibration.seed * 1009 + STREAMS[phase]) % 2**64
+        return torch.Generator().manual_seed(seed)

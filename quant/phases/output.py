@@ -8,7 +8,7 @@ from quant.bank import Bank
 from quant.correction import fit as fit_tables
 from quant.drift import CallRecorder, DriftFit
 from quant.model import QuantDenoiser, roles_of
-from quant.phases.job import Adjust, Job, Progress
+from quant.phases.job import Adjust, Guide, Job, Progress
 from quant.phases.prepare import statistics_of
 from quant.precision import choose_bits
 from quant.statistics import collect
@@ -46,27 +46,35 @@ def correction(job: Job) -> dict[str, Any] | None:
 
 
 def _noise_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
-    report = correct_noise(model, job.bank, job.calibration.batch_size, job.progress)
+    size = job.calibration.batch_size
+    report = correct_noise(model, job.bank, size, job.progress, job.guide)
     job.model.correction = model.correction
     return report
 
 
 @torch.no_grad()
 def correct_noise(
-    model: QuantDenoiser, bank: Bank, batch_size: int, progress: Progress
+    model: QuantDenoiser, bank: Bank, batch_size: int, progress: Progress, guide: Guide
 ) -> dict[str, Any]:
-    """Gives a deployed model PTQD's correction, in place; the report of the phase."""
-    outputs, bins = [], []
+    """Gives a deployed model PTQD's correction, in place; the report of the phase.
+
+    The tables are those of guided outputs. Applied to each half of a guided one they are the same,
+    since the halves' weights sum to 1.
+    """
+    full, outputs, bins = [], [], []
     progress.begin("noise correction", len(bank.timesteps))
     for k, t in enumerate(bank.timesteps):
+        rows = []
         for x, _, conditioning in bank.at_step(k, batch_size):
             steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-            outputs.append(model(x, steps, **conditioning).cpu())
-        bins += [int(model.context.bin_of_t[t])] * bank.trajectories
+            rows.append(model(x, steps, **conditioning).cpu())
+        full.append(guide(bank.eps[k]))
+        outputs.append(guide(torch.cat(rows)))
+        bins += [int(model.context.bin_of_t[t])] * len(full[-1])
         progress.step(f"t = {t}")
     progress.end()
-    eps = bank.eps.flatten(0, 1)
-    model.correction = fit_tables(model.context, eps, torch.cat(outputs), torch.tensor(bins))
+    tables = fit_tables(model.context, torch.cat(full), torch.cat(outputs), torch.tensor(bins))
+    model.correction = tables
     return {"largest_k": float(model.correction.k.abs().max())}
 
 

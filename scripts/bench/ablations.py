@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
+    """widest: most bits of the activations with which it is what its label says."""
+
     label: str
     overrides: tuple[str, ...]
+    widest: int = 8
 
 
 def _each(key: str, *values: object, name: str = "{}") -> tuple[Variant, ...]:
@@ -79,6 +82,7 @@ PARTS: dict[str, tuple[Variant, ...]] = {
             Variant(
                 f"{codes}, {bits} bits",
                 (f"quant.activation.softmax={codes}", f"quant.activation.softmax_bits={bits}"),
+                widest=bits,
             )
             for codes in ("uniform", "row")
             for bits in (4, 8)

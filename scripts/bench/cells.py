@@ -173,9 +173,8 @@ class Bench:
             return {"image_mse": measure.image_errors(images, reference, self.count)}
 
         def errors() -> Row:
-            bank, model = full.fresh_bank(self.trajectories), assembly().denoiser
-            size = config.sampling.micro_batch
-            steps, trajectories = measure.eps_errors(model, bank, size)
+            bank, quantized = full.fresh_bank(self.trajectories), assembly()
+            steps, trajectories = measure.eps_errors(quantized.denoiser, bank, quantized.pipeline)
             return {
                 "eps_timesteps": bank.timesteps,
                 "eps_mse_of_steps": steps,
@@ -209,12 +208,19 @@ class Bench:
             # A row of full precision, which has None, is the same with every backend.
             if row.get("backend", Backend().label) not in (None, self.backend.label):
                 continue
+            row = row | {"scores": self._comparable(row["scores"])}
             if new is not None:
                 if new["scores"] is None and new["digest"] == row["digest"]:
                     new["scores"] = row["scores"]  # of a command with --fid
             elif self._is_current(row):
                 merged[key_of(row)] = row
         return list(merged.values())
+
+    def _comparable(self, scores: Row | None) -> Row | None:
+        """None for scores against another reference than this command's."""
+        if scores is None or self.scorer is None:
+            return scores
+        return scores if scores.get("reference_sha256") == self.scorer.sha256 else None
 
     def _is_current(self, row: Row) -> bool:
         """True if the row's cell has the same configuration and checkpoint today."""

@@ -93,4 +93,4 @@ class FullPrecision:
             saved = torch.load(path, weights_only=True)
         except Exception as error:  # torch has many exceptions for a damaged file
             raise RunError(f"{path}: damaged; delete it") from error
-        return Bank(**saved["bank"]), saved["seconds"]
+        return Bank(**(saved["bank"] | {"device": str(self.device)})), saved["seconds"]

@@ -4,8 +4,6 @@ Images of one number have the same noise, so that their differences say more tha
 which each has the spread of the images in it.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from scripts.bench import measure
@@ -14,9 +12,11 @@ from scripts.bench.tables import (
     Interval,
     Line,
     Row,
+    common,
     gain,
     lines_of,
     paired,
+    seeds_text,
     timesteps_text,
     with_interval,
 )
@@ -40,20 +40,8 @@ def _pairs(lines: list[Line]) -> list[tuple[Line, Line]]:
             same = (other.sampler, other.cell.bits) == (own.sampler, own.cell.bits)
             fair = not other.transferred or other.rows[0]["calibrated"] == own.rows[0]["calibrated"]
             if same and fair and other.cell.label not in (OURS, "fp"):
-                found.append(_common(own, other))
+                found.append(common(own, other))
     return [(a, b) for a, b in found if a.rows and a.image_mse is not None]
-
-
-def _common(own: Line, other: Line) -> tuple[Line, Line]:
-    def seeds(line: Line) -> set[int]:
-        return {row["cell"]["seed"] for row in line.rows if row.get("image_mse") is not None}
-
-    common = seeds(own) & seeds(other)
-
-    def those(line: Line) -> Line:
-        return replace(line, rows=tuple(row for row in line.rows if row["cell"]["seed"] in common))
-
-    return those(own), those(other)
 
 
 def _mean_gain(own: Line, other: Line) -> tuple[float, Interval]:
@@ -78,7 +66,7 @@ def lead_table(rows: list[Row]) -> str:
                 "Timesteps": timesteps_text(own),
                 "Bit-width (W/A)": "{}/{}".format(*own.cell.bits),
                 "against": NAMES[other.cell.label] + there,
-                "seeds": ", ".join(str(row["cell"]["seed"]) for row in own.rows),
+                "seeds": seeds_text(own),
                 "PSNR (dB)": with_interval(gain(own, other), "+.2f"),
                 "mean (dB)": with_interval(_mean_gain(own, other), "+.2f"),
                 "images won": f"{won} of {of}",

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from models.pipeline import Pipeline
 from quant.bank import Bank
 from scripts.common.runs import png_name
-from scripts.common.trajectories import answer
+from scripts.common.trajectories import answer, mean_of_halves
 from scripts.metrics.inputs import read_image
 from scripts.metrics.scores import PEAK
 
@@ -31,13 +32,14 @@ def image_errors(folder: Path, reference: Path, count: int) -> list[float]:
     return errors
 
 
-def eps_errors(model: nn.Module, bank: Bank, batch_size: int) -> tuple[list[float], list[float]]:
+def eps_errors(model: nn.Module, bank: Bank, pipeline: Pipeline) -> tuple[list[float], list[float]]:
     """Mean squared eps error on full-precision states: per sampling step (S,), per trajectory (N,).
 
-    bank: states with full-precision answers.
+    bank: states with full-precision answers, recorded with this pipeline. With guidance the error
+    of a trajectory is the mean of its two halves.
     """
-    error = (answer(bank, model, batch_size).eps - bank.eps).double().square()
-    error = error.flatten(2).mean(2)  # (S, N)
+    error = (answer(bank, model, pipeline.micro_batch).eps - bank.eps).double().square()
+    error = mean_of_halves(pipeline, error.flatten(2).mean(2))  # (S, N)
     return error.mean(1).tolist(), error.mean(0).tolist()
 
 

@@ -32,6 +32,7 @@ from scripts.common.cli import (
 )
 from scripts.common.files import write_json, write_text
 from scripts.common.reports import ROW
+from scripts.common.runs import locked
 from scripts.common.shapes import ANYTHING, Keys, List, ShapeError, fits, parse_json
 from scripts.common.strict import ConfigError
 
@@ -159,6 +160,13 @@ def main(argv: list[str], description: str | None) -> None:
     scorer = Scorer(args.reference, args.device) if args.fid else None
     folder = Path(args.out)
     bench = Bench(folder, plan, device, trajectories, scorer, backend)
+    with locked(folder / ".lock"):
+        write_all(args, bench)
+
+
+def write_all(args: argparse.Namespace, bench: Bench) -> None:
+    """Measures and writes the tables, results.json and plots."""
+    folder, plan = bench.root, bench.plan
     rows = measure_all(args, bench)
     rows = bench.merge(rows, earlier_rows(folder / "results.json"))
     lines = [line for ablations in (False, True) for line in tables.lines_of(rows, ablations)]

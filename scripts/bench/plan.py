@@ -141,6 +141,8 @@ def ablation_cells(
     for count in steps:
         for width in bits:
             for part, variant in variants:
+                if width[1] > variant.widest:
+                    continue
                 for seed in seeds:
                     yield Cell(part, variant.label, width, count, seed, variant.overrides)
 
@@ -151,7 +153,8 @@ def is_current(cell: Cell) -> bool:
         return cell.label in METHODS
     if cell.table == "preset":
         return not cell.overrides
-    return Variant(cell.label, cell.overrides) in PARTS.get(cell.table, ())
+    known = {(variant.label, variant.overrides) for variant in PARTS.get(cell.table, ())}
+    return (cell.label, cell.overrides) in known
 
 
 # ---- the command line's lists ----

@@ -34,9 +34,9 @@ from scripts.bench import speed_tables
 from scripts.bench.environment import environment, processor
 from scripts.bench.plan import read_names, read_numbers
 from scripts.bench.record import Record
-from scripts.bench.speed_models import VARIANTS, Call, Models, Variant, calls_per_image, obstacle
+from scripts.bench.speed_models import VARIANTS, Call, Models, Variant, obstacle
 from scripts.common.cli import add_out, make_parser
-from scripts.common.config import load_config
+from scripts.common.config import calls_per_image, load_config
 from scripts.common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,6 @@ are packed into a file once and loaded from it, as a user would.
 """
 
 import contextlib
-import math
 import multiprocessing
 import shutil
 import time
@@ -153,9 +152,3 @@ def resident(kind: str) -> float | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
     return 1024.0 * int(found[0]) if found else None
-
-
-def calls_per_image(config: Config) -> int:
-    """Guidance calls twice, DDPM calls at every training step."""
-    sampler = config.sampler
-    return sampler.steps * (1 if math.isclose(sampler.guidance_scale, 1.0) else 2)

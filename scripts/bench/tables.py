@@ -4,7 +4,7 @@ A line of a table stands for one cell over its calibration seeds. What was not m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -174,11 +174,11 @@ def benchmark_table(rows: list[Row]) -> str:
 def ablation_table(rows: list[Row]) -> str:
     """Each variant with its difference from the preset on the same images."""
     lines = lines_of(rows, ablations=True)
-    presets = {(line.cell.bits, *line.sampler): line for line in lines if line.cell.table == PRESET}
+    presets = {place_of(line): line for line in lines if line.cell.table == PRESET}
     table = []
     for line in lines:
         cell, own = line.cell, line.cell.table == PRESET
-        preset = None if own else presets.get((cell.bits, *line.sampler))
+        preset = None if own else presets.get(place_of(line))
         table.append(
             {
                 "Timesteps": timesteps_text(line),
@@ -187,13 +187,44 @@ def ablation_table(rows: list[Row]) -> str:
                 "Choice": cell.label,
                 "Size (MB)": number(line.average("size_mb"), ".3f"),
                 "PSNR (dB)": _psnr_text(line),
-                "against preset (dB)": with_interval(gain(line, preset), "+.2f"),
+                "seeds": seeds_text(line),
+                "against preset (dB)": with_interval(_gain_of_common(line, preset), "+.2f"),
                 "eps-MSE": with_interval(line.eps(), ".2e"),
                 "FID": number(line.score("fid")),
                 "calibration s": number(line.average("seconds"), ".0f"),
             }
         )
     return format_table(table, list(table[0]))
+
+
+def place_of(line: Line) -> tuple[Any, ...]:
+    """What lines that are compared have in common: bits, calibrated steps, sampler."""
+    return (line.cell.bits, line.cell.steps, *line.sampler)
+
+
+def seeds_text(line: Line) -> str:
+    return ", ".join(str(row["cell"]["seed"]) for row in line.rows)
+
+
+def common(own: Line, other: Line) -> tuple[Line, Line]:
+    """Both over the seeds that both have images of."""
+
+    def seeds(line: Line) -> set[int]:
+        return {row["cell"]["seed"] for row in line.rows if row.get("image_mse") is not None}
+
+    shared = seeds(own) & seeds(other)
+
+    def those(line: Line) -> Line:
+        return replace(line, rows=tuple(row for row in line.rows if row["cell"]["seed"] in shared))
+
+    return those(own), those(other)
+
+
+def _gain_of_common(line: Line, preset: Line | None) -> tuple[float, Interval] | None:
+    if preset is None:
+        return None
+    line, preset = common(line, preset)
+    return gain(line, preset) if line.rows else None
 
 
 def gain(line: Line, other: Line | None) -> tuple[float, Interval] | None:
@@ -229,13 +260,17 @@ def notes(rows: list[Row], ablations: bool) -> list[str]:
         f"nothing. eps-MSE: on {every[0]['trajectories']} full-precision trajectories that no "
         "calibration saw (rounded up to whole network calls).",
     ]
+    quantized = [line for line in lines if line.cell.label != "fp" and not ablations]
+    for line in (line for line in quantized if len(line.rows) < len(seeds)):
+        what = f"{timesteps_text(line)} steps, {'/'.join(map(str, line.cell.bits))}"
+        found.append(f"{what}, {NAMES[line.cell.label]}: seeds {seeds_text(line)} alone.")
     backends = {row.get("backend") for row in every} - {None, "fake"}
     found += [f"Quantized models ran on the backend {name}." for name in sorted(backends)]
     scores = [row["scores"] for row in every if row.get("scores")]
     for n, reference, of in sorted(
-        {(s["images"]["generated"], s["reference"], s["images"]["reference"]) for s in scores}
+        {(s["images"]["generated"], s["reference"], s["images"]["reference"] or 0) for s in scores}
     ):
-        known = "an unknown number of" if of is None else str(of)
+        known = str(of) if of else "an unknown number of"
         found.append(f"FID and the like: {n} images against {known} of {reference}.")
     repeated = {
         (line.sampler, r["calls"], r["distinct_calls"]) for line in lines for r in line.rows

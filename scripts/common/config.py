@@ -41,6 +41,8 @@ __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST, DEEPEST = 65_536, 64  # numbers in model.params; blocks of a level, entries of a list
+# The baselines have no such steps, whatever a file of tinyDM says.
+END_TO_END = ("quant", "reconstruct", "finetune_iterations")
 METHODS = dataclasses.fields(QuantSettings)[0].metadata["choices"]
 
 
@@ -166,13 +168,21 @@ def parse_config(
     overrides: Sequence[str | Override] = (),
     folder: str | Path = ".",
 ) -> Config:
-    """As load_config, from YAML text; `source` names it, paths may be relative to `folder`."""
+    """As load_config, from YAML text; `source` names it, paths may be relative to `folder`.
+
+    Where overrides name another method than the text, the text's end-to-end steps do not count.
+    """
     tree = read_yaml(text, source)
+    written, given = _method(tree), set()
     for override in overrides:
         override = Override.parse(override) if isinstance(override, str) else override
-        value = read_value(override.text, override.label)
-        tree.set(tuple(override.key.split(".")), value, override.label)
-    quant, calibration = preset(_method(tree), _weight_bits(tree))
+        key = tuple(override.key.split("."))
+        tree.set(key, read_value(override.text, override.label), override.label)
+        given.add(key)
+    method = _checked_method(tree)
+    if method != written and not any(END_TO_END[: len(key)] == key for key in given):
+        tree.drop(END_TO_END)  # what the file says is for its own method
+    quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
     config = build(Config, tree.values, tree.where, (), defaults)
     _check(config, tree.where)
@@ -191,10 +201,14 @@ def repository_path(text: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _method(tree: Tree) -> str:
-    """quant.method, known before the rest since it chooses the defaults."""
+def _method(tree: Tree) -> Any:
     section = tree.values.get("quant")
-    method = section.get("method", "tinydm") if isinstance(section, dict) else "tinydm"
+    return section.get("method", "tinydm") if isinstance(section, dict) else "tinydm"
+
+
+def _checked_method(tree: Tree) -> str:
+    """quant.method, known before the rest since it chooses the defaults."""
+    method = _method(tree)
     if method not in METHODS:
         where, known = tree.where(("quant", "method")), suggestion(str(method), METHODS)
         raise ConfigError(f"{where}: quant.method is {method!r}, which is unknown{known}")
@@ -308,6 +322,15 @@ def number_of_classes(model: ModelConfig) -> int | None:
         prompts = model.conditioning.prompts
         return model.conditioning.n_classes - 1 if prompts is None else len(prompts)
     return model.params.get("num_classes")
+
+
+def calls_per_image(config: Config) -> int:
+    """Rows of the network that an image takes: two a step with guidance, and PLMS asks once more
+    at its start."""
+    sampler = config.sampler
+    timesteps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
+    calls = len(timesteps) + (sampler.name == "plms")
+    return calls * (1 if sampler.guidance_scale == 1.0 else 2)
 
 
 def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:

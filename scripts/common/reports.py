@@ -77,7 +77,8 @@ SCORES = Keys(
         "reference": TEXT,
         "images": Keys({"generated": COUNT, "reference": Number(low=0, whole=True, none=True)}),
     },
-    {name: Number(none=True) for name in ("fid", "sfid", "is", "precision", "recall")},
+    {name: Number(none=True) for name in ("fid", "sfid", "is", "precision", "recall")}
+    | {"reference_sha256": TEXT},
     none=True,
 )
 SAMPLER = Keys({"name": TEXT, "steps": COUNT}, rest=NOTHING)

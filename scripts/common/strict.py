@@ -81,6 +81,15 @@ class Tree:
                 return self.places[key[:length]]
         return self.source
 
+    def drop(self, key: Key) -> None:
+        """Forget a key, where it is there."""
+        values: Any = self.values
+        for name in key[:-1]:
+            values = values.get(name) if isinstance(values, dict) else None
+        if isinstance(values, dict):
+            values.pop(key[-1], None)
+            self.places.pop(key, None)
+
     def set(self, key: Key, value: Any, place: str) -> None:
         """Replace one value, creating the mappings above it."""
         values = self.values

@@ -97,6 +97,29 @@ def _stack(recorder: _Recorder, steps: int, device: str) -> Bank:
     )
 
 
+def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
+    """Outputs of a bank's rows at one step (N, C, H, W) -> what the sampler makes of them.
+
+    With guidance one of each pair of rows, (N / 2, C, H, W), without it the outputs themselves.
+    """
+    if not pipeline.guided:
+        return rows
+    without, given = _halves(rows, pipeline.micro_batch).unbind(1)
+    return (without + pipeline.guidance_scale * (given - without)).flatten(0, 1)
+
+
+def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:
+    """Numbers of a bank's rows (S, N) -> of its trajectories, (S, N / 2) with guidance."""
+    if not pipeline.guided:
+        return values
+    return _halves(values.T, pipeline.micro_batch).mean(1).flatten(0, 1).T
+
+
+def _halves(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, ...) -> (N / 2 size, 2, size, ...): record_bank's calls, without and with the class."""
+    return rows.unflatten(0, (-1, 2, size))
+
+
 @torch.no_grad()
 def answer(bank: Bank, denoiser: nn.Module, batch_size: int) -> Bank:
     """The same states with this denoiser's answers."""

@@ -100,10 +100,15 @@ def save_state(
 
 
 def load_state(
-    folder: Path, config: Config, sources: dict[str, str], resume: bool
+    folder: Path,
+    config: Config,
+    sources: dict[str, str],
+    resume: bool,
+    device: str | torch.device = "cpu",
 ) -> tuple[CalibrationState, Bank] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError.
 
+    device: of this run, which may be another than that of the interrupted one.
     With other settings of the phase that was interrupted it stands at that phase's start.
     """
     path = folder / STATE
@@ -129,7 +134,7 @@ def load_state(
         raise RunError(foreign)
     if state.phase in changed:
         state.rewind()
-    return state, Bank(**value["bank"])
+    return state, Bank(**(value["bank"] | {"device": str(device)}))
 
 
 def advice(error: DivergenceError, state: CalibrationState, config: Config) -> str:

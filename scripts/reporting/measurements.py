@@ -158,7 +158,7 @@ class Networks:
         with ranges_of(model) as (low, high):
             if self.has_full:
                 bank = self.bank
-                steps, trajectories = eps_errors(model, bank, self.config.sampling.micro_batch)
+                steps, trajectories = eps_errors(model, bank, self.quantized.pipeline)
             else:
                 bank, steps, trajectories = self._record(self.quantized), None, None
         seen = torch.stack([low, high])

@@ -1,0 +1,104 @@
+"""Banks with guidance: two rows of a bank are one output of the sampler, and one trajectory."""
+
+import pytest
+import torch
+import yaml
+
+from quant.context import TimestepContext
+from quant.phases.output import correct_noise
+from scripts.bench.measure import eps_errors
+from scripts.common.config import calls_per_image, load_config, parse_config
+from scripts.common.trajectories import guided_rows, mean_of_halves, record_bank
+from scripts.common.wiring import Assembly, assemble
+from tests.latent import CONFIG, write_checkpoint
+
+COUNT = 8  # two network calls, without and with the class
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+    folder = tmp_path_factory.mktemp("guided")
+    config = CONFIG | {"model": CONFIG["model"] | {"checkpoint": str(folder / "model.ckpt")}}
+    write_checkpoint(folder / "model.ckpt", config)
+    (folder / "narrow.yaml").write_text(yaml.safe_dump(config))
+    return assemble(load_config(folder / "narrow.yaml"))
+
+
+def sampled(assembly: Assembly, model: torch.nn.Module) -> torch.Tensor:
+    """What the sampler goes on with at each step, (S, COUNT, C, H, W)."""
+    seen: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        seen.append(eps)
+        return eps
+
+    blocks = []
+    for first in range(0, COUNT, assembly.pipeline.micro_batch):
+        seen.clear()
+        indices = range(first, first + assembly.pipeline.micro_batch)
+        assembly.pipeline.latents(model, indices, (1 << 62) + 3, adjust=keep)
+        blocks.append(torch.stack(seen))
+    return torch.cat(blocks, 1)
+
+
+def test_rows_of_a_bank_are_the_samplers_outputs(assembly: Assembly) -> None:
+    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    assert bank.trajectories == 2 * COUNT
+    expected = sampled(assembly, assembly.denoiser)
+    for k, eps in enumerate(bank.eps):
+        torch.testing.assert_close(guided_rows(assembly.pipeline, eps), expected[k])
+
+
+def test_an_error_is_of_a_trajectory(assembly: Assembly) -> None:
+    """Else an interval over trajectories would be of twice as many as there are."""
+    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    model = assembly.denoiser
+
+    def off(x: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        return model(x, t, **conditioning) + x[:, :1, :1, :1]
+
+    steps, trajectories = eps_errors(off, bank, assembly.pipeline)
+    assert len(trajectories) == COUNT and len(steps) == len(bank.timesteps)
+    assert sum(trajectories) / COUNT == pytest.approx(sum(steps) / len(steps))
+    # Both halves of a trajectory see the same state, so that their errors here are the same.
+    states = bank.x[:, :, 0, 0, 0].double().square()
+    both = mean_of_halves(assembly.pipeline, states)
+    assert trajectories == pytest.approx(both.mean(0).tolist(), rel=1e-4)
+    assert both[:, 0].tolist() == pytest.approx(states[:, 0].tolist())
+
+
+def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly) -> None:
+    """An error of the two halves that guidance takes away must not be corrected."""
+    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    scale, size = assembly.pipeline.guidance_scale, assembly.pipeline.micro_batch
+    context = TimestepContext(sorted(set(bank.timesteps)), 1000)
+
+    class Silent:
+        def begin(self, phase: str, total: int) -> None: ...
+        def step(self, text: str) -> None: ...
+        def end(self) -> None: ...
+
+    class Off(torch.nn.Module):
+        """Adds what weighs nothing: (1 - s) a + s b = 0."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.context, self.correction, self.calls = context, None, 0
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            added = scale if self.calls % 2 else scale - 1
+            return assembly.denoiser(x, t, **given) + 0.1 * added
+
+    off = Off()
+    correct_noise(off, bank, size, Silent(), lambda eps: guided_rows(assembly.pipeline, eps))
+    assert off.correction.mu.abs().max() < 1e-5 and off.correction.sigma.max() < 1e-5
+    correct_noise(off, bank, size, Silent(), lambda eps: eps)
+    assert off.correction.mu.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "scale", "calls"), [("ldm_ddim", 1.5, 8), ("plms", 1.0, 5)])
+def test_calls_per_image(name: str, scale: float, calls: int) -> None:
+    sampler = CONFIG["sampler"] | {"name": name, "guidance_scale": scale}
+    config = parse_config(yaml.safe_dump(CONFIG | {"sampler": sampler}), "x")
+    assert calls_per_image(config) == calls
