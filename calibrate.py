@@ -21,6 +21,7 @@ import json
 import platform
 import time
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ def write_result(
     data = to_bytes(
         deployed,
         {
-            "config": resolved_yaml(config),
+            "config": resolved_yaml(with_scale_factor(config, assembly)),
             "method": config.quant.method,
             "source_sha256": ",".join(assembly.sources.values()),
             "torch": torch.__version__,
@@ -307,6 +308,14 @@ def write_result(
     lines = write_report(folder, config, assembly, phases, rows, len(data), seconds, identity)
     write_bytes(folder / RESULT, data)
     return lines
+
+
+def with_scale_factor(config: Config, assembly: Assembly) -> Config:
+    """What was found in a checkpoint stays known where that is not read any more."""
+    if config.model.first_stage is None or config.model.scale_factor is not None:
+        return config
+    scale_factor = assembly.pipeline.scale_factor
+    return replace(config, model=replace(config.model, scale_factor=scale_factor))
 
 
 def write_report(

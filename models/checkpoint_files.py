@@ -4,7 +4,9 @@ Used by `checkpoint` and `diffusers_folder`. Every way in which a file can be wr
 CheckpointError of one line.
 """
 
+import errno
 import io
+import math
 import os
 import pickletools
 import re
@@ -29,6 +31,9 @@ HARMLESS_CLASSES = (
 )
 WEIGHTS = ("ema", "raw")
 AGAIN = "download it again"
+# How the allocators of PyTorch and oneDNN say it where they raise a RuntimeError.
+OUT_OF_MEMORY = re.compile("can't allocate memory|std::bad_alloc|could not create a memory")
+NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # First bytes of what people download instead of a checkpoint.
 FOREIGN = (
@@ -41,6 +46,10 @@ FOREIGN = (
 
 class CheckpointError(ValueError):
     """One line: which file, what is wrong with it, what to do."""
+
+
+class NotACheckpointError(CheckpointError):
+    """Empty, or surely of another kind: a web page, an archive."""
 
 
 class HarmlessClass:
@@ -56,8 +65,10 @@ def printable(text: object, limit: int = 200) -> str:
     return line if len(line) <= limit else line[:limit] + "..."
 
 
-def failure(path: object, what: str, advice: str) -> CheckpointError:
-    return CheckpointError(f"{printable(path, 500)}: {printable(what, 700)}; {advice}")
+def failure(
+    path: object, what: str, advice: str, kind: type[CheckpointError] = CheckpointError
+) -> CheckpointError:
+    return kind(f"{printable(path, 500)}: {printable(what, 700)}; {advice}")
 
 
 def listing(names: list[str]) -> str:
@@ -66,10 +77,27 @@ def listing(names: list[str]) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if reason := unreadable_now(error, path):
+        return failure(path, reason, "the file itself may be whole")
     # torch wraps its reason in advice to load without protection; keep the reason alone
     text = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     reason = f"{type(error).__name__}: {printable(text) or 'no details'}"
     return failure(path, f"cut short or damaged ({reason})", AGAIN)
+
+
+def unreadable_now(error: Exception, path: Path) -> str | None:
+    """What kept a file from being read, if that says nothing about it: no memory, no permission.
+
+    Memory for more than the file holds is asked for by a damaged length in it.
+    """
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})" if error.errno in NOT_OF_THE_FILE else None
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not exhausted and isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        size = path.stat().st_size if path.is_file() else math.inf
+        exhausted = asked is None or int(asked[1]) <= size
+    return "not enough memory to read it" if exhausted else None
 
 
 def guarded(path: Path, action: Callable[[], Any]) -> Any:
@@ -103,7 +131,7 @@ def size_of(path: Path) -> int:
     except OSError as error:
         raise failure(path, f"cannot be read ({error.strerror})", "check the path") from error
     if size == 0:
-        raise failure(path, "the file is empty", AGAIN)
+        raise failure(path, "the file is empty", AGAIN, NotACheckpointError)
     return size
 
 
@@ -148,14 +176,16 @@ def _looks_like_safetensors(head: bytes, size: int) -> bool:
 
 def _refuse_foreign(path: Path, head: bytes) -> None:
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise failure(path, "an HTML page, not a checkpoint: the download failed", AGAIN)
+        what = "an HTML page, not a checkpoint: the download failed"
+        raise failure(path, what, AGAIN, NotACheckpointError)
     for magic, what, advice in FOREIGN:
         if head.startswith(magic):
-            raise failure(path, what, advice)
+            raise failure(path, what, advice, NotACheckpointError)
     if head[257:262] == b"ustar":
         raise failure(path, "a tar archive", "unpack it and name the checkpoint inside")
     if not head.startswith((b"PK", b"\x80")):
-        raise failure(path, "not a whole file of torch.save or safetensors", AGAIN)
+        what = "not a whole file of torch.save or safetensors"
+        raise failure(path, what, AGAIN, NotACheckpointError)
 
 
 def _check_zip(path: Path, size: int) -> None:

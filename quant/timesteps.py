@@ -31,7 +31,10 @@ def tuples_of_steps(
 
 def uniform_steps(samples: int, count: int, spaced: int = 20) -> torch.Tensor:
     """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (METHOD 1.2)."""
-    chosen = torch.linspace(0, count - 1, min(spaced, count)).round().long()
+    spaced = min(spaced, count)
+    if samples < spaced:
+        return torch.linspace(0, count - 1, samples).round().long()
+    chosen = torch.linspace(0, count - 1, spaced).round().long()
     return chosen[torch.arange(samples) % len(chosen)]
 
 
@@ -50,6 +53,14 @@ def all_steps(samples: int, count: int) -> torch.Tensor:
     if samples < count:
         return torch.linspace(0, count - 1, samples).round().long()
     return torch.arange(samples) % count
+
+
+def spread(tuples: torch.Tensor, samples: int) -> torch.Tensor:
+    """All tuples (n, 2), or fewer of them, evenly over their steps."""
+    if samples >= len(tuples):
+        return tuples
+    in_order = tuples[tuples[:, 0].argsort(stable=True)]
+    return in_order[torch.linspace(0, len(tuples) - 1, samples).round().long()]
 
 
 class ActiveSelector:

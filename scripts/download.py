@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from models.checkpoint import CheckpointError, load_state_dict  # noqa: E402
+from models.checkpoint_files import NotACheckpointError  # noqa: E402
 from scripts.common.cli import add_config, make_parser, run  # noqa: E402
 from scripts.common.config import load_config, repository_path  # noqa: E402
 from scripts.common.files import atomic  # noqa: E402
@@ -58,9 +59,9 @@ def extract(archive: Path, path: Path) -> None:
             with members.open(name) as source, open(temporary, "wb") as file:
                 shutil.copyfileobj(source, file)
     except (zipfile.BadZipFile, StopIteration) as error:
-        raise CheckpointError(f"{archive}: holds no {path.name}; download it again") from error
-    finally:
         archive.unlink(missing_ok=True)
+        raise CheckpointError(f"{archive}: holds no {path.name}; download it again") from error
+    archive.unlink()  # on a full disk it stays, and needs no second download
 
 
 def fetch_checkpoint(config_path: str, overrides: list) -> None:
@@ -75,14 +76,15 @@ def fetch_checkpoint(config_path: str, overrides: list) -> None:
         raise CheckpointError(f"{path}: no such file, and model.url is not set; {OFFLINE_HINT}")
     if config.model.url.endswith(".zip"):
         archive = path.with_suffix(".zip")
-        fetch(config.model.url, archive, f"put the {path.name} in it at {path}")
+        if not archive.exists():
+            fetch(config.model.url, archive, f"put the {path.name} in it at {path}")
         extract(archive, path)
     else:
         fetch(config.model.url, path, f"put it at {path}")
     try:
         load_state_dict(path, weights=config.model.weights)
-    except CheckpointError:
-        path.unlink()  # a web page instead of a file, for example
+    except NotACheckpointError:  # a web page instead of a file, for example
+        path.unlink()
         raise
 
 
@@ -99,11 +101,9 @@ def fetch_cifar10_reference(path: Path) -> None:
             f"(array x, uint8, N x 32 x 32 x 3), or name statistics with REFERENCE=FILE.npz; "
             f"{OFFLINE_HINT}"
         ) from error
-    finally:
-        if path.exists():
-            shutil.rmtree(folder, ignore_errors=True)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, x=images)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:

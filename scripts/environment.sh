@@ -19,7 +19,8 @@ elif "$base" scripts/check_environment.py $wanted 2>/dev/null; then
     PYTHON="$base"
 else
     echo "Making the environment in .venv (once; a few minutes, torch is large) ..."
-    [ -x .venv/bin/python ] || "$base" -m venv .venv || {
+    # A run that was stopped while it made .venv leaves a Python without pip.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv || {
         echo "error: $base cannot make a virtual environment; Python 3.10 or newer with venv and pip is needed" >&2
         exit 2
     }

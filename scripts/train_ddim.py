@@ -23,11 +23,17 @@ from models.checkpoint import State, load_into, load_state_dict  # noqa: E402
 from models.ddim_unet import DDIMUNet  # noqa: E402
 from scripts.common.cli import make_parser, run  # noqa: E402
 from scripts.common.images import grid, load_images, to_uint8  # noqa: E402
-from scripts.common.strict import ConfigError, check_arguments, read_value  # noqa: E402
+from scripts.common.strict import (  # noqa: E402
+    ConfigError,
+    check_arguments,
+    printable,
+    read_value,
+)  # noqa: E402
 from scripts.train.diffusion import eps_loss  # noqa: E402
 from scripts.train.loop import (  # noqa: E402
     add_loop_options,
     fit,
+    identity_of,
     profits_from_bfloat16,
     settings_of,
 )
@@ -43,6 +49,17 @@ def read_params(pairs: list[str]) -> dict[str, Any]:
         tree[key] = read_value(text, f"--set {key}")
     check_arguments(DDIMUNet, tree, lambda key: "--set", (), ())
     return tree
+
+
+def build(params: dict[str, Any]) -> DDIMUNet:
+    """Raises ConfigError for parameters that make no denoiser of RGB images."""
+    try:
+        model = DDIMUNet(**params)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ConfigError(f"--set: these build no denoiser: {printable(error)}") from error
+    if (model.in_channels, model.conv_out.out_channels) != (3, 3):
+        raise ConfigError("--set: in_channels and out_ch must be 3, images are read as RGB")
+    return model
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -64,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     device, settings = torch.device(args.device), settings_of(args)
     params = read_params(args.set)
     torch.manual_seed(args.seed)
-    model = DDIMUNet(**params).to(device, memory_format=torch.channels_last)
+    model = build(params).to(device, memory_format=torch.channels_last)
     if args.warm_start:
         load_into(model, load_state_dict(args.warm_start), args.warm_start)
     images = load_images(args.data, model.image_size)  # (N, 3, R, R) uint8
@@ -92,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         return grid(to_uint8(x).numpy(), 8)
 
     info = {"params": params, "warm_start": args.warm_start, "data": Path(args.data).name}
-    fit(model, loss, settings, Path(args.out), device, info, draw, warm=bool(args.warm_start))
+    identity = identity_of(images, sorted(params.items()), args.no_flip)
+    place = (Path(args.out), device, info, draw)
+    fit(model, loss, settings, *place, identity=identity, warm=bool(args.warm_start))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from scripts.train.first_stage import encode_all, train_first_stage  # noqa: E40
 from scripts.train.loop import (  # noqa: E402
     add_loop_options,
     fit,
+    identity_of,
     profits_from_bfloat16,
     read_state,
     settings_of,
@@ -138,14 +139,15 @@ def latents_of(
     trained: str | Path,
     device: torch.device,
 ) -> torch.Tensor:
-    """Latents of all images, from OUT/latents.pt if they are of the first stage of `trained`."""
-    path, source = out / "latents.pt", sha256_of(trained)
+    """Latents of all images, from OUT/latents.pt if they are of these and of the first stage of
+    `trained`."""
+    path, of = out / "latents.pt", {"first_stage": sha256_of(trained), "data": identity_of(images)}
     if path.exists():
-        saved = read_state(path, torch.device("cpu"))
-        if saved["first_stage"] == source and len(saved["latents"]) == len(images):
+        saved = read_state(path)
+        if {name: saved.get(name) for name in of} == of:
             return saved["latents"]
     latents = encode_all(first_stage, images, device)
-    save_tensors(path, {"first_stage": source, "latents": latents})
+    save_tensors(path, of | {"latents": latents})
     return latents
 
 
@@ -203,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     first_stage, model = build(config, device)
     images = load_images(args.data, config.model.first_stage.params["ddconfig"]["resolution"])
     count = number_of_classes(config.model)
-    classes = Classes(read_labels(args.data, len(images), count), count)
+    labels = read_labels(args.data, len(images), count)
+    classes = Classes(labels, count)
     info = {"config": config.name, "data": Path(args.data).name}
     if args.warm_start:
         load_both(first_stage, model, args.warm_start)
@@ -220,9 +223,9 @@ def main(argv: list[str] | None = None) -> None:
     bfloat16 = profits_from_bfloat16(device)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
-        index, labels = classes.draw(settings.batch_size, generator)
-        x0, labels = scale * latents[index].to(device), labels.to(device)
-        return eps_loss(lambda x, t: model(x, t, labels), x0, abar, generator, bfloat16)
+        index, drawn = classes.draw(settings.batch_size, generator)
+        x0, given = scale * latents[index].to(device), drawn.to(device)
+        return eps_loss(lambda x, t: model(x, t, given), x0, abar, generator, bfloat16)
 
     def draw(ema: State) -> np.ndarray:
         write_model(out / "model.pt", first_stage, ema, scale)
@@ -232,7 +235,9 @@ def main(argv: list[str] | None = None) -> None:
 
     info |= {"scale_factor": scale, "null_share": NULL_SHARE}
     warm = bool(args.warm_start)
-    ema = fit(model, loss, settings, out / "denoiser", device, info, draw, warm=warm)
+    identity = identity_of(latents, config.model.params, labels.tolist())
+    place = (out / "denoiser", device, info, draw)
+    ema = fit(model, loss, settings, *place, identity=identity, warm=warm)
     write_model(out / "model.pt", first_stage, ema, scale)
     print(f"{out / 'model.pt'}: {(out / 'model.pt').stat().st_size / 2**20:.2f} MB")
 

@@ -1,5 +1,6 @@
 """Files that are no checkpoints, damaged, or hostile: refused in one line, and nothing is run."""
 
+import errno
 import os
 import pickle
 import warnings
@@ -158,7 +159,35 @@ def test_programs_and_other_protocols_are_refused(tmp_path: Path) -> None:
     assert "TorchScript" in refused(path)
 
 
-@pytest.mark.parametrize("error", [MemoryError, RecursionError, UnicodeDecodeError, KeyError])
+@pytest.mark.parametrize(
+    ("error", "whole"),
+    [
+        (MemoryError(), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (
+            RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (RuntimeError("can't allocate memory: you tried to allocate 99999999999 bytes."), False),
+        (OSError(errno.EINVAL, "Invalid argument"), False),
+    ],
+    ids=["memory", "permission", "nine bytes", "more than there is", "seek"],
+)
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, whole: bool
+) -> None:
+    """Else its owner would delete it, and hours of download or calibration with it."""
+    path = write(tmp_path / "model.ckpt", small_state())
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint.torch, "load", fail)
+    line = refused(path)
+    assert ("download it again" not in line and "damaged" not in line) == whole, line
+
+
+@pytest.mark.parametrize("error", [RecursionError, UnicodeDecodeError, KeyError])
 def test_every_exception_becomes_ours_but_an_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:

@@ -18,7 +18,7 @@ from models.autoencoder import first_stage_from_upstream
 from models.conditioning import ClassEmbedder
 from models.pipeline import build_denoiser
 from quant.state import CalibrationState
-from scripts.common import unfinished
+from scripts.common import shared_statistics, unfinished
 from scripts.common.config import Config, load_config
 from scripts.common.wiring import assemble
 from tests.fake_cuda import CUDA, CudaTensor, fake_cuda
@@ -114,6 +114,15 @@ def test_every_phase_of_calibration(
     assert mode.calls > 100
     files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
     assert files[0] == files[1]
+
+
+def test_another_rank_gets_batches_on_its_device() -> None:
+    batches = [(torch.randn(2, 3, 4, 4), 5, {"context": torch.randn(2, 1, 6)})]
+    values = shared_statistics._to_tensors(batches)
+    with fake_cuda():
+        ((x, t, conditioning),) = shared_statistics._from_tensors(values, CUDA)
+        assert (x.device, t, conditioning["context"].device) == (CUDA, 5, CUDA)
+        assert torch.equal(x.cpu(), batches[0][0])
 
 
 def test_a_correction_of_a_finished_run(

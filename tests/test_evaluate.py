@@ -98,6 +98,7 @@ def test_statistics_files_need_no_network(tmp_path, capsys):
         (["{one}", "{images}"], "one: 1 images, but fid needs at least 2"),
         (["{images}", "{images}", "--metrics", "recall"], "2 images, but recall needs at least 4"),
         (["{stats}", "--save-stats", "new.npz"], "is statistics already"),
+        (["{array}", "--save-stats", "{array}"], "would overwrite what is scored"),
         (["{images}", "{stats}", "--paired", "{images}"], "stats.npz: not a folder of images"),
     ],
 )
@@ -107,6 +108,7 @@ def test_bad_commands_give_one_line_and_exit_2(tmp_path, capsys, arguments, mess
         "stats": npz(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4)),
         "absent": tmp_path / "absent",
         "one": write_images(tmp_path / "one", 1, 0),
+        "array": npz(tmp_path / "array.npz", x=np.zeros((2, 8, 8, 3), np.uint8)),
     }
     assert run_cli(*(a.format(**names) for a in arguments)) == 2
     printed = capsys.readouterr()

@@ -13,6 +13,7 @@ from quant.timesteps import (
     all_steps,
     normal_steps,
     normalised_entropy,
+    spread,
     tuples_of_steps,
     uniform_steps,
 )
@@ -74,6 +75,16 @@ def test_uniform_steps_are_evenly_spaced_with_both_ends() -> None:
     assert torch.bincount(steps)[steps.unique()].tolist() == [50] * 20
     assert uniform_steps(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert uniform_steps(2, 1).tolist() == [0, 0]
+
+
+def test_few_samples_are_of_all_noise_levels() -> None:
+    for steps in (uniform_steps(5, 50), all_steps(5, 50)):
+        assert steps.tolist() == [0, 12, 24, 37, 49]
+    tuples = torch.stack([torch.arange(40) % 20, torch.arange(40)], 1)
+    assert torch.equal(spread(tuples, 40), tuples) and torch.equal(spread(tuples, 99), tuples)
+    few = spread(tuples, 5)
+    assert few[:, 0].tolist() == [0, 5, 10, 14, 19]
+    assert all(pair in tuples.tolist() for pair in few.tolist())
 
 
 def test_normal_steps_lean_to_the_clean_end() -> None:

@@ -14,9 +14,11 @@ import sample_diffusion
 from models.checkpoint import load_state_dict
 from scripts import train_ddim, train_ldm
 from scripts.common import cli
-from scripts.common.images import grid
+from scripts.common.images import ImageError, grid, load_images
+from scripts.common.runs import RunError, locked
+from scripts.common.strict import ConfigError
 from scripts.train.first_stage import reconstruction_loss, start_codebook
-from scripts.train.loop import LoopSettings, fit
+from scripts.train.loop import LoopSettings, fit, identity_of
 from tests.latent import CONFIG, narrow_first_stage
 
 SETTINGS = LoopSettings(iterations=8, batch_size=4, lr=0.05, warmup=2, save_every=2, grid_every=50)
@@ -41,7 +43,8 @@ class Regression:
         return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
 
     def fit(self, out: Path, settings: LoopSettings = SETTINGS) -> dict[str, torch.Tensor]:
-        return fit(self.model, self.loss, settings, out, torch.device("cpu"), {}, picture)
+        place = (out, torch.device("cpu"), {}, picture)
+        return fit(self.model, self.loss, settings, *place, identity="regression")
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -64,6 +67,55 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     more = Regression()
     more.fit(tmp_path, replace(SETTINGS, iterations=11))
     assert more.calls == 3
+
+
+def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
+    Regression().fit(tmp_path)
+    other = Regression()
+    given = (other.model, other.loss, SETTINGS, tmp_path, torch.device("cpu"), {}, picture)
+    with pytest.raises(RunError, match="other data"):
+        fit(*given, identity="another")
+    with locked(tmp_path / ".lock"), pytest.raises(RunError, match="held by"):
+        fit(*given, identity="regression")
+    assert other.calls == 0
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert identity_of(images, "a") == identity_of(images.clone(), "a")
+    assert (
+        len({identity_of(images, "a"), identity_of(images, "b"), identity_of(images + 1, "a")}) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"iterations": 0}, {"minutes": 0.0}, {"save_every": 0}, {"grid_every": -1}, {"lr": 0.0}]
+    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}],
+)
+def test_settings_of_no_training_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError, match="--") as caught:
+        replace(SETTINGS, **values)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    """What is transparent is on white; 16 bits would be cut off."""
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 255)).save(tmp_path / "b.png")
+    found = load_images(tmp_path, 4)
+    assert found[:, :, 0, 0].tolist() == [[255, 255, 255], [255, 0, 0]]
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "c.png")
+    with pytest.raises(ImageError, match="c.png: has more than 8 bits"):
+        load_images(tmp_path, 4)
+
+
+def test_latents_of_other_images_are_not_used(tmp_path: Path) -> None:
+    stage = narrow_first_stage().eval()
+    (tmp_path / "stage.pt").write_bytes(b"the first stage")
+    given = (tmp_path, tmp_path / "stage.pt", torch.device("cpu"))
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    dark = train_ldm.latents_of(stage, images, *given)
+    light = train_ldm.latents_of(stage, images + 255, *given)
+    assert not torch.equal(dark, light)
+    assert torch.equal(train_ldm.latents_of(stage, images + 255, *given), light)
 
 
 def test_the_rate_warms_up_and_ends_at_zero() -> None:
@@ -203,4 +255,12 @@ def test_train_ddim_trains_and_resumes(data: Path, tmp_path: Path) -> None:
     train_ddim.main([*base, "--iterations", "3", "--set", *sizes])
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 3 and (tmp_path / "grid.png").exists()
+    for wrong, message in (
+        (["ch=30"], "build no denoiser"),
+        ([*sizes, "in_channels=1", "out_ch=1"], "must be 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_ddim.main([*base, "--iterations", "3", "--set", *wrong])
+    with pytest.raises(RunError, match="another model"):
+        train_ddim.main([*base, "--iterations", "3", "--set", *sizes, "num_res_blocks=2"])
     assert set(load_state_dict(tmp_path / "ema.pt")) == set(state["model"])

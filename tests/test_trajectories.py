@@ -1,16 +1,21 @@
 """Banks with guidance: two rows of a bank are one output of the sampler, and one trajectory."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 
+import calibrate
+from models.pipeline import build_denoiser
 from quant.context import TimestepContext
 from quant.phases.output import correct_noise
 from scripts.bench.measure import eps_errors
-from scripts.common.config import calls_per_image, load_config, parse_config
+from scripts.common.config import ConfigError, calls_per_image, load_config, parse_config
 from scripts.common.trajectories import guided_rows, mean_of_halves, record_bank
 from scripts.common.wiring import Assembly, assemble
-from tests.latent import CONFIG, write_checkpoint
+from tests.latent import CONFIG, FIRST_STAGE, PARAMS, write_checkpoint
 
 COUNT = 8  # two network calls, without and with the class
 
@@ -47,6 +52,22 @@ def test_rows_of_a_bank_are_the_samplers_outputs(assembly: Assembly) -> None:
     expected = sampled(assembly, assembly.denoiser)
     for k, eps in enumerate(bank.eps):
         torch.testing.assert_close(guided_rows(assembly.pipeline, eps), expected[k])
+
+
+def test_a_short_chain_of_a_sampler_that_asks_twice(assembly: Assembly) -> None:
+    """PLMS with guidance and 2 steps: six calls, of which two belong together."""
+    timesteps = assembly.pipeline.timesteps[:2]
+    pipeline = replace(assembly.pipeline, sampler="plms", timesteps=timesteps)
+
+    class Telltale(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x) + (t + context.mean((1, 2))).view(-1, 1, 1, 1)
+
+    bank = record_bank(pipeline, Telltale(), COUNT, 3)
+    assert bank.timesteps == [timesteps[0], timesteps[1], timesteps[1]]
+    means = bank.conditioning["context"].mean((1, 2))
+    for t, eps in zip(bank.timesteps, bank.eps, strict=True):
+        torch.testing.assert_close(eps[:, 0, 0, 0], t + means)
 
 
 def test_an_error_is_of_a_trajectory(assembly: Assembly) -> None:
@@ -95,6 +116,37 @@ def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly) -> None:
     assert off.correction.mu.abs().max() < 1e-5 and off.correction.sigma.max() < 1e-5
     correct_noise(off, bank, size, Silent(), lambda eps: eps)
     assert off.correction.mu.abs().max() > 1e-3
+
+
+def test_the_scale_of_latents_is_found_in_the_denoisers_file(tmp_path: Path) -> None:
+    """A first stage with a file of its own has none, and sampling from the quantized file does not
+    read the denoiser's."""
+    whole = CONFIG | {"model": CONFIG["model"] | {"checkpoint": str(tmp_path / "whole.ckpt")}}
+    write_checkpoint(tmp_path / "whole.ckpt", whole)
+    state = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
+    stage = {n: v for n, v in state.items() if n.startswith("first_stage")}
+    torch.save({"state_dict": stage}, tmp_path / "stage.ckpt")
+    model = {k: v for k, v in CONFIG["model"].items() if k != "conditioning"}
+    model |= {"params": PARAMS, "checkpoint": str(tmp_path / "denoiser.ckpt")}
+    model["first_stage"] = FIRST_STAGE | {"checkpoint": str(tmp_path / "stage.ckpt")}
+    config = CONFIG | {"model": model, "sampler": CONFIG["sampler"] | {"guidance_scale": 1.0}}
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(config))
+    torch.manual_seed(0)
+    weights = build_denoiser("ldm_unet", PARAMS).state_dict()
+    kept = {f"model.diffusion_model.{n}": v for n, v in weights.items()}
+    kept["scale_factor"] = torch.tensor(0.25)
+    torch.save({"state_dict": kept}, tmp_path / "denoiser.ckpt")
+    quick = ["quant.method=minmax", "calibration.samples=4", "calibration.trajectories=4"]
+    config = load_config(tmp_path / "narrow.yaml", quick)
+    full = assemble(config)
+    assert full.pipeline.scale_factor == 0.25
+    calibrate.calibrate_config(config, full, tmp_path / "run", torch.device("cpu"))
+    (tmp_path / "denoiser.ckpt").unlink()
+    quantized = tmp_path / "run" / "quantized.safetensors"
+    assert assemble(config, quantized).pipeline.scale_factor == 0.25
+    longer = [*quick, "schedule.train_timesteps=2000", "sampler.steps=2"]
+    with pytest.raises(ConfigError, match="train_timesteps 1000"):
+        assemble(load_config(tmp_path / "narrow.yaml", longer), quantized)
 
 
 @pytest.mark.parametrize(("name", "scale", "calls"), [("ldm_ddim", 1.5, 8), ("plms", 1.0, 5)])

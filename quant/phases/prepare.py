@@ -89,7 +89,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
     samples, count = calibration.samples, len(job.bank.timesteps)
     tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
-        tuples = result.tuples[:samples]
+        tuples = timesteps.spread(result.tuples, samples)
         steps = result.selector.pick(samples - len(tuples))
     elif calibration.timesteps == "uniform":
         steps = timesteps.uniform_steps(samples, count)

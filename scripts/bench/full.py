@@ -14,6 +14,7 @@ import torch
 
 import sample_diffusion
 from calibrate import make_bank
+from models.checkpoint_files import unreadable_now
 from quant.bank import Bank
 from scripts.bench.record import Record
 from scripts.common.config import Config
@@ -92,5 +93,7 @@ class FullPrecision:
         try:
             saved = torch.load(path, weights_only=True)
         except Exception as error:  # torch has many exceptions for a damaged file
+            if reason := unreadable_now(error, path):
+                raise RunError(f"{path}: {reason}; it is kept") from error
             raise RunError(f"{path}: damaged; delete it") from error
         return Bank(**(saved["bank"] | {"device": str(self.device)})), saved["seconds"]

@@ -12,7 +12,6 @@ import argparse
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from models.checkpoint import CheckpointError
+from models.checkpoint_files import OUT_OF_MEMORY
 from models.samplers import SamplingError
 from quant.packed import PackedFileError
 from quant.statistics import StatisticsError
@@ -44,8 +44,6 @@ USER_ERRORS = (
     StatisticsError,
     RunError,
 )
-# How the allocators of PyTorch and oneDNN say it where they raise a RuntimeError.
-OUT_OF_MEMORY = re.compile("can't allocate memory|std::bad_alloc|could not create a memory")
 NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
 
 

@@ -99,6 +99,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
+    """eta is for DDIM. clip_denoised too, and for guided_ddpm and dpmpp: ddpm always clips the
+    predicted x0, those of latent diffusion never do."""
+
     name: str = choice("ddim", *SAMPLERS)
     steps: int = bounded(100, 1, 100_000)
     skip: str = choice("uniform", *SKIPS)
@@ -242,6 +245,7 @@ def _check(config: Config, where: Where) -> None:
     if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
     _check_sizes(model.params, ("model", "params"), refuse)
+    _check_image_size(model.params, refuse)
     if model.first_stage is not None:
         _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
     for name in ("first_stage", "conditioning"):
@@ -303,6 +307,17 @@ def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
             _check_sizes(inner, key, refuse)
     elif isinstance(value, int | float) and not -most <= value <= most:
         refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
+
+
+def _check_image_size(params: dict, refuse: Any) -> None:
+    """Each level but the last halves the picture, and the way up doubles it again."""
+    size = params.get("image_size")
+    levels = params.get("ch_mult", params.get("channel_mult"))
+    if not isinstance(size, int) or not isinstance(levels, list | tuple) or not levels:
+        return
+    unit = 2 ** (len(levels) - 1)
+    if size < unit or size % unit:
+        refuse("model.params.image_size", f"must be a multiple of {unit}, is {size}")
 
 
 def _check_classes(config: Config, refuse: Any) -> None:

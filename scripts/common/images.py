@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
         try:
             with np.load(source, allow_pickle=False) as archive:
                 x = archive["x"] if "x" in archive else archive["arr_0"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ImageError(f"{source}: cannot read images from it ({error})") from error
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
             found = f"{x.shape} {x.dtype}"
@@ -48,10 +49,21 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
     for path in paths:
         try:
             with Image.open(path) as image:
-                images.append(_square(image.convert("RGB"), size))
-        except OSError as error:
+                images.append(_square(_rgb(image, path), size))
+        except (OSError, Image.DecompressionBombError) as error:
             raise ImageError(f"{path}: not a readable image ({error})") from error
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    """8 bits a channel, what is transparent on white. Raises ImageError for deeper images."""
+    if image.mode.startswith(("I", "F")):
+        raise ImageError(f"{path}: has more than 8 bits a channel; save it with 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:

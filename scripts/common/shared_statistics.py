@@ -60,6 +60,10 @@ def _from_tensors(values: Tensors, device: torch.device) -> list[Batch]:
     batches = []
     for i, t in enumerate(values["batches"].tolist()):
         prefix = f"{i} y "
-        own = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
-        batches.append((values[f"{i} x"], t, own))
+        own = {
+            n.removeprefix(prefix): v.to(device) for n, v in values.items() if n.startswith(prefix)
+        }
+        x = values[f"{i} x"].to(device)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        batches.append((x, t, own))
     return batches

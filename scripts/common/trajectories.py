@@ -48,24 +48,42 @@ def record_bank(
     one process would have made, the others None.
     """
     size = pipeline.micro_batch
-    steps = len(pipeline.timesteps)
 
     def make(block: int) -> Tensors:
         recorder = _Recorder(denoiser)
         indices = range(first + block * size, first + (block + 1) * size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
-        return _to_tensors(_stack(recorder, steps, str(device)))
+        return _to_tensors(_stack(recorder, 2 if pipeline.guided else 1, str(device)))
 
-    banks = []
-    for value in team.in_turn(-(-count // size), make):
-        banks.append(_from_tensors(value, str(device)))
+    bank, blocks = None, -(-count // size)
+    for number, value in enumerate(team.in_turn(blocks, make)):
+        block = _from_tensors(value, str(device))
+        bank = _room_for(block, blocks) if bank is None else bank
+        _put(bank, number, block)
         on_images(size)
-    if team.rank != 0:
-        return None
-    bank = banks[0]
-    for other in banks[1:]:
-        bank = bank.extend(other)
     return bank
+
+
+def _room_for(block: Bank, blocks: int) -> Bank:
+    """An empty bank of so many blocks like this one: joined one by one they would need three times
+    the memory."""
+
+    def room(value: torch.Tensor, dim: int) -> torch.Tensor:
+        shape = list(value.shape)
+        shape[dim] *= blocks
+        return torch.empty(shape, dtype=value.dtype)
+
+    conditioning = {name: room(value, 0) for name, value in block.conditioning.items()}
+    return replace(block, x=room(block.x, 1), eps=room(block.eps, 1), conditioning=conditioning)
+
+
+def _put(bank: Bank, number: int, block: Bank) -> None:
+    if block.timesteps != bank.timesteps:
+        raise ValueError("banks with different timesteps cannot be joined")
+    rows = slice(number * block.trajectories, (number + 1) * block.trajectories)
+    bank.x[:, rows], bank.eps[:, rows] = block.x, block.eps
+    for name, value in block.conditioning.items():
+        bank.conditioning[name][rows] = value
 
 
 def _to_tensors(bank: Bank) -> Tensors:
@@ -80,11 +98,10 @@ def _from_tensors(value: Tensors, device: str) -> Bank:
     return Bank(value["x"], value["eps"], value["timesteps"].tolist(), conditioning, device)
 
 
-def _stack(recorder: _Recorder, steps: int, device: str) -> Bank:
-    """Calls in their order -> (S, N, ...). A step takes two calls with guidance; PLMS calls once
+def _stack(recorder: _Recorder, together: int, device: str) -> Bank:
+    """Calls in their order -> (S, N, ...). A step takes two together with guidance; PLMS calls once
     more in its first step, which then counts as a step of its own."""
     calls = recorder.rows
-    together = len(calls) // steps
     x, eps = (torch.cat([c[i] for c in calls]) for i in (0, 3))
     count = len(calls) // together
     conditioning = {k: torch.cat([c[2][k] for c in calls[:together]]) for k in calls[0][2]}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from models.checkpoint_files import unreadable_now
 from quant.bank import Bank
 from quant.finite import DivergenceError
 from quant.state import CalibrationState
@@ -122,6 +123,8 @@ def load_state(
         if not value.keys() >= {"identity", "settings", "state", "bank"}:
             raise ValueError("it is not whole")
     except Exception as error:  # torch has many exceptions for a damaged file
+        if reason := unreadable_now(error, path):
+            raise RunError(f"{path}: {reason}; it is kept") from error
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
     foreign = f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
     if value["identity"] != identity_of_start(config, sources):

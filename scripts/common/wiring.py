@@ -22,8 +22,8 @@ from models.pipeline import Pipeline, build_denoiser, build_pipeline
 from quant.compiled import Compiled
 from quant.int8 import int8_supported, to_int8
 from quant.model import QuantDenoiser
-from quant.packed import load_quantized
-from scripts.common.config import ConditioningConfig, Config, repository_path
+from quant.packed import load_quantized, read_metadata
+from scripts.common.config import ConditioningConfig, Config, parse_config, repository_path
 from scripts.common.memory import return_freed_memory
 from scripts.common.strict import ConfigError, printable
 
@@ -54,12 +54,18 @@ def assemble(
     CheckpointError or PackedFileError.
     """
     files = _Files(config)
-    parts = _surroundings(config, files, torch.device(device))
+    parts = _surroundings(config, files, torch.device(device), quantized)
     model = empty_denoiser(config)
     if quantized is None:
         load_denoiser(config, model, files)
     else:
         model = load_quantized(quantized, model)
+        known = model.context.train_timesteps
+        if max(parts.timesteps) >= known:
+            raise ConfigError(
+                f"{quantized}: was calibrated for schedule.train_timesteps {known}, and this "
+                f"schedule asks for timestep {max(parts.timesteps)}"
+            )
         code = None if compiled is None else compiled()
         model = select_backend(model, backend, device, code)
         files.note("quantized", Path(quantized))
@@ -120,7 +126,9 @@ def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = 
     checkpoints.load_into(denoiser, state, source)
 
 
-def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipeline:
+def _surroundings(
+    config: Config, files: "_Files", device: torch.device, quantized: str | Path | None
+) -> Pipeline:
     """The pipeline with its first stage and class embedder."""
     model = config.model
     first_stage = embedder = None
@@ -131,8 +139,8 @@ def _surroundings(config: Config, files: "_Files", device: torch.device) -> Pipe
         name = "checkpoint" if stage.checkpoint is None else "first_stage"
         state, source = files.state(name, stage.checkpoint or model.checkpoint)
         _fill(first_stage, state, stage.prefix, source)
-        if model.scale_factor is None and "scale_factor" in state:
-            scale_factor = _scale_factor(state["scale_factor"], source)
+        if model.scale_factor is None:
+            scale_factor = _found_scale_factor(config, files, state, source, quantized)
     if model.conditioning is not None:
         embedder = _embedder(model.conditioning, *files.state("checkpoint", model.checkpoint))
     return build_pipeline(
@@ -165,6 +173,24 @@ def _embedder(
     _fill(tower, state, conditioning.prefix, source)
     with torch.no_grad():
         return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
+
+
+def _found_scale_factor(
+    config: Config, files: "_Files", state: State, source: Path, quantized: str | Path | None
+) -> float:
+    """Of the first stage's file, else of the denoiser's (a first stage with a file of its own has
+    none), whose quantized file remembers it; else 1."""
+    if "scale_factor" in state:
+        return _scale_factor(state["scale_factor"], source)
+    if config.model.first_stage.checkpoint is None:
+        return 1.0
+    if quantized is None:
+        state, source = files.state("checkpoint", config.model.checkpoint)
+        value = state.get("scale_factor")
+        return 1.0 if value is None else _scale_factor(value, source)
+    text = read_metadata(quantized).get("config")
+    found = None if text is None else parse_config(text, str(quantized)).model.scale_factor
+    return 1.0 if found is None else found
 
 
 def _scale_factor(value: torch.Tensor, source: Path) -> float:

@@ -172,6 +172,10 @@ def check(
         raise MetricError(f"--batch-size {batch_size}: must be at least 1")
     if save_stats is not None and sides["reference"].statistics:
         raise MetricError(f"{sides['reference'].path}: is statistics already; no --save-stats")
+    if save_stats is not None and any(
+        Path(save_stats).resolve() == Path(source.path).resolve() for source in sides.values()
+    ):
+        raise MetricError(f"--save-stats {save_stats}: would overwrite what is scored")
     if save_stats is not None and Path(save_stats).suffix != ".npz":
         raise MetricError(f"--save-stats {save_stats}: the name must end in .npz")
     for side, source in sides.items():

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from models.autoencoder import VQAutoencoder
 from models.checkpoint import State
 from scripts.common.images import grid, to_uint8
-from scripts.train.loop import LoopSettings, fit
+from scripts.common.strict import ConfigError
+from scripts.train.loop import LoopSettings, fit, identity_of
 
 PLAIN_SHARE = 0.35  # of the first stage's training: without the codebook
 EDGE_WEIGHT = 0.5  # of the differences between neighbouring pixels, which keep outlines sharp
@@ -90,7 +91,11 @@ def start_codebook(model: VQAutoencoder, latents: torch.Tensor, seed: int) -> No
     chosen = pixels[first.sort().values]
     codes = model.quantize.embedding.weight
     if len(chosen) < len(codes):
-        raise ValueError(f"{len(chosen)} distinct latents are too few for {len(codes)} codes")
+        found, codes = len(chosen), len(codes)
+        raise ConfigError(
+            f"the images have {found} distinct latents, too few for the {codes} codes of "
+            "model.first_stage.params.n_embed; give more images or fewer codes"
+        )
     codes.copy_(chosen[: len(codes)])
 
 
@@ -117,6 +122,8 @@ def train_first_stage(
         model.load_state_dict(raw)
         return grid(to_uint8(torch.cat([x, found])).numpy(), 16)
 
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    identity = identity_of(images, sorted(shapes.items()))
     for name, share, codebook in (
         ("autoencoder", PLAIN_SHARE, False),
         ("first_stage", 1 - PLAIN_SHARE, True),
@@ -130,5 +137,6 @@ def train_first_stage(
             some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
             start_codebook(model, encode_all(model, images[some], device), settings.seed)
         loss = partial(_loss, model, images, settings.batch_size, codebook, device)
-        ema = fit(model, loss, part, out / name, device, info, partial(draw, codebook=codebook))
+        picture = partial(draw, codebook=codebook)
+        ema = fit(model, loss, part, out / name, device, info, picture, identity=identity)
         model.load_state_dict(ema)

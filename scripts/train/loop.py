@@ -8,6 +8,7 @@ is whole at any moment, so that a run killed anywhere continues from the last on
 """
 
 import argparse
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -21,10 +22,13 @@ from torch import nn
 from tqdm import tqdm
 
 from models.checkpoint import CheckpointError, State
+from models.checkpoint_files import unreadable_now
 from models.samplers import SamplingError
 from scripts.common.cli import spellings
 from scripts.common.files import save_tensors, write_json
 from scripts.common.images import write_png
+from scripts.common.runs import RunError, locked
+from scripts.common.strict import ConfigError
 
 # (generator of all draws) -> loss of one fresh batch
 Loss = Callable[[torch.Generator], torch.Tensor]
@@ -45,6 +49,15 @@ class LoopSettings:
     save_every: int = 500
     grid_every: int = 2000
 
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "save_every", "grid_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{_option(name)}: must be at least 1, is {getattr(self, name)}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"--minutes: must be above 0, is {self.minutes}")
+        if not (self.lr > 0 and math.isfinite(self.lr)) or not 0 <= self.ema < 1:
+            raise ConfigError("--lr must be above 0, and --ema from 0 to below 1")
+
     def progress(self, step: int, seconds: float) -> float:
         """How much of the run is done, 0..1."""
         by_time = 0.0 if self.minutes is None else seconds / (60 * self.minutes)
@@ -54,6 +67,10 @@ class LoopSettings:
         """Learning rate: linear warm-up, then half a cosine to zero at the end of the run."""
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass
@@ -86,11 +103,13 @@ def profits_from_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state of an interrupted run. Raises CheckpointError."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of an interrupted run, on the CPU. Raises CheckpointError."""
     try:
-        return torch.load(path, weights_only=True, map_location=device)
+        return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch has many exceptions for a damaged file
+        if reason := unreadable_now(error, path):
+            raise CheckpointError(f"{path}: {reason}; it is kept") from error
         raise CheckpointError(f"{path}: damaged; delete it to start anew") from error
 
 
@@ -103,18 +122,42 @@ def fit(
     info: dict[str, Any],
     grid: Grid,
     *,
+    identity: str,
     warm: bool = False,
 ) -> State:
     """Train `model`, on `device` already, and return the averaged weights.
 
-    info: goes into training.json. warm: the model is trained already, the average starts from it.
-    Raises CheckpointError for a damaged state and SamplingError when the loss is not finite.
+    info: goes into training.json. identity: of the data and the architecture, see identity_of.
+    warm: the model is trained already, the average starts from it. Raises CheckpointError for a
+    damaged state, RunError for one of another identity or for a folder in which another process
+    trains, and SamplingError when the loss is not finite.
     """
+    with locked(out / ".lock"):
+        return _fit(model, loss, settings, out, info, grid, identity, warm)
+
+
+def identity_of(data: torch.Tensor, *architecture: Any) -> str:
+    """Digest of a training set (N, ...) and of what plain values the model is made of."""
+    digest = hashlib.sha256(repr((tuple(data.shape), architecture)).encode())
+    digest.update(data.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _fit(
+    model: nn.Module,
+    loss: Loss,
+    settings: LoopSettings,
+    out: Path,
+    info: dict[str, Any],
+    grid: Grid,
+    identity: str,
+    warm: bool,
+) -> State:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     state = LoopState(ema, torch.Generator().manual_seed(settings.seed))
     if (out / "state.pt").exists():
-        _restore(read_state(out / "state.pt", device), model, optimizer, state)
+        _restore(read_state(out / "state.pt"), model, optimizer, state, identity, out)
         print(f"{out}: resumed at iteration {state.step}")
     model.train()
     with tqdm(total=settings.iterations, initial=state.step, unit="it", mininterval=5) as bar:
@@ -134,7 +177,7 @@ def fit(
             bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
             ended = settings.progress(state.step, state.seconds) >= 1
             if ended or state.step % settings.save_every == 0:
-                _save(out, model, optimizer, state, settings, info)
+                _save(out, model, optimizer, state, settings, info, identity)
             if ended or state.step % settings.grid_every == 0:
                 write_png(out / "grid.png", grid(state.ema))
     print(
@@ -163,11 +206,23 @@ def _average(state: LoopState, model: nn.Module, decay: float | None, limit: flo
 
 
 def _restore(
-    saved: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState
+    saved: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: LoopState,
+    identity: str,
+    out: Path,
 ) -> None:
+    # States of earlier versions know nothing of their data.
+    if saved.get("identity", identity) != identity:
+        raise RunError(
+            f"{out}: was trained on other data or with another model; give another --out"
+        )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    state.ema, state.step = saved["ema"], saved["step"]
+    for name, value in saved["ema"].items():
+        state.ema[name].copy_(value)
+    state.step = saved["step"]
     state.seconds, state.loss = saved["seconds"], saved["loss"]
     state.generator.set_state(saved["generator"].cpu())
     torch.set_rng_state(saved["torch_rng"].cpu())
@@ -180,10 +235,12 @@ def _save(
     state: LoopState,
     settings: LoopSettings,
     info: dict[str, Any],
+    identity: str,
 ) -> None:
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     draws = {"generator": state.generator.get_state(), "torch_rng": torch.get_rng_state()}
     counts = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
+    counts["identity"] = identity
     save_tensors(out / "state.pt", {**parts, "ema": state.ema, **draws, **counts})
     save_tensors(out / "ema.pt", {k: v.contiguous().cpu() for k, v in state.ema.items()})
     about = {
