@@ -91,7 +91,7 @@ def is_done(folder: Path, identity: str) -> bool:
         return False
     try:
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found != identity:
         raise RunError(

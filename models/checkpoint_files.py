@@ -49,7 +49,7 @@ class CheckpointError(ValueError):
 
 
 class NotACheckpointError(CheckpointError):
-    """Empty, or surely of another kind: a web page, an archive."""
+    """Damaged, empty or of another kind, a web page for example: not worth keeping."""
 
 
 class HarmlessClass:
@@ -82,7 +82,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     # torch wraps its reason in advice to load without protection; keep the reason alone
     text = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
     reason = f"{type(error).__name__}: {printable(text) or 'no details'}"
-    return failure(path, f"cut short or damaged ({reason})", AGAIN)
+    return failure(path, f"cut short or damaged ({reason})", AGAIN, NotACheckpointError)
 
 
 def unreadable_now(error: Exception, path: Path) -> str | None:
@@ -202,7 +202,8 @@ def _check_zip(path: Path, size: int) -> None:
             raise failure(path, "a checkpoint with compressed members", "use the original file")
         damaged = archive.testzip()
     if damaged is not None:
-        raise failure(path, f"damaged: the checksum of {damaged} does not match", AGAIN)
+        what = f"damaged: the checksum of {damaged} does not match"
+        raise failure(path, what, AGAIN, NotACheckpointError)
 
 
 def _read_torch(path: Path) -> object:

@@ -2,7 +2,8 @@
 
 The quantization error of a step splits into a part correlated with the full-precision output and
 the rest:  eps_Q - eps = k eps + mu + residual.  The correction is  eps = (eps_Q - mu) / (1 + k).
-The residual's variance is taken out of the sampler's own noise where there is any (eta > 0).
+The residual's variance is taken out of the sampler's own noise where there is any: of DDIM with
+eta > 0 and of DDPM, but not of a learned variance.
 """
 
 import torch

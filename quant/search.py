@@ -15,6 +15,7 @@ from torch import nn
 
 from quant.bank import Bank
 from quant.finite import finite_loss
+from quant.log2 import LearnedLog2Quantizer
 from quant.methods import SearchSettings
 from quant.model import QuantDenoiser, activation_quantizers
 from quant.quantizer import LearnedQuantizer, scale_groups
@@ -99,7 +100,8 @@ def search(
     """
     every = [q for _, q in activation_quantizers(model)]
     quantizers = [q for q in every if q.groups > 1]
-    learned = quantizers or [q for q in every if q.bits <= WIDEST]
+    of_groups = [q for q in every if q.bits <= WIDEST and not isinstance(q, LearnedLog2Quantizer)]
+    learned = quantizers or of_groups  # those that would have more groups, were there more
     count = len(bank.timesteps)
     selector = ActiveSelector(count, settings.exploration, settings.error_weight)
     if not learned:

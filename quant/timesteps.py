@@ -31,10 +31,7 @@ def tuples_of_steps(
 
 def uniform_steps(samples: int, count: int, spaced: int = 20) -> torch.Tensor:
     """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (METHOD 1.2)."""
-    spaced = min(spaced, count)
-    if samples < spaced:
-        return torch.linspace(0, count - 1, samples).round().long()
-    chosen = torch.linspace(0, count - 1, spaced).round().long()
+    chosen = torch.linspace(0, count - 1, min(spaced, count, samples)).round().long()
     return chosen[torch.arange(samples) % len(chosen)]
 
 
@@ -56,9 +53,10 @@ def all_steps(samples: int, count: int) -> torch.Tensor:
 
 
 def spread(tuples: torch.Tensor, samples: int) -> torch.Tensor:
-    """All tuples (n, 2), or fewer of them, evenly over their steps."""
-    if samples >= len(tuples):
-        return tuples
+    """The first tuples (n, 2), or where that would be fewer than there are steps, some of all noise
+    levels: the first ones are of the noisiest steps."""
+    if samples >= len(tuples[:, 0].unique()):
+        return tuples[:samples]
     in_order = tuples[tuples[:, 0].argsort(stable=True)]
     return in_order[torch.linspace(0, len(tuples) - 1, samples).round().long()]
 

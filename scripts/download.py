@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,9 +59,10 @@ def extract(archive: Path, path: Path) -> None:
             name = next(n for n in members.namelist() if Path(n).name == path.name)
             with members.open(name) as source, open(temporary, "wb") as file:
                 shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, StopIteration) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration) as error:
         archive.unlink(missing_ok=True)
-        raise CheckpointError(f"{archive}: holds no {path.name}; download it again") from error
+        what = f"damaged, or holds no {path.name}"
+        raise CheckpointError(f"{archive}: {what}; download it again") from error
     archive.unlink()  # on a full disk it stays, and needs no second download
 
 

@@ -20,7 +20,8 @@ elif "$base" scripts/check_environment.py $wanted 2>/dev/null; then
 else
     echo "Making the environment in .venv (once; a few minutes, torch is large) ..."
     # A run that was stopped while it made .venv leaves a Python without pip.
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv || {
+    .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+        .venv/bin/python -m ensurepip >/dev/null 2>&1 || "$base" -m venv .venv || {
         echo "error: $base cannot make a virtual environment; Python 3.10 or newer with venv and pip is needed" >&2
         exit 2
     }

@@ -22,6 +22,7 @@ from models import samplers, schedule  # noqa: E402
 from models.checkpoint import State, load_into, load_state_dict  # noqa: E402
 from models.ddim_unet import DDIMUNet  # noqa: E402
 from scripts.common.cli import make_parser, run  # noqa: E402
+from scripts.common.config import check_image_size  # noqa: E402
 from scripts.common.images import grid, load_images, to_uint8  # noqa: E402
 from scripts.common.strict import (  # noqa: E402
     ConfigError,
@@ -53,6 +54,11 @@ def read_params(pairs: list[str]) -> dict[str, Any]:
 
 def build(params: dict[str, Any]) -> DDIMUNet:
     """Raises ConfigError for parameters that make no denoiser of RGB images."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"--set: {key.rpartition('.')[2]} {why}")
+
+    check_image_size(params, refuse)
     try:
         model = DDIMUNet(**params)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:

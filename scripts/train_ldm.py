@@ -18,6 +18,7 @@ guidance (Ho & Salimans 2022, algorithm 1).
 import argparse
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def read_labels(source: str, count: int, classes: int) -> torch.Tensor:
     try:
         with np.load(source, allow_pickle=False) as archive:
             y = torch.from_numpy(archive["y"].astype(np.int64))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ImageError(f"{source}: cannot read classes y from it ({error})") from error
     if y.shape != (count,) or not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ImageError(f"{source}: y must be {count} class numbers within 0..{classes - 1}")

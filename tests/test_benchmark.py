@@ -16,7 +16,7 @@ from scripts import benchmark
 from scripts.bench import leads, measure, methods, tables
 from scripts.bench.ablations import PARTS
 from scripts.bench.cells import Bench
-from scripts.bench.plan import Cell, Plan, ablation_cells, read_bits
+from scripts.bench.plan import Cell, Plan, ablation_cells, is_current, read_bits
 from scripts.common.config import ConfigError
 from tests.narrow import MODEL, write_narrow
 
@@ -38,6 +38,7 @@ CONFIG = {
     "sampling": {"count": 2, "batch_size": 2, "micro_batch": 2, "seed": 5},
 }
 TIMES = "calibration s"
+SOFTMAX_4 = ("quant.activation.softmax=row", "quant.activation.softmax_bits=4")
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +183,20 @@ def test_scores_of_another_reference_are_left_out(room: Path, tmp_path: Path) ->
     made = row_of("minmax", 3, 3, 0, np.ones(64))
     made |= {"digest": bench.digest(Cell.from_plain(made["cell"]))}
     made |= {"count": 64, "trajectories": 2, "calls": 3, "distinct_calls": 3}
+    made |= {"eps_mse_of_trajectories": [1.0, 1.0]}
     for sha256, kept in (("a", True), ("b", False)):
         (row,) = bench.merge([], [made | {"scores": scores(sha256, 5)}])
         assert (row["scores"] is not None) == kept
+    long = made | {"eps_mse_of_trajectories": [1.0] * 4, "scores": None}  # both halves of two
+    assert bench.merge([], [long]) == [] and bench.most_trajectories == 2
     both = [made | {"scores": scores(s, n)} for s, n in (("a", None), ("b", 5))]
     both[1] = both[1] | {"cell": both[1]["cell"] | {"label": "ptqd"}}
     assert sum("of x.npz" in note for note in tables.notes(both, ablations=False)) == 2
 
 
 def test_softmax_variants_are_what_they_say() -> None:
+    assert not is_current(Cell("softmax", "row, 4 bits", (4, 8), 3, 0, SOFTMAX_4))
+    assert is_current(Cell("softmax", "row, 4 bits", (4, 4), 3, 0, SOFTMAX_4))
     for bits, expected in (("w4a8", False), ("w4a4", True)):
         labels = {cell.label for cell in ablation_cells(["softmax"], read_bits(bits), [3], [0])}
         assert ("row, 4 bits" in labels) == ("uniform, 4 bits" in labels) == expected

@@ -47,6 +47,34 @@ def test_a_web_page_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "model.ckpt").exists()
 
 
+def test_what_is_damaged_is_fetched_again(source: Path, tmp_path: Path) -> None:
+    whole = source.read_bytes()
+    config = configured(tmp_path, source)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[: len(whole) // 2], bytes(flipped)):
+        source.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="download it again"):
+            fetch(config)
+        assert not (tmp_path / "model.ckpt").exists()
+    source.write_bytes(whole)
+    fetch(config)
+    assert (tmp_path / "model.ckpt").read_bytes() == whole
+
+
+def test_a_damaged_archive_is_fetched_again(source: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "elsewhere.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as members:
+        members.write(source, "model.ckpt")
+        start = members.infolist()[0].header_offset + 60
+    damaged = bytearray(archive.read_bytes())
+    damaged[start : start + 200] = bytes(200)
+    archive.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="damaged, or holds no model.ckpt"):
+        fetch(configured(tmp_path, archive))
+    assert not (tmp_path / "model.zip").exists() and not (tmp_path / "model.ckpt").exists()
+
+
 def test_a_checkpoint_that_cannot_be_used_now_is_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_few_samples_are_of_all_noise_levels() -> None:
         assert steps.tolist() == [0, 12, 24, 37, 49]
     tuples = torch.stack([torch.arange(40) % 20, torch.arange(40)], 1)
     assert torch.equal(spread(tuples, 40), tuples) and torch.equal(spread(tuples, 99), tuples)
+    assert torch.equal(spread(tuples, 25), tuples[:25])
     few = spread(tuples, 5)
     assert few[:, 0].tolist() == [0, 5, 10, 14, 19]
     assert all(pair in tuples.tolist() for pair in few.tolist())

@@ -258,6 +258,7 @@ def test_train_ddim_trains_and_resumes(data: Path, tmp_path: Path) -> None:
     for wrong, message in (
         (["ch=30"], "build no denoiser"),
         ([*sizes, "in_channels=1", "out_ch=1"], "must be 3"),
+        ([*sizes[:-1], "image_size=15"], "image_size must be a multiple of 2"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_ddim.main([*base, "--iterations", "3", "--set", *wrong])

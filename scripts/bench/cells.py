@@ -64,6 +64,12 @@ class Bench:
         self.code = code_digest()
         self._full: dict[Any, FullPrecision] = {}
 
+    @property
+    def most_trajectories(self) -> int:
+        """trajectories rounded up to whole network calls."""
+        size = self.plan.base.sampling.micro_batch
+        return -(-self.trajectories // size) * size
+
     def full(self, config: Config) -> FullPrecision:
         """Full precision with the sampler of this configuration."""
         key = (config.sampler, config.sampling)
@@ -181,9 +187,12 @@ class Bench:
                 "eps_mse_of_trajectories": trajectories,
             }
 
+        of_states: Row = {"trajectories": self.trajectories}
+        if full.guided:  # earlier versions had the errors of both halves of a trajectory
+            of_states |= {"halves": "averaged"}
         return {
             **record.section(f"{label}/images", {"count": self.count}, pairs),
-            **record.section(f"{label}/eps", {"trajectories": self.trajectories}, errors),
+            **record.section(f"{label}/eps", of_states, errors),
             "scores": self._scores(record, f"{label}/scores", images),
         }
 
@@ -192,7 +201,8 @@ class Bench:
         if scorer is None:
             return None
         settings = scorer.settings(self.count)
-        return record.section(section, settings, lambda: scorer.score(images, self.count))
+        found = record.section(section, settings, lambda: scorer.score(images, self.count))
+        return found | {"reference_sha256": scorer.sha256}  # which earlier versions left out
 
     def merge(self, rows: list[Row], earlier: Iterable[Row]) -> list[Row]:
         """`rows` and those earlier ones that still are what this command would measure."""
@@ -208,6 +218,8 @@ class Bench:
             # A row of full precision, which has None, is the same with every backend.
             if row.get("backend", Backend().label) not in (None, self.backend.label):
                 continue
+            if len(row.get("eps_mse_of_trajectories") or ()) > self.most_trajectories:
+                continue  # of an earlier version, with guidance: of both halves of each
             row = row | {"scores": self._comparable(row["scores"])}
             if new is not None:
                 if new["scores"] is None and new["digest"] == row["digest"]:

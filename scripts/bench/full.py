@@ -43,6 +43,7 @@ class FullPrecision:
         assembly = self.assembly()
         self.sources = assembly.sources
         self.calls = assembly.pipeline.timesteps
+        self.guided = assembly.pipeline.guided
         self.parameters = sum(p.numel() for p in assembly.denoiser.parameters())
         self.identity = sample_diffusion.identity_of(config, assembly, None)
         self.digest = digest_of(self.identity)

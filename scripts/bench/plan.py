@@ -153,8 +153,8 @@ def is_current(cell: Cell) -> bool:
         return cell.label in METHODS
     if cell.table == "preset":
         return not cell.overrides
-    known = {(variant.label, variant.overrides) for variant in PARTS.get(cell.table, ())}
-    return (cell.label, cell.overrides) in known
+    variants = [v for v in PARTS.get(cell.table, ()) if cell.bits[1] <= v.widest]
+    return (cell.label, cell.overrides) in {(v.label, v.overrides) for v in variants}
 
 
 # ---- the command line's lists ----

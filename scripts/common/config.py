@@ -245,7 +245,7 @@ def _check(config: Config, where: Where) -> None:
     if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
     _check_sizes(model.params, ("model", "params"), refuse)
-    _check_image_size(model.params, refuse)
+    check_image_size(model.params, refuse)
     if model.first_stage is not None:
         _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
     for name in ("first_stage", "conditioning"):
@@ -309,8 +309,11 @@ def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
         refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
 
 
-def _check_image_size(params: dict, refuse: Any) -> None:
-    """Each level but the last halves the picture, and the way up doubles it again."""
+def check_image_size(params: dict, refuse: Any) -> None:
+    """Each level but the last halves the picture, and the way up doubles it again.
+
+    refuse(key, why) raises.
+    """
     size = params.get("image_size")
     levels = params.get("ch_mult", params.get("channel_mult"))
     if not isinstance(size, int) or not isinstance(levels, list | tuple) or not levels:

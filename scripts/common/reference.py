@@ -5,6 +5,7 @@ The covariance of 2048 features is symmetric: its upper triangle in float32 take
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,15 @@ def full_statistics(path: str | Path) -> Path:
                 return path
             mu, triangle = archive["mu"].astype(np.float64), archive["triangle"]
             count = archive["n"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ImageError(f"{path}: not a readable npz file ({error})") from error
     except MemoryError as error:
         raise ImageError(f"{path}: claims more than memory holds ({error})") from error

@@ -184,13 +184,15 @@ def _found_scale_factor(
         return _scale_factor(state["scale_factor"], source)
     if config.model.first_stage.checkpoint is None:
         return 1.0
-    if quantized is None:
-        state, source = files.state("checkpoint", config.model.checkpoint)
-        value = state.get("scale_factor")
-        return 1.0 if value is None else _scale_factor(value, source)
-    text = read_metadata(quantized).get("config")
-    found = None if text is None else parse_config(text, str(quantized)).model.scale_factor
-    return 1.0 if found is None else found
+    if quantized is not None:
+        text = read_metadata(quantized).get("config")
+        found = None if text is None else parse_config(text, str(quantized)).model.scale_factor
+        if found is not None:
+            return found
+    # Files of earlier versions do not remember it.
+    state, source = files.state("checkpoint", config.model.checkpoint)
+    value = state.get("scale_factor")
+    return 1.0 if value is None else _scale_factor(value, source)
 
 
 def _scale_factor(value: torch.Tensor, source: Path) -> float:

@@ -165,7 +165,7 @@ class Networks:
         self._check([*(steps or []), *seen[~seen.isnan()].tolist()])
         return {
             "timesteps": bank.timesteps,
-            "trajectories": bank.trajectories,
+            "trajectories": bank.trajectories // (2 if self.quantized.pipeline.guided else 1),
             "eps_mse_of_steps": steps,
             "eps_mse_of_trajectories": trajectories,
             "low": _plain(low),
