@@ -18,6 +18,7 @@ from scripts.bench.ablations import PARTS
 from scripts.bench.cells import Bench
 from scripts.bench.plan import Cell, Plan, ablation_cells, is_current, read_bits
 from scripts.common.config import ConfigError
+from scripts.common.runs import RunError, locked
 from tests.narrow import MODEL, write_narrow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,6 +293,13 @@ def test_mistakes_are_one_line(room: Path) -> None:
             benchmark.main(options(room, "mistakes", *arguments))
         assert "\n" not in str(caught.value)
     assert not (room / "mistakes" / "cells").exists()
+
+
+def test_a_second_process_on_the_same_folder_is_sent_away(room: Path) -> None:
+    arguments = options(room, "busy", "--methods", "minmax", "--bits", "w4a8")
+    with locked(room / "busy" / ".lock"), pytest.raises(RunError, match="held by"):
+        benchmark.main(arguments)
+    assert not (room / "busy" / "cells").exists()
 
 
 def test_every_variant_is_a_configuration(room: Path) -> None:
