@@ -172,6 +172,8 @@ def test_scores_of_another_reference_are_left_out(room: Path, tmp_path: Path) ->
     """FIDs in one column are of one reference; a reference may not know its images' number."""
 
     class Reference:
+        name = "x.npz"
+
         def __init__(self, sha256: str):
             self.sha256 = sha256
 
@@ -187,6 +189,10 @@ def test_scores_of_another_reference_are_left_out(room: Path, tmp_path: Path) ->
     made |= {"eps_mse_of_trajectories": [1.0, 1.0]}
     for sha256, kept in (("a", True), ("b", False)):
         (row,) = bench.merge([], [made | {"scores": scores(sha256, 5)}])
+        assert (row["scores"] is not None) == kept
+    for name, kept in (("x.npz", True), ("y.npz", False)):
+        older = {k: v for k, v in scores("a", 5).items() if k != "reference_sha256"}
+        (row,) = bench.merge([], [made | {"scores": older | {"reference": name}}])
         assert (row["scores"] is not None) == kept
     long = made | {"eps_mse_of_trajectories": [1.0] * 4, "scores": None}  # both halves of two
     assert bench.merge([], [long]) == [] and bench.most_trajectories == 2

@@ -232,7 +232,9 @@ class Bench:
         """None for scores against another reference than this command's."""
         if scores is None or self.scorer is None:
             return scores
-        return scores if scores.get("reference_sha256") == self.scorer.sha256 else None
+        if "reference_sha256" not in scores:  # of an earlier version
+            return scores if scores["reference"] == self.scorer.name else None
+        return scores if scores["reference_sha256"] == self.scorer.sha256 else None
 
     def _is_current(self, row: Row) -> bool:
         """True if the row's cell has the same configuration and checkpoint today."""
