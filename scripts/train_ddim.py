@@ -29,7 +29,7 @@ from scripts.common.strict import (  # noqa: E402
     check_arguments,
     printable,
     read_value,
-)  # noqa: E402
+)
 from scripts.train.diffusion import eps_loss  # noqa: E402
 from scripts.train.loop import (  # noqa: E402
     add_loop_options,

@@ -96,6 +96,13 @@ def test_settings_of_no_training_are_refused(values: dict) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_refused_option_has_its_own_name(data: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--config", data / "narrow.yaml", "--data", data / "images.npz"]
+    arguments += ["--out", tmp_path / "run", "--first-stage-iterations", 0]
+    assert command(*arguments) == 2
+    assert "--first-stage-iterations: must be at least 1" in capsys.readouterr().err
+
+
 def test_images_are_read_as_they_are_seen(tmp_path: Path) -> None:
     """What is transparent is on white; 16 bits would be cut off."""
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")

@@ -51,9 +51,4 @@ class Scorer:
             self.reference, folder, self.metrics, inception=self.network, progress=False
         )
         kept = {name: result[name] for name in self.metrics}
-        return kept | {
-            "reference": self.name,
-            "reference_sha256": self.sha256,
-            "images": result["images"],
-            "notes": result["notes"],
-        }
+        return kept | {"reference": self.name, "images": result["images"], "notes": result["notes"]}

@@ -94,8 +94,12 @@ def add_loop_options(parser: argparse.ArgumentParser, prefix: str = "", **defaul
 
 
 def settings_of(args: argparse.Namespace, prefix: str = "") -> LoopSettings:
+    """Raises ConfigError, which names the options with their prefix."""
     names = [field.name for field in fields(LoopSettings)]
-    return LoopSettings(**{name: getattr(args, prefix + name) for name in names})
+    try:
+        return LoopSettings(**{name: getattr(args, prefix + name) for name in names})
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--", _option(prefix))) from error
 
 
 def profits_from_bfloat16(device: torch.device) -> bool:
