@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops import MatMul, after_softmax
+from .ops import MatMul, after_softmax
 
 
 class AttentionBlock(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ddim_unet import AttnBlock, Downsample, Upsample
+from .ddim_unet import AttnBlock, Downsample, Upsample
 
 # Keys of the public configurations that do not change what the network computes.
 TRAINING_ONLY = ("lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.checkpoint_files import (
+from .checkpoint_files import (
     AGAIN,
     WEIGHTS,
     CheckpointError,
@@ -32,7 +32,7 @@ from models.checkpoint_files import (
     size_of,
     tensors_of,
 )
-from models.diffusers_folder import diffusers_files, diffusers_params, read_diffusers
+from .diffusers_folder import diffusers_files, diffusers_params, read_diffusers
 
 __all__ = [
     "CheckpointError",

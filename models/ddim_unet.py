@@ -8,34 +8,13 @@ Shapes: B batch, C channels, H x W feature map, E embedding width (4 * ch).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.ops import MatMul, after_norm_silu, after_softmax
-
-
-@dataclass(frozen=True)
-class LayerRoles:
-    """What the architecture knows about its own layers, by module name.
-
-    inputs: layers that see the image itself; outputs: layers that produce the prediction.
-    timestep_only: layers whose value depends on the timestep alone, not on the image.
-    concat_split: layers whose input is a concatenation -> channels of its first part.
-    matmuls: matrix products of attention -> "scores" (query @ key) or "values" (softmax @ value).
-    units: residual units (names of submodules) in the order of execution.
-    context_only: layers that see the conditioning alone (the same value at every timestep).
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    timestep_only: tuple[str, ...]
-    concat_split: dict[str, int]
-    matmuls: dict[str, str]
-    units: tuple[str, ...]
-    context_only: tuple[str, ...] = ()
+from .ops import MatMul, after_norm_silu, after_softmax
+from .roles import LayerRoles
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:

@@ -5,14 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint_files import (
-    State,
-    failure,
-    guarded,
-    printable,
-    read_file,
-    tensors_of,
-)
+from .checkpoint_files import State, failure, guarded, printable, read_file, tensors_of
 
 # What a UNet2DModel must be to compute what DDIMUNet does: key -> (value, default of the library).
 DIFFUSERS_NEEDS = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.samplers import Denoiser, StepHook, _batch_t, _check_finite
+from .samplers import Denoiser, StepHook, _batch_t, _check_finite
 
 SPACINGS = ("uniform", "logsnr")
 

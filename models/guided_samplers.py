@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from models.samplers import Denoiser, Noise, StepHook, _batch_t, _check_finite, ddim
+from .samplers import Denoiser, Noise, StepHook, _batch_t, _check_finite, ddim
 
 
 def space_timesteps(spacing: str, train_timesteps: int = 1000) -> list[int]:

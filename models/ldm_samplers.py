@@ -11,15 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.samplers import (
-    Denoiser,
-    Noise,
-    NoiseScale,
-    StepHook,
-    _batch_t,
-    _check_finite,
-    scaled_sigma,
-)
+from .samplers import Denoiser, Noise, NoiseScale, StepHook, _batch_t, _check_finite, scaled_sigma
 
 # Adams-Bashforth weights of eps, newest first, by the number of earlier predictions.
 ADAMS_BASHFORTH = {

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.attention import AttentionBlock, CrossAttention, SpatialTransformer
-from models.ddim_unet import LayerRoles
-from models.ops import after_norm_silu
+from .attention import AttentionBlock, CrossAttention, SpatialTransformer
+from .ops import after_norm_silu
+from .roles import LayerRoles
 
 # Keys of the public configurations that do not change what the network computes.
 TRAINING_ONLY = ("image_size", "use_checkpoint", "use_fp16", "dims")
@@ -281,7 +281,6 @@ class LDMUNet(nn.Module):
         embedding = [n for n in names if n in ("time_embed.0", "time_embed.2")]
         embedding += [f"{n}.emb_layers.1" for n, m in names.items() if isinstance(m, ResBlock)]
         attentions = [n for n, m in names.items() if isinstance(m, AttentionBlock | CrossAttention)]
-        crossed = [n for n in attentions if n.endswith(".attn2") and self.context_dim is not None]
         return LayerRoles(
             inputs=("input_blocks.0.0",),
             outputs=("out.2",),
@@ -290,7 +289,6 @@ class LDMUNet(nn.Module):
             concat_split=dict(self._concat_split),
             matmuls={f"{n}.{kind}": kind for n in attentions for kind in ("scores", "values")},
             units=tuple(self._units()),
-            context_only=tuple(f"{n}.{linear}" for n in crossed for linear in ("to_k", "to_v")),
         )
 
     def _units(self) -> Iterator[str]:

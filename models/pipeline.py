@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.autoencoder import KLAutoencoder, VQAutoencoder, decode_first_stage
-from models.conditioning import ClassEmbedder, GuidedDenoiser, PromptTable
-from models.ddim_unet import DDIMUNet
-from models.dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
-from models.guided_samplers import guided_ddim, guided_ddpm, space_timesteps
-from models.ldm_samplers import ldm_ddim, ldm_timesteps, plms
-from models.ldm_unet import TRAINING_ONLY, LDMUNet
-from models.samplers import Denoiser, NoiseScale, SamplingError, StepHook, ddim, ddpm
-from models.schedule import SKIPS as DDIM_SKIPS
-from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from .autoencoder import KLAutoencoder, VQAutoencoder, decode_first_stage
+from .conditioning import ClassEmbedder, GuidedDenoiser, PromptTable
+from .ddim_unet import DDIMUNet
+from .dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
+from .guided_samplers import guided_ddim, guided_ddpm, space_timesteps
+from .ldm_samplers import ldm_ddim, ldm_timesteps, plms
+from .ldm_unet import TRAINING_ONLY, LDMUNet
+from .protocols import rows_are_independent
+from .samplers import Denoiser, NoiseScale, SamplingError, StepHook, ddim, ddpm
+from .schedule import SKIPS as DDIM_SKIPS
+from .schedule import alphas_cumprod, make_betas, sampling_timesteps
 
 ARCHITECTURES = {"ddim_unet": DDIMUNet, "ldm_unet": LDMUNet, "adm_unet": LDMUNet}
 UPSTREAM_ONLY = TRAINING_ONLY  # keys of public configurations besides LDMUNet's arguments
@@ -138,7 +139,7 @@ class FixedBatch:
 
     def __init__(self, model: Callable[..., torch.Tensor], size: int):
         self.model, self.size = model, size
-        self.pads = not getattr(model, "independent_rows", False)
+        self.pads = not rows_are_independent(model)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = len(x)
@@ -256,7 +257,7 @@ class Pipeline:
         model = self.conditioned(model, None if labels is None else labels.to(device))
         if adjust is not None:
             model = _adjusted(model, adjust)
-        # Declared by a denoiser whose eps brings noise of its own.
+        # Offered by a denoiser whose eps brings noise of its own (protocols.NoiseScale).
         noise_scale = getattr(denoiser, "noise_scale", None)
         return self._run(model, noise(), noise, noise_scale, on_step)
 

@@ -1,6 +1,9 @@
 """Post-training quantization of denoisers. Knows nn.Module and timesteps, no files of images.
 
-The way of a layer: `layers.CalibLayer` (float weight, learnable rounding and activation scales)
-wraps an nn.Conv or nn.Linear while `calibrate.py` runs; `deploy()` turns it into
-`layers.QuantLayer`, plain integer buffers, which `packed` writes and reads.
+    core          what every part shares
+    runtime       deployed layers and the quantized file: all that sampling needs
+    backends      faster execution of deployed layers
+    calibration   how a denoiser becomes a deployed one
+
+Each room imports those above it in this list only, and none imports calibration.
 """

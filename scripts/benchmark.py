@@ -25,22 +25,18 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.common.cli import run  # noqa: E402
+from tinydm.scripts.experiment.cli import run
 
 
 def main(argv: list[str] | None = None) -> None:
     # Imported when needed: a process whose memory --speed measures imports this file as well.
     argv = sys.argv[1:] if argv is None else argv
     if "--speed" in argv:
-        from scripts.bench import speed
+        from tinydm.scripts.bench import speed
 
         return speed.main([word for word in argv if word != "--speed"])
-    from scripts.bench import methods
+    from tinydm.scripts.bench import methods
 
     methods.main(argv, __doc__)
 

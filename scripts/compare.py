@@ -9,25 +9,23 @@ RUN/comparison.json, and prints the table. FID is to the reference's statistics;
 it is biased upward and says little by itself.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.common.cli import make_parser, run  # noqa: E402
-from scripts.common.files import write_json, write_text  # noqa: E402
-from scripts.common.images import ImageError, grid, write_png  # noqa: E402
-from scripts.common.markdown import format_table  # noqa: E402
-from scripts.common.reference import full_statistics  # noqa: E402
-from scripts.common.reports import CALIBRATION, IMAGES  # noqa: E402
-from scripts.common.runs import RunError, beside  # noqa: E402
-from scripts.common.shapes import Plain, Shape, read_json  # noqa: E402
-from scripts.metrics import evaluate, paired_psnr  # noqa: E402
-from scripts.metrics.inception import InceptionFeatures, prepare_inception  # noqa: E402
+from tinydm.scripts.common.errors import ImageError, RunError
+from tinydm.scripts.common.files import write_json, write_text
+from tinydm.scripts.common.images import grid, write_png
+from tinydm.scripts.common.json_files import read_json
+from tinydm.scripts.common.markdown import format_table
+from tinydm.scripts.common.reference import full_statistics
+from tinydm.scripts.common.reports import CalibrationReport, ImagesReport
+from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.runs import beside
+from tinydm.scripts.metrics import evaluate, paired_psnr
+from tinydm.scripts.metrics.inception import InceptionFeatures, prepare_inception
 
 SHOWN, COLUMNS = 64, 8
 SIDE = 64  # pixels of an image in the picture, at least
@@ -53,9 +51,9 @@ def picture(full: Path, quantized: Path, shown: int, columns: int) -> np.ndarray
     return np.concatenate([sides[0], gap, sides[1]], axis=1)
 
 
-def report_of(path: Path, shape: Shape, script: str) -> Plain:
+def report_of(path: Path, kind: type, script: str) -> Any:
     """Raises RunError, also where there is none."""
-    report = read_json(path, shape)
+    report = read_json(path, kind)
     if report is None:
         raise RunError(f"{path}: no such file; {script} writes it")
     return report
@@ -63,7 +61,7 @@ def report_of(path: Path, shape: Shape, script: str) -> Plain:
 
 def _seconds(images: int, rate: float | None) -> str:
     """Empty where the report's process found every image made already."""
-    return "" if rate is None else f"{images / rate:.0f}"
+    return f"{images / rate:.0f}" if rate else ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,9 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.run)
     full, quantized = folder / args.full, folder / args.quantized
     board = picture(full, quantized, args.shown, args.columns)
-    calibration = report_of(folder / "report.json", CALIBRATION, "calibrate.py")
+    calibration = report_of(folder / "report.json", CalibrationReport, "calibrate.py")
     paths = [beside(f, "report.json") for f in (full, quantized)]
-    reports = [report_of(path, IMAGES, "sample_diffusion.py") for path in paths]
+    reports = [report_of(path, ImagesReport, "sample_diffusion.py") for path in paths]
     write_png(folder / "compare.png", board)
     psnr = paired_psnr(quantized, full)
     if psnr["unpaired"]:

@@ -8,24 +8,21 @@ there. Without a network: one message that says what to download and where to pu
 """
 
 import shutil
-import sys
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from models.checkpoint import CheckpointError, load_state_dict  # noqa: E402
-from models.checkpoint_files import NotACheckpointError  # noqa: E402
-from scripts.common.cli import add_config, make_parser, run  # noqa: E402
-from scripts.common.config import load_config, repository_path  # noqa: E402
-from scripts.common.files import atomic  # noqa: E402
-from scripts.common.strict import ConfigError  # noqa: E402
+from tinydm.models.checkpoint import load_state_dict
+from tinydm.models.checkpoint_files import CheckpointError, NotACheckpointError
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import atomic
+from tinydm.scripts.experiment.cli import add_config, make_parser, run
+from tinydm.scripts.experiment.config import load_config, repository_path
 
 TIMEOUT = 30  # seconds without an answer
 OFFLINE_HINT = "sample_emoji.sh needs no download"

@@ -15,17 +15,14 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.common.cli import make_parser, run  # noqa: E402
-from scripts.common.files import write_json  # noqa: E402
-from scripts.common.processes import team_of_processes  # noqa: E402
-from scripts.common.reference import full_statistics  # noqa: E402
-from scripts.metrics import METRICS, evaluate, paired_psnr  # noqa: E402
-from scripts.metrics.inception import FILE_NAME, prepare_inception  # noqa: E402
-from scripts.metrics.inputs import MetricError  # noqa: E402
+from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.common.files import write_json
+from tinydm.scripts.common.reference import full_statistics
+from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.processes import team_of_processes
+from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
+from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
 
 
 def report(result: dict) -> None:

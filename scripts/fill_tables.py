@@ -12,20 +12,17 @@ Exit codes: 0 done, 2 bad input.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.bench.paper import TITLES, section  # noqa: E402
-from scripts.bench.plan import BENCHMARK, NAMES, Cell  # noqa: E402
-from scripts.common.cli import make_parser, run  # noqa: E402
-from scripts.common.files import write_text  # noqa: E402
-from scripts.common.reports import RESULTS  # noqa: E402
-from scripts.common.runs import RunError  # noqa: E402
-from scripts.common.shapes import ShapeError, parse_json  # noqa: E402
-from scripts.common.strict import printable  # noqa: E402
+from tinydm.scripts.bench.paper import TITLES, section
+from tinydm.scripts.bench.plan import BENCHMARK, NAMES, Cell
+from tinydm.scripts.common.errors import RunError
+from tinydm.scripts.common.files import write_text
+from tinydm.scripts.common.json_files import DamagedJsonError, parse_json
+from tinydm.scripts.common.reports import ResultsReport
+from tinydm.scripts.common.schema import printable
+from tinydm.scripts.experiment.cli import make_parser, run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -39,8 +36,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_results(path: str) -> dict[str, Any]:
     """A results.json of one of the tables' configurations. Raises RunError."""
     try:
-        result = parse_json(Path(path), RESULTS)
-    except ShapeError as error:
+        result = parse_json(Path(path), ResultsReport)
+    except DamagedJsonError as error:
         raise RunError(f"{path}: not a results.json of benchmark.py ({error})") from error
     name = result["name"]
     for row in result["rows"]:

@@ -14,24 +14,21 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from scripts.common.cli import make_parser, resolve_device, run  # noqa: E402
-from scripts.common.files import write_text  # noqa: E402
-from scripts.common.runs import RunError  # noqa: E402
-from scripts.reporting import image_sections, sections  # noqa: E402
-from scripts.reporting.contents import read_quantizers  # noqa: E402
-from scripts.reporting.figures import group_map, map_size, write_png  # noqa: E402
-from scripts.reporting.measurements import measure  # noqa: E402
-from scripts.reporting.page import document  # noqa: E402
-from scripts.reporting.run_folder import Run, read_run  # noqa: E402
+from tinydm.scripts.common.errors import RunError
+from tinydm.scripts.common.files import write_text
+from tinydm.scripts.experiment.cli import make_parser, resolve_device, run
+from tinydm.scripts.reporting import image_sections, sections
+from tinydm.scripts.reporting.contents import read_quantizers
+from tinydm.scripts.reporting.figures import group_map, map_size, write_png
+from tinydm.scripts.reporting.measurements import measure
+from tinydm.scripts.reporting.page import document
+from tinydm.scripts.reporting.run_folder import Run, read_run
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

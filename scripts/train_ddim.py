@@ -9,29 +9,23 @@ The same command continues where a killed run stopped. --minutes ends a run by i
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from models import samplers, schedule  # noqa: E402
-from models.checkpoint import State, load_into, load_state_dict  # noqa: E402
-from models.ddim_unet import DDIMUNet  # noqa: E402
-from scripts.common.cli import make_parser, run  # noqa: E402
-from scripts.common.config import check_image_size  # noqa: E402
-from scripts.common.images import grid, load_images, to_uint8  # noqa: E402
-from scripts.common.strict import (  # noqa: E402
-    ConfigError,
-    check_arguments,
-    printable,
-    read_value,
-)
-from scripts.train.diffusion import eps_loss  # noqa: E402
-from scripts.train.loop import (  # noqa: E402
+from tinydm.models import samplers, schedule
+from tinydm.models.checkpoint import load_into, load_state_dict
+from tinydm.models.checkpoint_files import State
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.images import grid, load_images, to_uint8
+from tinydm.scripts.common.schema import check_arguments, printable, read_value
+from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.config import check_image_size
+from tinydm.scripts.train.diffusion import eps_loss
+from tinydm.scripts.train.loop import (
     add_loop_options,
     fit,
     identity_of,

@@ -16,7 +16,6 @@ guidance (Ho & Salimans 2022, algorithm 1).
 """
 
 import argparse
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,21 +24,21 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from models.autoencoder import VQAutoencoder, first_stage_from_upstream  # noqa: E402
-from models.checkpoint import State, load_into, load_state_dict, sha256_of  # noqa: E402
-from models.conditioning import ClassEmbedder  # noqa: E402
-from models.ldm_unet import LDMUNet, ResBlock, SpatialTransformer  # noqa: E402
-from models.pipeline import build_pipeline, sampling_plan  # noqa: E402
-from scripts.common.cli import add_config, make_parser, resolve_device, run  # noqa: E402
-from scripts.common.config import Config, load_config, number_of_classes  # noqa: E402
-from scripts.common.files import save_tensors  # noqa: E402
-from scripts.common.images import ImageError, grid, load_images, to_uint8  # noqa: E402
-from scripts.common.strict import ConfigError  # noqa: E402
-from scripts.train.diffusion import eps_loss  # noqa: E402
-from scripts.train.first_stage import encode_all, train_first_stage  # noqa: E402
-from scripts.train.loop import (  # noqa: E402
+from tinydm.models.attention import SpatialTransformer
+from tinydm.models.autoencoder import VQAutoencoder, first_stage_from_upstream
+from tinydm.models.checkpoint import load_into, load_state_dict, sha256_of
+from tinydm.models.checkpoint_files import State
+from tinydm.models.conditioning import ClassEmbedder
+from tinydm.models.ldm_unet import LDMUNet, ResBlock
+from tinydm.models.pipeline import build_pipeline, sampling_plan
+from tinydm.scripts.common.errors import ConfigError, ImageError
+from tinydm.scripts.common.files import save_tensors
+from tinydm.scripts.common.images import grid, load_images, to_uint8
+from tinydm.scripts.experiment.cli import add_config, make_parser, resolve_device, run
+from tinydm.scripts.experiment.config import Config, load_config, number_of_classes
+from tinydm.scripts.train.diffusion import eps_loss
+from tinydm.scripts.train.first_stage import encode_all, train_first_stage
+from tinydm.scripts.train.loop import (
     add_loop_options,
     fit,
     identity_of,

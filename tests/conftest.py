@@ -1,13 +1,18 @@
 """Options of the longer tests (sh scripts/test.sh --kills 50 --fuzz 2000) and shared fixtures."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from quant.model import QuantDenoiser
-from scripts.metrics import inception
-from tests.images import write_images
-from tests.packed import small_file, small_model
+from tests.helpers.checkpoints import narrow_model
+from tests.helpers.images import write_images
+from tests.helpers.packed import small_file, small_model
+from tests.helpers.rooms import write_room
+from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.scripts.metrics import inception
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,3 +48,32 @@ def small() -> QuantDenoiser:
 def content(small: QuantDenoiser) -> bytes:
     """Its quantized file."""
     return small_file(small)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml and its checkpoint; some modules have a room of their own."""
+    return write_room(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """Of a narrow network."""
+    return narrow_model().state_dict()
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The wrapper installs a handler; put back what pytest had."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

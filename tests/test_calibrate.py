@@ -4,11 +4,9 @@ python -m pytest tests/test_calibrate.py
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,35 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
-from models.ddim_unet import DDIMUNet
-from quant.packed import read_metadata
-from scripts.reporting.contents import read_quantizers
+from tests.helpers.commands import CONFIG, QUICK, command, done, refusal
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.quant.runtime.packed_file import read_metadata
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """\
-name: narrow
-model:
-  arch: ddim_unet
-  checkpoint: narrow.pt
-  params: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [8],
-           image_size: 16, norm_groups: 4}
-sampler: {name: ddim, steps: 6, skip: quad, clip_denoised: true}
-sampling: {count: 3, batch_size: 3, micro_batch: 4}
-"""
-QUICK = (
-    "calibration.samples=48",
-    "calibration.trajectories=8",
-    "calibration.batch_size=8",
-    "quant.search.rounds=4",
-    "quant.search.batch_size=8",
-    "quant.reconstruct.iterations=12",
-    "quant.reconstruct.batch_size=8",
-)
 FINETUNE = ("quant.reconstruct.finetune_iterations=12", "quant.reconstruct.finetune_batch_size=8")
 METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
 FILES = {"quantized.safetensors", "config.yaml", "report.json", "layers.txt", "log.txt"}
+
+
+def calibration(home: Path, out: str, *more: str, method: str = "tinydm") -> dict:
+    values = (f"quant.method={method}", *QUICK, *(FINETUNE if method == "tinydm" else ()))
+    arguments = ("--config", "narrow.yaml", "--out", out, "--set", *values, *more)
+    return command("calibrate.py", home, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -57,39 +40,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model.state_dict(), folder / "narrow.pt")
     (folder / "narrow.yaml").write_text(CONFIG)
     return folder
-
-
-def command(script: str, home: Path, *arguments: str) -> dict:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return {
-        "args": [sys.executable, str(ROOT / script), *arguments],
-        "cwd": home,
-        "env": environment,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-
-
-def calibration(home: Path, out: str, *more: str, method: str = "tinydm") -> dict:
-    values = (f"quant.method={method}", *QUICK, *(FINETUNE if method == "tinydm" else ()))
-    arguments = ("--config", "narrow.yaml", "--out", out, "--set", *values, *more)
-    return command("calibrate.py", home, *arguments)
-
-
-def done(made: dict) -> subprocess.CompletedProcess:
-    result = subprocess.run(**made, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def refusal(made: dict) -> str:
-    """The one line of a command that exits with 2."""
-    result = subprocess.run(**made, timeout=120)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +104,6 @@ def test_every_method_makes_a_file_and_a_complete_table(
     assert ("rounding" in report["phases"]) == (method == "tinydm")
     assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd"))
     assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))
-
-
-def test_bits_by_step(home: Path) -> None:
-    """PTQD's mixed precision from the command line to images and the report's ranges."""
-    result = done(calibration(home, "mixed", "quant.activation.step_bits=[3,5]", method="ptqd"))
-    phase = json.loads((home / "mixed" / "report.json").read_text())["phases"]["precision"]
-    bits = phase["bits_of_step"]
-    assert f"{phase['average_bits']:.2f} bits on average" in result.stdout
-    assert len(bits) == 6 and len(set(bits)) > 1 and bits[-1] == 8  # the last ones most
-    assert bits == sorted(bits)
-    file = home / "mixed" / "quantized.safetensors"
-    quantizers = read_quantizers(file)
-    with safe_open(file, framework="np") as handle:
-        table = {n: handle.get_tensor(f"activations.{n}") for n in ("scale", "group", "bits")}
-    for row, groups in enumerate(table["group"]):
-        steps = table["scale"][row][groups]
-        codes = np.round((quantizers.high[row] - quantizers.low[row]) / steps)
-        assert np.array_equal(codes, 2.0 ** table["bits"][row][groups] - 1)
-    # Timesteps are ascending in the file, steps descending.
-    rows = enumerate(table["group"])
-    assert any(list(table["bits"][row][groups]) == bits[::-1] for row, groups in rows)
-    done(command("sample_diffusion.py", home, "--quantized", str(file), "--out", "mixed-images"))
-    assert len(list((home / "mixed-images").glob("*.png"))) == 3
 
 
 @pytest.mark.parametrize("method", ["tinydm", "ptqd"])

@@ -9,24 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.checkpoint import (
-    CheckpointError,
-    diffusers_params,
-    load_into,
-    load_state_dict,
-    sha256_of,
-)
-from models.ddim_unet import DDIMUNet
-from tests.test_checkpoint import (  # noqa: F401, two are fixtures
+from tests.helpers.checkpoints import (
     PARAMS,
-    assert_equal,
     narrow_model,
-    one_thread,
     refused,
     small_state,
-    state,
     write,
 )
+from tinydm.models.checkpoint import load_into, load_state_dict, sha256_of
+from tinydm.models.checkpoint_files import CheckpointError
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.models.diffusers_folder import diffusers_params
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = {
     "_class_name": "UNet2DModel",

@@ -15,22 +15,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from models import checkpoint
-from models.checkpoint import (
-    CheckpointError,
-    load_into,
-    load_state_dict,
-)
-from tests.test_checkpoint import (  # noqa: F401, two are fixtures
-    PARAMS,
+from tests.helpers.checkpoints import (
     assert_equal,
     narrow_model,
-    one_thread,
     refused,
     small_state,
-    state,
     write,
 )
+from tinydm.models import checkpoint
+from tinydm.models.checkpoint import load_into, load_state_dict
+from tinydm.models.checkpoint_files import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

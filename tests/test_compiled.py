@@ -12,25 +12,30 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from models.pipeline import FixedBatch
-from quant import compiled as compiled_module
-from quant.compiled import COMPILERS, Compiled, CompileError, pixel_stride
-from quant.compiled_layers import CompiledNorm
-from quant.int8 import int8_supported, integer_module, to_int8
-from quant.int8_layers import ROUNDER, Int8Layer
-from quant.layers import QuantMatMul
-from quant.model import QuantDenoiser
-from quant.packed import to_bytes
-from scripts.common.config import load_config, resolved_yaml
-from scripts.common.runs import beside
-from scripts.size_table import deployed_of
-from tests.test_int8 import context, psnr, quant_layer, quantizer, same, small_unet
-from tests.test_sampling import CONFIG, sample, signals  # noqa: F401, the last is a fixture
+from tests.helpers.integer_layers import context, psnr, quant_layer, quantizer, same, small_unet
+from tests.helpers.narrow import SAMPLING
+from tests.helpers.sampling import sample
+from tinydm.models.pipeline import FixedBatch
+from tinydm.quant.backends import native as compiled_module
+from tinydm.quant.backends.native import COMPILERS, Compiled, CompileError, pixel_stride
+from tinydm.quant.backends.native_layers import CompiledNorm
+from tinydm.quant.backends.onednn import ROUNDER, Int8Layer
+from tinydm.quant.backends.selection import int8_supported, integer_module, to_int8
+from tinydm.quant.core.affine import QuantizerStep
+from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.quant.runtime.layers import QuantMatMul
+from tinydm.quant.runtime.packed_file import to_bytes
+from tinydm.scripts.bench.random_models import deployed_of
+from tinydm.scripts.experiment.config import load_config, resolved_yaml
+from tinydm.scripts.experiment.runs import beside
 
 REASON = int8_supported(vnni=False)
 if not any(map(shutil.which, COMPILERS)):
     REASON = "no C++ compiler"
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"not here: {REASON}")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=f"not here: {REASON}"),
+    pytest.mark.usefixtures("signals"),
+]
 LAST = torch.channels_last
 
 
@@ -44,6 +49,10 @@ def _no_grad():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+def step_of(inverse: float, scale: float, zero_point: int, top: int) -> QuantizerStep:
+    return QuantizerStep(inverse, scale, -zero_point, top - zero_point)
 
 
 def codes_of(x: torch.Tensor, inverse: float, zero_point: int, top: int) -> torch.Tensor:
@@ -61,17 +70,17 @@ def test_plain_codes_are_equal(compiled: Compiled, shape: tuple[int, ...], threa
         x[0, :3] = torch.tensor([0.5, -2.5, 1e9]).view(3, 1, 1)
         factors = torch.rand(shape[1]) + 0.5
         scaled = x * factors.view(-1, 1, 1)
-        ((got, scale, zero_point),) = compiled.codes(x, factors, (0.75, 4 / 3, 9, 127))
+        ((got, scale, zero_point),) = compiled.codes(x, factors, step_of(0.75, 4 / 3, 9, 127))
         assert torch.equal(got, codes_of(scaled, 0.75, 9, 127)) and (scale, zero_point) == (
             4 / 3,
             9,
         )
         assert got.is_contiguous(memory_format=LAST)
-        rest, step = factors[2:].contiguous(), (1.5, 2 / 3, 128, 255)
+        rest, step = factors[2:].contiguous(), step_of(1.5, 2 / 3, 128, 255)
         ((part, *_),) = compiled.codes(x[:, 2:], rest, step, (2, 1), shape[1] + 1)
         inner = F.pad(codes_of(scaled[:, 2:], 1.5, 128, 255).int(), (1, 1, 2, 2), value=128)
         assert torch.equal(part[:, : shape[1] - 2].int(), inner)
-        planes = compiled.codes(x, factors, (200.0, 1 / 200, 32000, 65535), (0, 1))
+        planes = compiled.codes(x, factors, step_of(200.0, 1 / 200, 32000, 65535), (0, 1))
         value = sum(scale * (q.double() - z) for q, scale, z in planes)
         codes = (torch.round(scaled * 200.0) + 32000).clamp(0, 65535) - 32000
         assert torch.allclose(value, F.pad(codes.double(), (1, 1)) / 200)
@@ -88,14 +97,14 @@ def test_codes_of_a_norm(compiled: Compiled, mean: float):
     factors = torch.rand(24) + 0.5
     exact = F.silu(F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6))
     exact = exact * factors.view(-1, 1, 1) * 40.0
-    ((got, *_),) = compiled.norm_silu_codes(x, norm, factors, (40.0, 1 / 40, 12, 255))
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, factors, step_of(40.0, 1 / 40, 12, 255))
     border = (exact - exact.floor() - 0.5).abs() < 1e-3
     expected = (exact.round() + 12).clamp(0, 255)
     off = (got.double() - expected).abs()
     assert off.max() <= 1 and not off[~border].any() and border.double().mean() < 0.01
     for row, codes in zip(x, got, strict=True):  # whatever the batch and the border
         ((one, *_),) = compiled.norm_silu_codes(
-            row[None], norm, factors, (40.0, 1, 12, 255), (1, 1)
+            row[None], norm, factors, step_of(40.0, 1, 12, 255), (1, 1)
         )
         assert torch.equal(one[0, :, 1:-1, 1:-1], codes)
         assert one[:, :, 0].eq(12).all() and one[..., -1].eq(12).all()
@@ -107,10 +116,10 @@ def test_extreme_inputs(compiled: Compiled):
     norm.weight.fill_(1e3), norm.bias.zero_()
     x = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4).contiguous(memory_format=LAST)
     ones = torch.ones(2)
-    ((got, *_),) = compiled.norm_silu_codes(x, norm, ones, (0.1, 10.0, 3, 255))
+    ((got, *_),) = compiled.norm_silu_codes(x, norm, ones, step_of(0.1, 10.0, 3, 255))
     assert got[0, 0].eq(3).all() and got[0, 1].eq(103).all()
     norm.bias.fill_(50.0)
-    ((got, *_),) = compiled.norm_silu_codes(x.abs(), norm, ones, (1.0, 1.0, 0, 255))
+    ((got, *_),) = compiled.norm_silu_codes(x.abs(), norm, ones, step_of(1.0, 1.0, 0, 255))
     assert got.eq(50).all()
 
 
@@ -338,7 +347,7 @@ def test_command_line_without_padding(
     """int8 --compile: an image alone is that of a batch, and no padding is spoken of."""
     if int8_supported() is not None or not compiled.products:
         pytest.skip("products.cpp needs AVX512-VNNI")
-    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(SAMPLING))
     config = load_config(tmp_path / "narrow.yaml")
     file = tmp_path / "quantized.safetensors"
     file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))
@@ -356,7 +365,7 @@ def test_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The same images whatever the batch; their identity says what made them."""
-    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "narrow.yaml").write_text(yaml.safe_dump(SAMPLING))
     config = load_config(tmp_path / "narrow.yaml")
     file = tmp_path / "quantized.safetensors"
     file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))

@@ -9,9 +9,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.methods import preset
-from scripts.common.config import ConfigError, load_config, parse_config, resolved_yaml
-from scripts.common.strict import read_yaml
+from tinydm.quant.core.settings import preset
+from tinydm.scripts import configuration_reference
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.schema import read_yaml
+from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = """\
@@ -229,3 +231,21 @@ def test_strict_reading_agrees_with_yaml(value) -> None:
 def test_exponents_are_numbers(text: str) -> None:
     assert is_exponent(text) and read_yaml(f"value: {text}", "x").values == {"value": float(text)}
     assert read_yaml(f"value: '{text}'", "x").values == {"value": text}
+
+
+def test_removed_keys_are_forgotten_where_they_were_off() -> None:
+    """A quantized file of an earlier version holds them all, at their defaults."""
+    text = (ROOT / "configs/emoji32.yaml").read_text()
+    off = "\n  reconstruct: {mixed_inputs: false, progressive: false}\n"
+    old = text.replace("activation: {bits: 8}", "activation: {bits: 8, step_bits: []}" + off)
+    assert old != text
+    assert parse_config(old, "x.yaml") == parse_config(text, "x.yaml")
+    with pytest.raises(ConfigError, match="x.yaml:22: quant.activation.step_bits was removed"):
+        parse_config(old.replace("step_bits: []", "step_bits: [4]"), "x.yaml")
+    with pytest.raises(ConfigError, match="--set quant.reconstruct.progressive: .* was removed"):
+        parse_config(text, "x.yaml", ["quant.reconstruct.progressive=false"])
+
+
+def test_the_page_of_all_keys_is_current() -> None:
+    page = configuration_reference.PAGE.read_text(encoding="utf-8")
+    assert page == configuration_reference.page(), "python scripts/configuration_reference.py"

@@ -11,18 +11,19 @@ models: all is read from its config.json files. Latent diffusion registers its c
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.checkpoint import load_into, load_state_dict, select
-from models.ddim_unet import DDIMUNet
-from models.samplers import ddim, ddpm
-from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
-from tests import kit as kits
+from tests.helpers import kit as kits
+from tinydm.models.checkpoint import load_into, load_state_dict, select
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.models.samplers import ddim, ddpm
+from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KIT = kits.kit_folder()
 
@@ -227,20 +228,11 @@ for other in ("ldm", "guided-diffusion", "first_stage"):
     kits.register(other, "weights_digest", container_digest)
 kits.register("all", "schedule", schedules)
 
-if importlib.util.find_spec("tests.conformance_ldm"):
-    importlib.import_module("tests.conformance_ldm")
+if importlib.util.find_spec("tests.helpers.conformance_ldm"):
+    importlib.import_module("tests.helpers.conformance_ldm")
 
 
 # ---- the tests ----
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def cases() -> list:

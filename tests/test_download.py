@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
-from models.checkpoint import CheckpointError
-from models.ddim_unet import DDIMUNet
-from scripts import download
-from tests.narrow import MODEL
+from tests.helpers.narrow import MODEL
+from tinydm.models.checkpoint_files import CheckpointError
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.scripts import download
 
 
 def configured(folder: Path, source: Path, name: str = "model.ckpt") -> Path:

@@ -14,11 +14,11 @@ import torch
 from pytorch_fid import fid_score
 from tqdm import tqdm
 
-from scripts import evaluate as cli
-from scripts.common.cli import run
-from scripts.metrics import Pass, evaluate, inception, inputs
-from scripts.metrics.inputs import MetricError
-from tests.images import needs_package, npz, write_images
+from tests.helpers.images import needs_package, npz, write_images
+from tinydm.scripts import evaluate as cli
+from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.experiment.cli import run
+from tinydm.scripts.metrics import Pass, evaluate, inception, inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,47 +20,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import calibrate
 import sample_diffusion
-from models.pipeline import build_denoiser
-from quant.phases import learn
-from scripts import evaluate
-from scripts.common.config import load_config
-from scripts.common.strict import ConfigError
-from scripts.common.wiring import assemble
-from tests import forks
-from tests.images import write_images
+from tests.helpers import forks
+from tests.helpers.images import write_images
+from tests.helpers.rooms import RESULT, files_of, write_room
+from tinydm.quant.calibration.phases import learn
+from tinydm.scripts import evaluate
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
+from tinydm.scripts.experiment.config import load_config
 
-PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
-CONFIG = {
-    "name": "tiny",
-    "model": {"arch": "ddim_unet", "checkpoint": "tiny.pt", "params": PARAMS | {"norm_groups": 2}},
-    "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0},
-    "sampling": {"count": 6, "batch_size": 2, "micro_batch": 2, "seed": 5},
-    "calibration": {"samples": 48, "trajectories": 4},  # enough for 120 end-to-end steps
-    "quant": {
-        "search": {"rounds": 2, "batch_size": 4},
-        "reconstruct": {"finetune_iterations": 4, "finetune_batch_size": 4},
-    },
-}
 NOBODY = 65534
-RESULT = "quantized.safetensors"
-
-
-def write_room(folder: Path) -> Path:
-    """tiny.yaml and tiny.pt in a folder that everyone may read."""
-    torch.manual_seed(0)
-    model = build_denoiser("ddim_unet", CONFIG["model"]["params"])
-    torch.save(model.state_dict(), folder / "tiny.pt")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_room(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +44,6 @@ def whole(room: Path) -> Path:
         fork = forks.run(main, *arguments)
         assert fork.code == 0, fork.text()
     return room / "whole"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def names_below(folder: Path) -> set[str]:
@@ -389,5 +358,5 @@ def test_a_model_without_layers_of_the_timestep_alone(room: Path, tmp_path: Path
     config = load_config(room / "tiny.yaml", keys)
     assembly = replace(assemble(config), denoiser=torch.nn.Conv2d(3, 3, 1))
     with pytest.raises(ConfigError, match="no layer that depends on the timestep alone"):
-        calibrate.calibrate_config(config, assembly, tmp_path / "run", torch.device("cpu"))
+        calibrate_run(CalibrationRun(config, assembly, tmp_path / "run", torch.device("cpu")))
     assert not (tmp_path / "run").exists()

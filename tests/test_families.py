@@ -13,12 +13,13 @@ import torch
 import yaml
 
 import sample_diffusion
-from models.autoencoder import first_stage_from_upstream
-from models.pipeline import build_denoiser
-from scripts.common import cli
-from scripts.common.config import ConfigError, load_config, parse_config
-from scripts.common.wiring import assemble, empty_denoiser
-from tests.latent import CONFIG, PARAMS, write_checkpoint
+from tests.helpers.latent import CONFIG, PARAMS, write_checkpoint
+from tinydm.models.autoencoder import first_stage_from_upstream
+from tinydm.models.pipeline import build_denoiser
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment import cli
+from tinydm.scripts.experiment.assembly import assemble, empty_denoiser
+from tinydm.scripts.experiment.config import load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 # Parameters of the denoiser and of the first stage as published; ours for the embedded ones.
@@ -80,7 +81,7 @@ def write_tokenizer(folder: Path) -> None:
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow Stable Diffusion: text.yaml, its checkpoint and its tokenizer."""
     pytest.importorskip("transformers")
-    from models.conditioning import VIT_L_14, CLIPTextTower
+    from tinydm.models.conditioning import VIT_L_14, CLIPTextTower
 
     folder = tmp_path_factory.mktemp("text")
     write_tokenizer(folder / "tokenizer")

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from scripts import benchmark, fill_tables
-from scripts.bench.paper import PUBLISHED, TITLES
-from scripts.common.cli import explain
-from tests.narrow import write_narrow
-from tests.strange import changed
-from tests.test_benchmark import CONFIG
-from tests.test_calibrate import command, refusal
+from tests.helpers.commands import command, refusal
+from tests.helpers.narrow import BENCH, write_narrow
+from tests.helpers.strange import changed
+from tinydm.scripts import benchmark, fill_tables
+from tinydm.scripts.bench.paper import PUBLISHED, TITLES
+from tinydm.scripts.experiment.cli import explain
 
 COLUMNS = ["Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"]
 METHODS = ["Q-Diffusion", "PTQD", "PTQ4DM", "TinyDM"]
@@ -27,7 +26,7 @@ OTHERS = "### Published by others, not measured here"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What benchmark.py writes for a small model under the name of the LSUN configuration."""
-    folder = write_narrow(tmp_path_factory.mktemp("tables"), CONFIG | {"name": "lsun_bedroom"})
+    folder = write_narrow(tmp_path_factory.mktemp("tables"), BENCH | {"name": "lsun_bedroom"})
     place = ["--config", str(folder / "narrow.yaml"), "--out", str(folder / "bench")]
     what = ["--methods", "fp,ptq4dm", "--bits", "w4a8", "--steps", "50", "--transfer", "5"]
     benchmark.main([*place, *what, "--trajectories", "2"])

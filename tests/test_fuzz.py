@@ -27,12 +27,12 @@ from safetensors.torch import load, save
 
 import calibrate
 import sample_diffusion
-from quant.packed import digest_of
-from scripts.common import cli
-from scripts.common.config import load_config
-from scripts.common.wiring import assemble
-from tests import forks
-from tests.test_failures import RESULT, room  # noqa: F401 (a fixture)
+from tests.helpers import forks
+from tests.helpers.rooms import RESULT
+from tinydm.quant.runtime.packed_file import digest_of
+from tinydm.scripts.experiment import cli
+from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.config import load_config
 
 ROOM = 1 << 29  # bytes that opening a file of a few kB may add to the address space
 HUGE = [2**31, 2**40, 2**62, 2**63 - 1, -1, 0]
@@ -46,7 +46,7 @@ class Code:
 
 
 @pytest.fixture(scope="module")
-def originals(room: Path) -> dict[str, bytes]:  # noqa: F811
+def originals(room: Path) -> dict[str, bytes]:
     """The same weights in every format, and a quantized file."""
     state = torch.load(room / "tiny.pt", weights_only=True)
     legacy = io.BytesIO()
@@ -261,7 +261,7 @@ def bound_memory() -> None:
 
 
 def test_hostile_files_give_a_line_and_nothing_else(
-    room: Path,  # noqa: F811
+    room: Path,
     originals: dict[str, bytes],
     tmp_path: Path,
     pytestconfig: pytest.Config,
@@ -301,7 +301,7 @@ def test_hostile_files_give_a_line_and_nothing_else(
 
 
 def test_the_originals_load_and_code_would_run(
-    room: Path,  # noqa: F811
+    room: Path,
     originals: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from scripts.metrics import inception
-from scripts.metrics.inputs import MetricError
-from tests.images import load_folder, needs_package
+from tests.helpers.images import load_folder, needs_package
+from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.metrics import inception
 
 
 def test_layer_names_cover_the_network():

@@ -6,25 +6,36 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from models.ddim_unet import DDIMUNet
-from models.ldm_unet import LDMUNet
-from quant import int8
-from quant.compiled import Compiled, CompileError
-from quant.context import TimestepContext
-from quant.int8 import Int8Error, fake_layers, int8_supported, integer_module, to_int8
-from quant.int8_layers import Int8Layer, Int8MatMul
-from quant.layers import Operation, QuantLayer, QuantMatMul
-from quant.model import BitPolicy, QuantDenoiser, activation_quantizers, quantize
-from quant.quantizer import ActivationQuantizer
-from scripts.common.strict import ConfigError
-from scripts.common.wiring import select_backend
+from tests.helpers.integer_layers import (
+    TIMESTEPS,
+    context,
+    deployed,
+    psnr,
+    quant_layer,
+    quantizer,
+    same,
+    small_unet,
+)
+from tinydm.models.ldm_unet import LDMUNet
+from tinydm.quant.backends import selection as int8
+from tinydm.quant.backends.native import Compiled, CompileError
+from tinydm.quant.backends.onednn import Int8Layer, Int8MatMul
+from tinydm.quant.backends.selection import (
+    Int8Error,
+    fake_layers,
+    int8_supported,
+    integer_module,
+    to_int8,
+)
+from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment.assembly import select_backend
 
 REASONS = {vnni: int8_supported(vnni=vnni) for vnni in (True, False)}
 ONCE = REASONS[False]  # of what both kinds share
-TIMESTEPS = (0, 300, 600, 900)
 
 
 @pytest.fixture(autouse=True)
@@ -70,49 +81,6 @@ def compiled_code() -> Compiled:
         return Compiled()
     except CompileError as error:
         pytest.skip(f"not here: {error}")
-
-
-def context() -> TimestepContext:
-    return TimestepContext(TIMESTEPS, 1000)
-
-
-def quantizer(at: TimestepContext, bits: int, zero_point: list[int] | None = None):
-    """An activation quantizer of two groups with arbitrary scales."""
-    top = 2**bits - 1
-    zero = torch.randint(0, top + 1, (2,)) if zero_point is None else torch.tensor(zero_point)
-    scale = (torch.rand(2) + 0.5) * 6 / top
-    return ActivationQuantizer(at, scale, zero, torch.tensor([0, 1, 1, 0]), bits)
-
-
-def quant_layer(
-    at: TimestepContext,
-    layer: nn.Module,
-    bits: int = 4,
-    act_bits: int = 8,
-    split: int = 0,
-    scaled: bool = False,
-) -> QuantLayer:
-    """Random codes with per-channel zero points: 128 at 8 bits, else anything."""
-    codes = torch.randint(0, 2**bits, layer.weight.shape).to(torch.uint8)
-    out = len(codes)
-    zero = torch.full((out,), 128) if bits == 8 else torch.randint(0, 2**bits, (out,))
-    inputs = [quantizer(at, act_bits) for _ in range(2 if split else 1)]
-    return QuantLayer(
-        Operation(layer),
-        codes,
-        torch.rand(out) * 0.1 + 0.01,
-        zero.to(torch.uint8),
-        layer.bias,
-        bits,
-        inputs,
-        split,
-        (torch.rand(layer.weight.shape[1]) + 0.5).half().float() if scaled else None,
-    )
-
-
-def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def check_layer(layer: nn.Module, x: torch.Tensor, kind: Kind, **kwargs) -> None:
@@ -239,35 +207,6 @@ def test_a_product_behind_softmax_is_the_same_product(by_row: bool):
                 assert torch.equal(given, expected)
 
 
-def deployed(net: nn.Module, *call: torch.Tensor, **policy) -> QuantDenoiser:
-    """A deployed model whose ranges come from one call of the network, in three groups."""
-    at = TimestepContext(range(0, 1000, 50), 1000)
-    model = quantize(net.eval(), at, BitPolicy(weight_scale="minmax", **policy))
-    ranges, hooks = {}, []
-    for name, q in activation_quantizers(model):
-        q.enabled = False
-
-        def see(_, args, name=name):
-            ranges[name] = (args[0].min(), args[0].max())
-
-        hooks.append(q.register_forward_pre_hook(see))
-    model(*call)
-    for hook in hooks:
-        hook.remove()
-    spread = torch.tensor([0.9, 1.0, 1.1])
-    for name, q in activation_quantizers(model):
-        q.enabled = True
-        if name in ranges:
-            low, high = ranges[name]
-            q.set_ranges(low * spread, high * spread, torch.arange(20) % 3)
-    return model.deploy()
-
-
-def small_unet(**policy) -> QuantDenoiser:
-    net = DDIMUNet(ch=16, ch_mult=(1, 2), attn_resolutions=(8,), image_size=16, norm_groups=8)
-    return deployed(net, torch.randn(4, 3, 16, 16), torch.full((4,), 500), **policy)
-
-
 def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
     """Names of the layers that stay simulated; those of attention are expected without VNNI."""
     names = fake_layers(model, kind.vnni)
@@ -276,15 +215,10 @@ def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
     return names.keys() - products
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    peak = b.max() - b.min()
-    return float(10 * torch.log10(peak**2 / F.mse_loss(a, b)))
-
-
-@pytest.mark.parametrize("bits, softmax_codes", [(4, "row"), (8, "uniform")])
-def test_network(bits: int, softmax_codes: str, kind: Kind):
+@pytest.mark.parametrize(("bits", "by_row"), [(4, True), (8, False)])
+def test_network(bits: int, by_row: bool, kind: Kind):
     """With scaled channels as well."""
-    fake = small_unet(weight=bits, softmax_codes=softmax_codes)
+    fake = small_unet(weight=bits, softmax_by_row=by_row)
     for layer in (m for m in fake.modules() if isinstance(m, QuantLayer) and len(m.inputs)):
         layer.channel_scale = (torch.rand(layer.qweight.shape[1]) + 0.5).half().float()
     exact = kind.network(copy.deepcopy(fake))

@@ -19,8 +19,8 @@ import torch
 
 import calibrate
 import sample_diffusion
-from tests import forks
-from tests.test_failures import RESULT, files_of, room  # noqa: F401 (a fixture)
+from tests.helpers import forks
+from tests.helpers.rooms import RESULT, files_of
 
 SEED = 7
 KEYS = (
@@ -82,7 +82,7 @@ def phase_of(folder: Path) -> str:
 
 
 def test_kills_at_random_moments_change_nothing(
-    room: Path,  # noqa: F811
+    room: Path,
     tmp_path: Path,
     pytestconfig: pytest.Config,
 ) -> None:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from pytorch_fid import fid_score
 
-from scripts.metrics import inputs, paired_psnr
-from scripts.metrics.inputs import MetricError
-from tests.images import gaussian, load_folder, lying_npz, moments_of, npz, write_images
+from tests.helpers.images import gaussian, load_folder, lying_npz, moments_of, npz, write_images
+from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.metrics import inputs, paired_psnr
 
 
 def test_folder_order_and_batches_equal_the_array(folders, tmp_path):

@@ -13,8 +13,8 @@ from PIL import Image
 from pytorch_fid.inception import fid_inception_v3
 from torch import nn
 
-from scripts.metrics import METRICS, evaluate
-from tests.images import load_folder, needs_package
+from tests.helpers.images import load_folder, needs_package
+from tinydm.scripts.metrics import METRICS, evaluate
 
 REFERENCE, GENERATED = 24, 20
 K = 3
@@ -90,7 +90,7 @@ def inside_share(points: np.ndarray, manifold: np.ndarray) -> float:
 
 
 @needs_package
-def test_the_numbers_are_those_of_the_definitions(weights: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_numbers_are_those_of_the_definitions(weights: Path, tmp_path: Path) -> None:
     """The generated images lack one of three kinds, so that they do not cover the others."""
     state = torch.load(weights, weights_only=True)
     shape = state["fc.weight"].shape

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.pipeline import FixedBatch, build_denoiser, build_pipeline, image_generator
-from models.samplers import SamplingError
-from tests.narrow import PARAMS, SAMPLER
+from tests.helpers.narrow import PARAMS, SAMPLER
+from tinydm.models.pipeline import FixedBatch, build_denoiser, build_pipeline, image_generator
+from tinydm.models.samplers import SamplingError
 
 
 def make(sampler: dict, **options):

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.samplers import ddim, ddpm
-from models.schedule import alphas_cumprod, make_betas, sampling_timesteps
-from quant.context import TimestepContext
-from quant.correction import LARGEST_K, OutputCorrection, corrected_variance, fit
+from tinydm.models.samplers import ddim, ddpm
+from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from tinydm.quant.calibration.ptqd import fit_tables
+from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.runtime.correction import LARGEST_K, OutputCorrection, corrected_variance
 
 
 def observed(
@@ -31,7 +32,7 @@ def test_correction_recovers_what_was_put_in() -> None:
     k = torch.tensor([[0.1, -0.05], [0.0, 0.2], [-0.15, 0.02]])
     mu = torch.tensor([[0.02, -0.03], [0.3, 0.0], [0.0, -0.1]])
     eps, eps_q, bins = observed(k, mu, 0.05)
-    found = fit(context, eps, eps_q, bins)
+    found = fit_tables(context, eps, eps_q, bins)
     assert torch.allclose(found.k, k, atol=0.01)
     assert torch.allclose(found.mu, mu, atol=0.01)
     # What remains is the noise, divided by 1 + k like the rest.
@@ -51,20 +52,18 @@ def test_correction_recovers_what_was_put_in() -> None:
 def test_correction_of_perfect_outputs_is_nothing() -> None:
     context = TimestepContext([0, 10], 100)
     eps, _, bins = observed(torch.zeros(2, 2), torch.zeros(2, 2), 0.0)
-    found = fit(context, eps, eps, bins)
+    found = fit_tables(context, eps, eps, bins)
     assert not found.k.any() and not found.mu.any() and not found.sigma.any()
     context.set(torch.tensor(context.timesteps)[bins])
     assert torch.equal(found(eps), eps)
 
 
-def test_correction_is_bounded_and_its_sign_can_be_dropped() -> None:
+def test_correction_is_bounded() -> None:
     context = TimestepContext([0, 10], 100)
     k = torch.tensor([[0.8, -0.2], [-0.9, 0.1]])
     eps, eps_q, bins = observed(k, torch.zeros(2, 2), 0.01)
-    found = fit(context, eps, eps_q, bins)
+    found = fit_tables(context, eps, eps_q, bins)
     assert torch.allclose(found.k, torch.tensor([[LARGEST_K, -0.2], [-LARGEST_K, 0.1]]), atol=0.01)
-    released = fit(context, eps, eps_q, bins, relu_k=True)
-    assert torch.allclose(released.k, torch.tensor([[LARGEST_K, 0.0], [0.0, 0.1]]), atol=0.01)
 
 
 def test_correction_must_help_samples_that_did_not_fit_it() -> None:
@@ -72,16 +71,16 @@ def test_correction_must_help_samples_that_did_not_fit_it() -> None:
     context = TimestepContext([0], 100)
     eps, _, bins = observed(torch.zeros(1, 2), torch.zeros(1, 2), 0.0)
     sign = torch.tensor([-1.0, 1.0]).repeat(20).view(-1, 1, 1, 1)
-    found = fit(context, eps, eps + 0.1 * sign, bins)
+    found = fit_tables(context, eps, eps + 0.1 * sign, bins)
     assert not found.k.any() and not found.mu.any()
-    found = fit(context, eps, eps + 0.1, bins)
+    found = fit_tables(context, eps, eps + 0.1, bins)
     assert torch.allclose(found.mu, torch.full((1, 2), 0.1), atol=1e-6)
 
 
 def test_too_few_samples_stay_uncorrected() -> None:
     context = TimestepContext([0, 10], 100)
     eps, eps_q, bins = observed(torch.full((2, 2), 0.1), torch.zeros(2, 2), 0.01, samples=4)
-    found = fit(context, eps[1:], eps_q[1:], bins[1:])
+    found = fit_tables(context, eps[1:], eps_q[1:], bins[1:])
     assert not found.k[0].any() and found.sigma[0] == 0
     assert torch.allclose(found.k[1], torch.full((2,), 0.1), atol=0.02)
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quant.context import TimestepContext
-from quant.correction import OutputCorrection
-from quant.drift import CallRecorder, DriftFit, step_coefficients
+from tinydm.quant.calibration.drift import CallRecorder, DriftFit, step_coefficients
+from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.runtime.correction import OutputCorrection
 
 STEPS = [800, 500, 300, 100, 0]
 A, B = 1.05, -0.2  # of every step of the sampler below

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quant.finetune import finetune
-from quant.finite import DivergenceError, check_finite
-from quant.methods import SearchSettings
-from quant.model import BitPolicy, QuantDenoiser, activation_quantizers
-from quant.search import search
-from quant.state import CalibrationState
-from quant.timesteps import all_steps, tuples_of_steps
-from tests.test_quant_reconstruct import FAST, Block, block_bank, block_model, learn
-from tests.toy import STEPS, Toy, toy_bank, toy_model
+from tests.helpers.blocks import FAST, Block, block_bank, block_model, learn
+from tests.helpers.toy import STEPS, Toy, toy_bank, toy_model
+from tinydm.quant.calibration.end_to_end import finetune
+from tinydm.quant.calibration.finite import DivergenceError, check_finite
+from tinydm.quant.calibration.phases import unfinished_phase
+from tinydm.quant.calibration.run_state import CalibrationState
+from tinydm.quant.calibration.search import search
+from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
+from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
+from tinydm.quant.core.settings import SearchSettings
+from tinydm.quant.runtime.denoiser import QuantDenoiser
 
 NAN, INF = float("nan"), float("inf")
 
@@ -99,7 +101,7 @@ def test_what_was_learned_is_looked_through(value: float, bad: bool) -> None:
 def test_rewound_to_the_start_of_the_phase() -> None:
     start, amid = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
     state = CalibrationState(["equivalent"], amid, partial={"i": 3}, before=start)
-    assert state.phase == "ranges"
+    assert unfinished_phase(state).name == "ranges"
     state.rewind()
     assert state.tensors is start and state.partial is None and not state.before
     state.rewind()  # stands there already

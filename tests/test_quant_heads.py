@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from quant.context import TimestepContext
-from quant.layers import QuantMatMul
-from quant.quantizer import LearnedQuantizer
-from quant.search import start
+from tinydm.quant.calibration.layers import CalibMatMul
+from tinydm.quant.calibration.quantizer import LearnedQuantizer
+from tinydm.quant.calibration.search import start
+from tinydm.quant.core.context import TimestepContext
 
 HEADS = 3
 
 
-def product(context: TimestepContext) -> QuantMatMul:
+def product(context: TimestepContext) -> CalibMatMul:
     sides = [LearnedQuantizer(context, 8, symmetric=True, unsigned=False) for _ in range(2)]
     high = torch.tensor([1.0, 4.0])
     for side in sides:
         side.set_ranges(-high, high, torch.tensor([0, 1]))
-    return QuantMatMul(*sides)
+    return CalibMatMul(*sides)
 
 
 @pytest.mark.parametrize("deployed", [False, True])

@@ -10,23 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ddim_unet import DDIMUNet
-from quant.correction import OutputCorrection
-from quant.model import (
-    LAYER_TYPES,
-    BitPolicy,
-    QuantDenoiser,
-    weight_layers,
-)
-from quant.packed import (
-    load_quantized,
-    pack,
-    read_metadata,
-    to_bytes,
-    unpack,
-)
-from tests.packed import TIMESTEPS, meta, quantized
-from tests.test_quant_quantizer import levels, narrow_unet
+from tests.helpers.networks import levels, narrow_unet
+from tests.helpers.packed import TIMESTEPS, meta, quantized
+from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.quant.calibration.wrapping import BitPolicy
+from tinydm.quant.core.operation import LAYER_TYPES
+from tinydm.quant.runtime.correction import OutputCorrection
+from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.quant.runtime.layers import layers_of
+from tinydm.quant.runtime.packed_file import load_quantized, read_metadata, to_bytes
+from tinydm.quant.runtime.packing import pack, unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,8 +103,8 @@ def test_metadata_tells_what_the_file_is(content: bytes, tmp_path: Path) -> None
     assert table["time"]["time"] and table["time"]["inputs"] == [] and table["time"]["bits"] == 8
     assert table["join"]["split"] == 4 and table["join"]["inputs"] == [6, 6]
     assert table["join"]["bits"] == 3 and table["first"]["bits"] == 8
-    plain = {"by_row": False, "log2": False}
-    assert table["scores"] == {"name": "scores", "kind": "matmul", "inputs": [6, 6]} | plain
+    expected = {"name": "scores", "kind": "matmul", "inputs": [6, 6], "by_row": False}
+    assert table["scores"] == expected
 
 
 # ---- size, and levels of the embedded checkpoint ----
@@ -132,7 +125,7 @@ def test_size_on_disk_of_the_embedded_architecture(bits: int, bar: float, tmp_pa
     assert size <= bar * checkpoint.stat().st_size
     assert size <= bar * 4 * sum(p.numel() for p in denoiser.parameters())
     loaded = load_quantized(path, meta(lambda: DDIMUNet(ch=32, norm_groups=8)))
-    layers = list(weight_layers(loaded))
+    layers = list(layers_of(loaded))
     assert len(layers) == sum(isinstance(m, LAYER_TYPES) for m in denoiser.modules())
     for name, layer in layers:
         assert layer.bits >= bits

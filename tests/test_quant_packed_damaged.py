@@ -16,16 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import nn
 
-from quant.model import (
-    QuantDenoiser,
-)
-from quant.packed import (
-    PackedFileError,
-    digest_of,
-    load_quantized,
-)
-from tests.packed import Attention, meta
-from tests.test_quant_quantizer import narrow_unet
+from tests.helpers.networks import narrow_unet
+from tests.helpers.packed import Attention, meta
+from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.quant.runtime.packed_file import PackedFileError, digest_of, load_quantized
 
 FILE = HealthCheck.function_scoped_fixture
 

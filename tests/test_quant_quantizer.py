@@ -9,40 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.ddim_unet import DDIMUNet
-from quant.context import TimestepContext
-from quant.layers import CalibLayer, quantize_input
-from quant.model import BitPolicy, activation_quantizers, quantize, weight_layers
-from quant.quantizer import (
-    ActivationQuantizer,
-    LearnedQuantizer,
-    _LearnedFakeQuantize,
-    fake_quantize,
-    range_to_scale,
+from tests.helpers.networks import levels, narrow_unet
+from tinydm.quant.calibration.layers import CalibLayer
+from tinydm.quant.calibration.quantizer import LearnedQuantizer, _LearnedFakeQuantize
+from tinydm.quant.calibration.weights import WeightQuantizer, minmax_scale, mse_scale
+from tinydm.quant.calibration.wrapping import (
+    BitPolicy,
+    activation_quantizers,
+    deploy,
+    quantize,
+    weight_layers,
 )
-from quant.weights import WeightQuantizer, dequantize, minmax_scale, mse_scale, round_to_nearest
+from tinydm.quant.core.affine import dequantize, fake_quantize, range_to_scale, round_to_nearest
+from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.core.operation import quantize_input
+from tinydm.quant.runtime.layers import layers_of
+from tinydm.quant.runtime.quantizer import ActivationQuantizer
 
 FEW = settings(max_examples=60, deadline=None)
 BITS = st.integers(2, 8)
 EDGE = st.floats(1e-4, 1e4)
-
-
-def narrow_unet(seed: int = 0) -> DDIMUNet:
-    """Every kind of layer of the architecture in 45 thousand parameters, 16 x 16 pixels."""
-    torch.manual_seed(seed)
-    return DDIMUNet(
-        ch=8,
-        ch_mult=(1, 2),
-        num_res_blocks=1,
-        attn_resolutions=(8,),
-        image_size=16,
-        norm_groups=4,
-    ).eval()
-
-
-def levels(weight: torch.Tensor) -> int:
-    """The largest number of distinct values in a channel (row) of a weight."""
-    return max(len(row.unique()) for row in weight.flatten(1))
 
 
 # ---- one quantizer ----
@@ -228,7 +214,7 @@ def test_weights_have_at_most_2_to_the_b_levels_in_every_layer(bits: int) -> Non
             elif rounding == "latent":
                 quantizer.start_latent(weight)
                 quantizer.latent.data += torch.randn_like(weight) * 2**bits
-        deployed = list(weight_layers(model.deploy()))
+        deployed = list(layers_of(deploy(model)))
         assert len(deployed) == 51
         for name, layer in deployed:
             assert layer.bits == bits

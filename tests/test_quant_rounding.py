@@ -13,12 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.ops import after_norm_silu
-from quant import gptq
-from quant import quantizer as quantizer_module
-from quant.context import TimestepContext
-from quant.equivalent import candidate, scale_equivalently, scaled_layers, unscaled_weight
-from quant.gptq import (
+from tests.helpers.blocks import Block, block_bank, block_model
+from tests.helpers.networks import narrow_unet
+from tests.helpers.packed import TIMESTEPS, meta, quantized
+from tests.helpers.toy import Toy, eps_error, toy_bank, toy_model
+from tinydm.models.ops import after_norm_silu
+from tinydm.models.roles import LayerRoles
+from tinydm.quant.calibration import gptq
+from tinydm.quant.calibration.equivalent import (
+    candidate,
+    scale_equivalently,
+    scaled_layers,
+    unscaled_weight,
+)
+from tinydm.quant.calibration.gptq import (
     column_blocks,
     compensate,
     compensated_layers,
@@ -26,23 +34,17 @@ from quant.gptq import (
     passes_of,
     second_order_codes,
 )
-from quant.grouping import assign
-from quant.layers import (
-    CalibLayer,
-    Operation,
-    QuantLayer,
-    quantize_input,
-    scale_channels,
-)
-from quant.model import BitPolicy, GenericRoles, activation_quantizers, quantize
-from quant.packed import load_quantized, to_bytes
-from quant.quantizer import ActivationQuantizer
-from quant.statistics import collect
-from quant.timesteps import all_steps, tuples_of_steps
-from tests.packed import TIMESTEPS, meta, quantized
-from tests.test_quant_quantizer import narrow_unet
-from tests.test_quant_reconstruct import Block, block_bank, block_model
-from tests.toy import Toy, eps_error, toy_bank, toy_model
+from tinydm.quant.calibration.grouping import assign
+from tinydm.quant.calibration.layers import CalibLayer
+from tinydm.quant.calibration.statistics import collect
+from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
+from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers, deploy, quantize
+from tinydm.quant.core import affine
+from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.core.operation import Operation, quantize_input, scale_channels
+from tinydm.quant.runtime.layers import QuantLayer
+from tinydm.quant.runtime.packed_file import load_quantized, to_bytes
+from tinydm.quant.runtime.quantizer import ActivationQuantizer
 
 
 def every_state(bank, count: int | None = None) -> torch.Tensor:
@@ -108,7 +110,7 @@ def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
     gains = compensate(model, bank, every_state(bank), 16, 4.0)
     assert gains["conv"] < 0.9
     assert eps_error(model, fresh) < 0.9 * before  # on samples that it never saw
-    codes = model.deploy().denoiser.conv.qweight
+    codes = deploy(model).denoiser.conv.qweight
     assert int(codes.max()) < 2**bits
     for channel in codes.flatten(1):
         assert len(channel.unique()) <= 2**bits
@@ -193,8 +195,8 @@ class TimedToy(Toy):
         h = self.norm(self.first(x)) + self.embed(wide)[:, :, None, None]
         return self.last(nn.functional.silu(self.second(h)))
 
-    def layer_roles(self) -> GenericRoles:
-        return GenericRoles(timestep_only=("widen", "embed"))
+    def layer_roles(self) -> LayerRoles:
+        return LayerRoles(timestep_only=("widen", "embed"))
 
 
 class Uneven(Toy):
@@ -265,7 +267,7 @@ def test_the_quick_way_to_quantize_an_input_is_exact(
     split: int, scaled: bool, kind: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one timestep, in pieces of any size, and with one for each sample: the same bits."""
-    monkeypatch.setattr(quantizer_module, "BLOCK", block)
+    monkeypatch.setattr(affine, "CACHED_VALUES", block)
     context = TimestepContext([0, 50], 100)
     side = 4 if kind == "small" else 24
     x = torch.randn((3, side * side, 16) if kind == "linear" else (3, 16, side, side))

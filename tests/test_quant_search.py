@@ -4,13 +4,11 @@ import copy
 
 import torch
 
-from quant.methods import SearchSettings
-from quant.model import BitPolicy, activation_quantizers
-from quant.search import search, start
-from quant.timesteps import (
-    normalised_entropy,
-)
-from tests.toy import STEPS, Toy, eps_error, toy_bank, toy_model
+from tests.helpers.toy import STEPS, Toy, eps_error, toy_bank, toy_model
+from tinydm.quant.calibration.search import search, start
+from tinydm.quant.calibration.timesteps import normalised_entropy
+from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
+from tinydm.quant.core.settings import SearchSettings
 
 
 def test_search_lowers_the_entropy_and_ends_hard() -> None:

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from quant.context import TimestepContext
-from quant.model import BitPolicy, quantize
-from quant.statistics import LARGEST, Draws, collect
-from tests.toy import STEPS, Toy, toy_bank
+from tests.helpers.toy import STEPS, Toy, toy_bank
+from tinydm.quant.calibration.statistics import LARGEST, Draws, collect
+from tinydm.quant.calibration.wrapping import BitPolicy, quantize
+from tinydm.quant.core.context import TimestepContext
 
 
 def test_statistics_hold_the_extremes_of_each_timestep() -> None:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.bank import Bank
-from quant.timesteps import (
+from tinydm.quant.calibration.states import Bank
+from tinydm.quant.calibration.timesteps import (
     ActiveSelector,
     all_steps,
     normal_steps,
@@ -155,13 +155,3 @@ def test_each_state_keeps_its_timestep_noise_and_conditioning() -> None:
         assert t == 0 and (x[:, 0] == 3).all()
         seen += conditioning["y"].tolist()
     assert seen == list(range(6))
-
-
-def test_joined_banks_keep_both() -> None:
-    both = coded_bank([9, 0], 3).extend(coded_bank([9, 0], 2, first=3))
-    assert both.trajectories == 5
-    x, t, _, conditioning = both.gather(torch.tensor([[1, 4], [0, 0]]))
-    assert x[:, :, 0, 0].tolist() == [[1, 4], [0, 0]]
-    assert t.tolist() == [0, 9] and conditioning["y"].tolist() == [4, 0]
-    with pytest.raises(ValueError, match="timesteps"):
-        both.extend(coded_bank([9, 1], 2))

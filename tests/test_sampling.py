@@ -7,11 +7,9 @@ killed, or that must start alone, run as processes.
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,41 +17,21 @@ import torch
 import yaml
 from PIL import Image
 
-import sample_diffusion
-from scripts.common import cli
-from scripts.common.files import remove_stale
-from scripts.common.images import is_whole_png
-from scripts.common.runs import beside
-from tests.narrow import MODEL, SAMPLER, write_narrow
+from tests.helpers.narrow import SAMPLING, write_narrow
+from tests.helpers.sampling import sample
+from tinydm.scripts.common.files import remove_stale
+from tinydm.scripts.common.images import is_whole_png
+from tinydm.scripts.experiment import cli
+from tinydm.scripts.experiment.runs import beside
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = {
-    "name": "narrow",
-    "model": MODEL,
-    "sampler": SAMPLER,
-    "sampling": {"count": 7, "batch_size": 4, "micro_batch": 4, "seed": 5},
-}
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with narrow.yaml and narrow.pt."""
-    return write_narrow(tmp_path_factory.mktemp("narrow"), CONFIG)
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """The wrapper installs a handler; put back what pytest had."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def sample(*arguments: object) -> int:
-    """Exit code of the command, run in this process."""
-    with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: sample_diffusion.main([str(a) for a in arguments]))
-    return int(caught.value.code or 0)
+    return write_narrow(tmp_path_factory.mktemp("narrow"), SAMPLING)
 
 
 def command(*arguments: object) -> list[str]:
@@ -130,7 +108,18 @@ def test_another_seed_gives_other_images(room: Path, reference: Path, tmp_path: 
 
 def test_users_words_are_keys(room: Path, tmp_path: Path) -> None:
     out = tmp_path / "images"
-    words = "--custom_steps 2 --skip-type uniform --eta 0 --n_samples 2 --batch-size 2".split()
+    words = [
+        "--custom_steps",
+        "2",
+        "--skip-type",
+        "uniform",
+        "--eta",
+        "0",
+        "--n_samples",
+        "2",
+        "--batch-size",
+        "2",
+    ]
     arguments = ("--config", room / "narrow.yaml", "-l", out, *words)
     assert sample(*arguments, "--grid", tmp_path / "grid.png") == 0
     resolved = yaml.safe_load(beside(out, "config.yaml").read_text())

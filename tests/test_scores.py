@@ -9,9 +9,9 @@ import pytest
 import torch
 from pytorch_fid import fid_score
 
-from scripts.metrics import inputs, scores
-from scripts.metrics.inputs import MetricError
-from tests.images import gaussian, moments_of
+from tests.helpers.images import gaussian, moments_of
+from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.metrics import inputs, scores
 
 
 def test_frechet_equals_pytorch_fid():

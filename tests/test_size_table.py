@@ -7,13 +7,17 @@ import pytest
 import torch
 import yaml
 
-from quant.calibration import bit_policy
-from quant.context import TimestepContext
-from quant.packed import load_quantized, to_bytes
-from scripts import size_table
-from scripts.common.config import load_config
-from scripts.common.wiring import empty_denoiser
-from tests.latent import CONFIG
+from tests.helpers.latent import CONFIG
+from tinydm.quant.calibration.coverage import count_macs
+from tinydm.quant.calibration.wrapping import BitPolicy
+from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.core.operation import LAYER_TYPES
+from tinydm.quant.runtime.packed_file import load_quantized, to_bytes
+from tinydm.scripts import size_table
+from tinydm.scripts.bench import random_models
+from tinydm.scripts.common.paths import ROOT
+from tinydm.scripts.experiment.assembly import empty_denoiser
+from tinydm.scripts.experiment.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_packed_bytes_are_a_file_that_runs(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     context = TimestepContext([1, 251, 501, 751], 1000)
-    deployed = size_table.random_deployed(config, bit_policy(config.quant), context)
+    deployed = random_models.random_deployed(config, BitPolicy.of(config.quant), context)
     file = tmp_path / "random.safetensors"
     file.write_bytes(to_bytes(deployed, {}))
     loaded = load_quantized(file, empty_denoiser(config))
@@ -51,13 +55,13 @@ def test_rows_are_written_and_smaller_with_fewer_bits(
 
 
 def layers(path: Path) -> list[torch.nn.Module]:
-    kinds = size_table.LAYER_TYPES
+    kinds = LAYER_TYPES
     return [m for m in empty_denoiser(load_config(path)).modules() if isinstance(m, kinds)]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("imagenet256", 99.770), ("lsun_bedroom", 96.018)])
 def test_operations_of_the_published_denoisers(name: str, expected: float) -> None:
     """10^9 MACs of all convolutions and linear layers, counted on the reference implementation."""
-    config = load_config(size_table.ROOT / "configs" / f"{name}.yaml")
-    macs = size_table.count_macs(empty_denoiser(config), (), size_table.example_call(config))
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    macs = count_macs(empty_denoiser(config), (), random_models.example_call(config))
     assert sum(macs.values()) / 1e9 == pytest.approx(expected, abs=5e-4)

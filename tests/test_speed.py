@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from scripts import benchmark
-from scripts.bench import speed, speed_tables
-from scripts.bench.speed_models import VARIANTS, Models, obstacle
-from scripts.common.config import calls_per_image, load_config
-from scripts.common.strict import ConfigError
-from tests.latent import CONFIG
+from tests.helpers.latent import CONFIG
+from tinydm.scripts import benchmark
+from tinydm.scripts.bench import speed, speed_tables
+from tinydm.scripts.bench.speed_models import VARIANTS, Models, obstacle
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment.config import calls_per_image, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import nn
 
 import sample_diffusion
-from models.checkpoint import load_state_dict
-from scripts import train_ddim, train_ldm
-from scripts.common import cli
-from scripts.common.images import ImageError, grid, load_images
-from scripts.common.runs import RunError, locked
-from scripts.common.strict import ConfigError
-from scripts.train.first_stage import reconstruction_loss, start_codebook
-from scripts.train.loop import LoopSettings, fit, identity_of
-from tests.latent import CONFIG, narrow_first_stage
+from tests.helpers.latent import CONFIG, narrow_first_stage
+from tinydm.models.checkpoint import load_state_dict
+from tinydm.scripts import train_ddim, train_ldm
+from tinydm.scripts.common.errors import ConfigError, ImageError, RunError
+from tinydm.scripts.common.images import grid, load_images
+from tinydm.scripts.experiment import cli
+from tinydm.scripts.experiment.runs import locked
+from tinydm.scripts.train.first_stage import reconstruction_loss, start_codebook
+from tinydm.scripts.train.loop import LoopSettings, fit, identity_of
 
 SETTINGS = LoopSettings(iterations=8, batch_size=4, lr=0.05, warmup=2, save_every=2, grid_every=50)
 

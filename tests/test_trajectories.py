@@ -7,15 +7,16 @@ import pytest
 import torch
 import yaml
 
-import calibrate
-from models.pipeline import build_denoiser
-from quant.context import TimestepContext
-from quant.phases.output import correct_noise
-from scripts.bench.measure import eps_errors
-from scripts.common.config import ConfigError, calls_per_image, load_config, parse_config
-from scripts.common.trajectories import guided_rows, mean_of_halves, record_bank
-from scripts.common.wiring import Assembly, assemble
-from tests.latent import CONFIG, FIRST_STAGE, PARAMS, write_checkpoint
+from tests.helpers.latent import CONFIG, FIRST_STAGE, PARAMS, write_checkpoint
+from tinydm.models.pipeline import build_denoiser
+from tinydm.quant.calibration.phases.correct import correct_noise
+from tinydm.quant.core.context import TimestepContext
+from tinydm.scripts.bench.measure import eps_errors
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment.assembly import Assembly, assemble
+from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
+from tinydm.scripts.experiment.config import calls_per_image, load_config, parse_config
+from tinydm.scripts.experiment.trajectories import guided_rows, mean_of_halves, record_bank
 
 COUNT = 8  # two network calls, without and with the class
 
@@ -140,7 +141,7 @@ def test_the_scale_of_latents_is_found_in_the_denoisers_file(tmp_path: Path) -> 
     config = load_config(tmp_path / "narrow.yaml", quick)
     full = assemble(config)
     assert full.pipeline.scale_factor == 0.25
-    calibrate.calibrate_config(config, full, tmp_path / "run", torch.device("cpu"))
+    calibrate_run(CalibrationRun(config, full, tmp_path / "run", torch.device("cpu")))
     (tmp_path / "denoiser.ckpt").unlink()
     quantized = tmp_path / "run" / "quantized.safetensors"
     assert assemble(config, quantized).pipeline.scale_factor == 0.25

@@ -73,27 +73,17 @@ PARTS: dict[str, tuple[Variant, ...]] = {
         Variant("none", ("quant.reconstruct.finetune_iterations=0",)),
         Variant("as the preset", ()),
     ),
-    "progressive": _each("quant.reconstruct.progressive", "false", "true"),
     "step_weights": _each("quant.reconstruct.weigh_steps", "false", "true"),
     "split": _each("quant.split_skip", "false", "true"),
-    # Uniform codes have at least the bits of the activations, logarithmic ones may have fewer.
-    "softmax": (
-        *(
-            Variant(
-                f"{codes}, {bits} bits",
-                (f"quant.activation.softmax={codes}", f"quant.activation.softmax_bits={bits}"),
-                widest=bits,
-            )
-            for codes in ("uniform", "row")
-            for bits in (4, 8)
-        ),
-        *(
-            Variant(
-                f"log2, {bits} bits",
-                ("quant.activation.softmax=log2", f"quant.activation.softmax_bits={bits}"),
-            )
-            for bits in (4, 5)
-        ),
+    # Probabilities have at least the bits of the other activations.
+    "softmax": tuple(
+        Variant(
+            f"{codes}, {bits} bits",
+            (f"quant.activation.softmax={codes}", f"quant.activation.softmax_bits={bits}"),
+            widest=bits,
+        )
+        for codes in ("uniform", "row")
+        for bits in (4, 8)
     ),
     "correction": _each("quant.correction", "none", "ptqd", "drift"),
 }

@@ -15,27 +15,29 @@ from typing import Any
 
 import torch
 
-import calibrate
-from scripts.bench import measure
-from scripts.bench.full import FullPrecision, sample_images
-from scripts.bench.plan import BENCHMARK, Cell, Plan, Sampler, is_current
-from scripts.bench.record import Record
-from scripts.bench.scoring import Scorer
-from scripts.common.backend import Backend
-from scripts.common.config import Config, ConfigError
-from scripts.common.reports import CALIBRATION
-from scripts.common.runs import digest_of
-from scripts.common.shapes import read_json
-from scripts.common.wiring import Assembly, assemble
+from ..common.errors import ConfigError
+from ..common.json_files import read_json
+from ..common.paths import ROOT
+from ..common.reports import CalibrationReport
+from ..experiment.assembly import Assembly, assemble
+from ..experiment.backend import Backend
+from ..experiment.calibration_run import RESULT, CalibrationRun, calibrate_run, correct_run
+from ..experiment.config import Config
+from ..experiment.resume import identity_of as identity_of_calibration
+from ..experiment.runs import digest_of
+from . import measure
+from .full import FullPrecision, sample_images
+from .plan import BENCHMARK, Cell, Plan, Sampler, is_current
+from .record import Record
+from .scoring import Scorer
 
-ROOT = Path(__file__).resolve().parents[2]
 FULL_BITS = (32, 32)
 Row = dict[str, Any]  # one cell with one sampler, plain values
 
 
 def code_digest() -> str:
     """Of the sources that a quantized file depends on."""
-    files = [ROOT / "calibrate.py", *ROOT.glob("quant/**/*.py"), *ROOT.glob("models/**/*.py")]
+    files = sorted(path for room in ("models", "quant") for path in (ROOT / room).rglob("*.py"))
     digest = sha256()
     for file in sorted(files):
         digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
@@ -81,7 +83,7 @@ class Bench:
         """Of everything that the cell's images depend on but the code."""
         config = self.plan.config(cell)
         full = self.full(config)
-        calibration = calibrate.identity_of(config, full.sources)
+        calibration = identity_of_calibration(config, full.sources)
         return digest_of({"full": full.identity, "calibration": calibration})
 
     def full_row(self, sampler: Sampler) -> Row:
@@ -136,7 +138,7 @@ class Bench:
         corrected = replace(base.quant, method="ptqd", correction="ptqd")
         folder = self._folder(cell)
         same = replace(base, quant=corrected) == config
-        return folder if same and (folder / calibrate.RESULT).exists() else None
+        return folder if same and (folder / RESULT).exists() else None
 
     def _folder(self, cell: Cell) -> Path:
         return self.root / "cells" / f"{cell.name}-{self.digest(cell)[:8]}"
@@ -144,11 +146,11 @@ class Bench:
     def _calibrate(self, config: Config, folder: Path, base: Path | None) -> Row:
         bank, seconds = self.full(config).calibration_bank(config)
         assembly = assemble(config, device=self.device)
-        if base is not None and not (folder / calibrate.RESULT).exists():
-            calibrate.correct_config(config, assembly, folder, base, bank)
-        options = {"resume": True, "bank": bank}
-        calibrate.calibrate_config(config, assembly, folder, self.device, **options)
-        report = read_json(folder / "report.json", CALIBRATION)
+        run = CalibrationRun(config, assembly, folder, self.device)
+        if base is not None and not (folder / RESULT).exists():
+            correct_run(run, base, bank)
+        calibrate_run(run, resume=True, bank=bank)
+        report = read_json(folder / "report.json", CalibrationReport)
         phases = report.get("phases", {})
         in_phases = sum(p.get("seconds", 0) for p in phases.values() if isinstance(p, dict))
         # A resumed run reports its own seconds only; those of the phases are kept over resumes.
@@ -171,7 +173,7 @@ class Bench:
 
         def assembly() -> Assembly:
             name, code = self.backend.name, self.backend.code
-            return assemble(config, folder / calibrate.RESULT, name, self.device, code)
+            return assemble(config, folder / RESULT, name, self.device, code)
 
         def pairs() -> Row:
             reference = full.images()

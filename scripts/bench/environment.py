@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..common.paths import ROOT
+
 PACKAGES = ("torch", "numpy", "scipy", "pytorch-fid", "pillow")
 
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-import sample_diffusion
-from calibrate import make_bank
-from models.checkpoint_files import unreadable_now
-from quant.bank import Bank
-from scripts.bench.record import Record
-from scripts.common.config import Config
-from scripts.common.files import save_tensors
-from scripts.common.runs import RunError, claim, digest_of, missing_images
-from scripts.common.trajectories import record_bank
-from scripts.common.wiring import Assembly, assemble
+from ...models.checkpoint_files import unreadable_now
+from ...quant.calibration.states import Bank
+from ..common.errors import RunError
+from ..common.files import save_tensors
+from ..experiment.assembly import Assembly, assemble
+from ..experiment.calibration_run import CalibrationRun, make_bank
+from ..experiment.config import Config
+from ..experiment.runs import claim, digest_of, missing_images
+from ..experiment.sampling_run import SamplingRun, identity_of, make_images
+from ..experiment.trajectories import record_bank
+from .record import Record
 
 FRESH = 1 << 61  # added to the seed of the images: neither they nor calibration have this noise
 
@@ -30,9 +31,9 @@ def sample_images(
     config: Config, assembly: Assembly, folder: Path, backend: str | None, device: torch.device
 ) -> None:
     """The images that the folder lacks, as sample_diffusion.py makes them."""
-    claim(folder, sample_diffusion.identity_of(config, assembly, backend))
-    missing = missing_images(folder, config.sampling.count)
-    sample_diffusion.make_images(config, assembly, missing, folder, device, quiet=False)
+    run = SamplingRun(config, assembly, folder, device, backend)
+    claim(folder, run.identity)
+    make_images(run, run.missing())
 
 
 class FullPrecision:
@@ -45,7 +46,7 @@ class FullPrecision:
         self.calls = assembly.pipeline.timesteps
         self.guided = assembly.pipeline.guided
         self.parameters = sum(p.numel() for p in assembly.denoiser.parameters())
-        self.identity = sample_diffusion.identity_of(config, assembly, None)
+        self.identity = identity_of(config, assembly, None)
         self.digest = digest_of(self.identity)
         sampler = config.sampler
         self.folder = root / f"full-{sampler.name}-{sampler.steps}-{self.digest[:8]}"
@@ -81,7 +82,10 @@ class FullPrecision:
         """The bank of a cell's configuration and the seconds that it took."""
         settings = config.calibration
         name = f"calibration-{settings.trajectories}-s{settings.seed}"
-        return self._bank(name, lambda: make_bank(config, self.assembly(), self.device))
+        return self._bank(
+            name,
+            lambda: make_bank(CalibrationRun(config, self.assembly(), self.folder, self.device)),
+        )
 
     def _bank(self, name: str, make: Callable[[], Bank]) -> tuple[Bank, float]:
         path = self.folder / f"{name}.pt"

@@ -6,9 +6,10 @@ which each has the spread of the images in it.
 
 import numpy as np
 
-from scripts.bench import measure
-from scripts.bench.plan import NAMES
-from scripts.bench.tables import (
+from ..common.markdown import format_table
+from . import measure
+from .plan import NAMES
+from .tables import (
     Interval,
     Line,
     Row,
@@ -20,7 +21,6 @@ from scripts.bench.tables import (
     timesteps_text,
     with_interval,
 )
-from scripts.common.markdown import format_table
 
 OURS = "tinydm"
 LEAD_TITLE = (

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from models.pipeline import Pipeline
-from quant.bank import Bank
-from scripts.common.runs import png_name
-from scripts.common.trajectories import answer, mean_of_halves
-from scripts.metrics.inputs import read_image
-from scripts.metrics.scores import PEAK
+from ...models.pipeline import Pipeline
+from ...quant.calibration.states import Bank
+from ..experiment.runs import png_name
+from ..experiment.trajectories import answer, mean_of_halves
+from ..metrics.inputs import read_image
+from ..metrics.scores import PEAK
 
 RESAMPLES, LEVEL = 2000, 0.95
 LARGEST_DRAW = 1_000_000  # indices at a time

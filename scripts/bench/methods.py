@@ -5,12 +5,26 @@ import math
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import measure, tables
-from scripts.bench.ablations import PARTS
-from scripts.bench.cells import Bench, Row
-from scripts.bench.environment import environment
-from scripts.bench.leads import LEAD_TITLE, lead_table
-from scripts.bench.plan import (
+from ..common.errors import ConfigError
+from ..common.files import write_json, write_text
+from ..common.json_files import DamagedJsonError, check_type, parse_json
+from ..common.reports import RowReport
+from ..experiment.backend import add_backend, read_backend
+from ..experiment.cli import (
+    SAMPLER_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_config,
+    add_out,
+    make_parser,
+    resolve_device,
+)
+from ..experiment.runs import locked
+from . import measure, tables
+from .ablations import PARTS
+from .cells import Bench, Row
+from .environment import environment
+from .leads import LEAD_TITLE, lead_table
+from .plan import (
     METHODS,
     NAMES,
     Plan,
@@ -20,21 +34,7 @@ from scripts.bench.plan import (
     read_names,
     read_numbers,
 )
-from scripts.bench.scoring import Scorer
-from scripts.common.backend import add_backend, read_backend
-from scripts.common.cli import (
-    SAMPLER_OPTIONS,
-    SAMPLING_OPTIONS,
-    add_config,
-    add_out,
-    make_parser,
-    resolve_device,
-)
-from scripts.common.files import write_json, write_text
-from scripts.common.reports import ROW
-from scripts.common.runs import locked
-from scripts.common.shapes import ANYTHING, Keys, List, ShapeError, fits, parse_json
-from scripts.common.strict import ConfigError
+from .scoring import Scorer
 
 
 def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
@@ -97,10 +97,18 @@ def measure_all(args: argparse.Namespace, bench: Bench) -> list[Row]:
 def earlier_rows(path: Path) -> list[Row]:
     """Of a results.json, as far as it can be read."""
     try:
-        rows = parse_json(path, Keys({"rows": List(ANYTHING)}))["rows"]
-    except (OSError, ShapeError):
+        rows = parse_json(path, dict[str, Any]).get("rows")
+    except (OSError, DamagedJsonError):
         return []
-    return [row for row in rows if fits(row, ROW)]
+    return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+
+
+def _is_row(value: Any) -> bool:
+    try:
+        check_type(value, RowReport)
+    except DamagedJsonError:
+        return False
+    return True
 
 
 def summary(line: tables.Line) -> dict[str, Any]:
@@ -179,6 +187,6 @@ def write_all(args: argparse.Namespace, bench: Bench) -> None:
     write_json(folder / "results.json", finite(result))
     write_tables(folder, plan.base.name, rows)
     if any(row["cell"]["table"] == "benchmark" for row in rows):
-        from scripts.bench.plots import write_plots  # matplotlib is slow to import
+        from .plots import write_plots
 
         write_plots(folder, rows)

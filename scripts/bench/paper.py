@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.plan import NAMES
-from scripts.bench.tables import COLUMNS, SCORES, Line, Row, lines_of, number
-from scripts.common.markdown import format_table
+from ..common.markdown import format_table
+from .plan import NAMES
+from .tables import COLUMNS, SCORES, Line, Row, lines_of, number
 
 PUBLISHED = Path(__file__).with_name("published.json")
 TITLES = {

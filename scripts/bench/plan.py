@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.bench.ablations import PARTS, Variant
-from scripts.common.config import METHODS as QUANTIZED
-from scripts.common.config import Config, Override, load_config
-from scripts.common.strict import ConfigError, suggestion
+from ..common.errors import ConfigError
+from ..common.schema import suggestion
+from ..experiment.config import METHODS as QUANTIZED
+from ..experiment.config import Config, Override, load_config
+from .ablations import PARTS, Variant
 
 BENCHMARK = "benchmark"  # the table that is not an ablation
 NAMES = {

@@ -8,16 +8,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from safetensors import safe_open
 
-from calibrate import RESULT  # noqa: E402
-from quant.packed import read_metadata  # noqa: E402
-from scripts.bench.plan import NAMES  # noqa: E402
-from scripts.bench.tables import Line, Row, lines_of, timesteps_text  # noqa: E402
-from scripts.common.files import atomic  # noqa: E402
+from ...quant.runtime.packed_file import read_metadata
+from ..common.files import atomic
+from ..experiment.calibration_run import RESULT
+from .plan import NAMES
+from .tables import Line, Row, lines_of, timesteps_text
 
 PALETTE = ("#000000", "#999999", "#009e73", "#e69f00", "#cc79a7", "#0072b2")
 COLOURS = dict(zip(NAMES, PALETTE, strict=True))

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.common.files import write_json
-from scripts.common.reports import RECORD
-from scripts.common.shapes import read_json
+from ..common.files import write_json
+from ..common.json_files import read_json
+from ..common.reports import RecordSection
 
 Values = dict[str, Any]
 
@@ -16,7 +16,7 @@ class Record:
 
     def __init__(self, path: Path):
         self.path = path
-        self._sections = read_json(path, RECORD) or {}
+        self._sections = read_json(path, dict[str, RecordSection]) or {}
 
     def find(self, name: str, settings: Values) -> Values | None:
         section = self._sections.get(name)

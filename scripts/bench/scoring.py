@@ -4,11 +4,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from scripts.common.reference import full_statistics
-from scripts.common.runs import RunError, surplus_images
-from scripts.metrics import evaluate
-from scripts.metrics.inception import InceptionFeatures, prepare_inception
-from scripts.metrics.inputs import list_images, open_source
+from ..common.errors import RunError
+from ..common.reference import full_statistics
+from ..experiment.runs import surplus_images
+from ..metrics import evaluate
+from ..metrics.inception import InceptionFeatures, prepare_inception
+from ..metrics.inputs import list_images, open_source
 
 
 def _digest(path: Path) -> str:

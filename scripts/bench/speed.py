@@ -30,16 +30,16 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile
 
-from scripts.bench import speed_tables
-from scripts.bench.environment import environment, processor
-from scripts.bench.plan import read_names, read_numbers
-from scripts.bench.record import Record
-from scripts.bench.speed_models import VARIANTS, Call, Models, Variant, obstacle
-from scripts.common.cli import add_out, make_parser
-from scripts.common.config import calls_per_image, load_config
-from scripts.common.files import write_text
+from ..common.files import write_text
+from ..common.paths import ROOT
+from ..experiment.cli import add_out, make_parser
+from ..experiment.config import calls_per_image, load_config
+from . import speed_tables
+from .environment import environment, processor
+from .plan import read_names, read_numbers
+from .record import Record
+from .speed_models import VARIANTS, Call, Models, Variant, obstacle
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
 FULL = "fp32"  # what all are compared with
 SHOWN = 8  # operators of a profile

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant.compiled import COMPILERS, Compiled
-from quant.int8 import int8_supported
-from quant.packed import load_quantized, to_bytes
-from scripts.common.config import Config, resolved_yaml
-from scripts.common.files import write_bytes
-from scripts.common.memory import keep_freed_memory
-from scripts.common.wiring import empty_denoiser, select_backend
-from scripts.size_table import deployed_of, example_call, parameters_of, with_random_weights
+from ...quant.backends.native import COMPILERS, Compiled
+from ...quant.backends.selection import int8_supported
+from ...quant.runtime.packed_file import load_quantized, to_bytes
+from ..common.files import write_bytes
+from ..common.memory import keep_freed_memory
+from ..experiment.assembly import empty_denoiser, select_backend
+from ..experiment.config import Config, resolved_yaml
+from .random_models import deployed_of, example_call, parameters_of, with_random_weights
 
 Call = Callable[[], torch.Tensor]
 STATUS = Path("/proc/self/status")

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from scripts.common.markdown import format_table
+from ..common.markdown import format_table
 
 Row = dict[str, Any]
 MB = 2**20

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.bench import measure
-from scripts.bench.ablations import PARTS
-from scripts.bench.plan import BENCHMARK, NAMES, Cell
-from scripts.common.markdown import format_table
+from ..common.markdown import format_table
+from . import measure
+from .ablations import PARTS
+from .plan import BENCHMARK, NAMES, Cell
 
 Row = dict[str, Any]
 Interval = tuple[float, float] | None

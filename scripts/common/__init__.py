@@ -1,0 +1,1 @@
+"""Files, images, tables, schemas: knows nothing of models."""

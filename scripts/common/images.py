@@ -9,17 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.common.files import atomic
+from .errors import ImageError
+from .files import atomic
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-class ImageError(ValueError):
-    """An image or image set that cannot be read; the message names it."""
-
-
-class MetricError(ValueError):
-    """Input that cannot be scored; the message is one line for the user."""
 
 
 def load_images(source: str | Path, size: int) -> torch.Tensor:

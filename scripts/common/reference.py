@@ -10,24 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.common.files import atomic
-from scripts.common.images import ImageError
-
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache"
-
-
-def write_compact(source: str | Path, target: str | Path) -> None:
-    """source: .npz with mu (D,) and sigma (D, D); target: the same as mu, triangle, n."""
-    with np.load(source, allow_pickle=False) as archive, atomic(target) as temporary:
-        sigma = archive["sigma"]
-        parts = {
-            "mu": archive["mu"].astype(np.float32),
-            "triangle": sigma[np.triu_indices(len(sigma))].astype(np.float32),
-            "n": archive["n"],
-        }
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **parts)
+from .errors import ImageError
+from .files import atomic
+from .paths import CACHE
 
 
 def full_statistics(path: str | Path) -> Path:

@@ -1,117 +1,167 @@
-"""The shapes of the reports that the scripts write and read again."""
+"""What the scripts write as JSON and read again. Keys that are not named here are shown at most."""
 
-from scripts.common.shapes import (
-    ANYTHING,
-    COUNT,
-    NOTHING,
-    NUMBER,
-    POSITIVE,
-    TEXT,
-    WHOLE,
-    Cell,
-    Keys,
-    List,
-    Map,
-    Number,
-    Text,
-)
+from typing import Any, TypedDict
 
-LAYER = Keys(
-    {
-        "name": TEXT,
-        "kind": TEXT,
-        "weights": COUNT,
-        "macs": COUNT,
-        "weight_bits": Number(low=0, whole=True, none=True),
-        "activation_bits": List(COUNT),
-        "note": TEXT,
-    }
-)
-PHASES = Keys(optional={"tuples_per_step": List(COUNT)}, rest=Keys(optional={"seconds": POSITIVE}))
-CALIBRATION = Keys(  # report.json of calibrate.py
-    {
-        "name": TEXT,
-        "method": TEXT,
-        "weight_bits": COUNT,
-        "activation_bits": COUNT,
-        "size_mb": POSITIVE,
-        "float32_mb": POSITIVE,
-        "seconds": POSITIVE,
-    },
-    {
-        "ratio_to_float32": NUMBER,
-        "weights_quantized": NUMBER,
-        "macs_quantized": NUMBER,
-        "seed": WHOLE,
-        "threads": COUNT,
-        "versions": Map(TEXT),
-        "sources": Map(TEXT),
-        "identity": TEXT,
-        "phases": PHASES,
-        "layers": List(LAYER),
-    },
-)
-IMAGES = Keys(  # NAME.report.json of sample_diffusion.py
-    {"images_per_second": Number(low=1e-30, none=True)},
-    {
-        "images": Keys(optional={"made": COUNT}),
-        "seconds": Keys(optional={"sample": POSITIVE}),
-        "versions": Map(TEXT),
-    },
-)
-IDENTITY = Keys(optional={"files_sha256": Map(TEXT)})  # NAME.identity.json
-COMPARISON = Keys(optional={"rows": List(Map(Cell()))})  # of compare.py
-RECORD = Map(Keys({"settings": Map(ANYTHING), "values": Map(ANYTHING)}))  # of bench/record.py
-STATES = Keys(  # what report.py measured: sections of its record
-    {
-        "timesteps": List(COUNT),
-        "trajectories": COUNT,
-        "eps_mse_of_steps": List(POSITIVE, none=True),
-        "low": List(List(Number(none=True))),
-        "high": List(List(Number(none=True))),
-    }
-)
-LAYERS = Keys({"timesteps": List(COUNT), "eps_mse": Map(POSITIVE), "eps_mse_of_all": POSITIVE})
-SCORES = Keys(
-    {
-        "reference": TEXT,
-        "images": Keys({"generated": COUNT, "reference": Number(low=0, whole=True, none=True)}),
-    },
-    {name: Number(none=True) for name in ("fid", "sfid", "is", "precision", "recall")}
-    | {"reference_sha256": TEXT},
-    none=True,
-)
-SAMPLER = Keys({"name": TEXT, "steps": COUNT}, rest=NOTHING)
-ROW = Keys(  # of benchmark.py's results.json
-    {
-        "cell": Keys(
-            {
-                "table": TEXT,
-                "label": TEXT,
-                "bits": List(COUNT, length=2),
-                "steps": COUNT,
-                "seed": WHOLE,
-                "overrides": List(TEXT),
-            },
-            rest=NOTHING,
-        ),
-        "sampler": SAMPLER,
-        "calibrated": SAMPLER,
-        "scores": SCORES,
-        "digest": TEXT,
-        "count": COUNT,
-        "trajectories": COUNT,
-        "calls": COUNT,
-        "distinct_calls": COUNT,
-    },
-    {
-        "size_mb": Number(low=0, none=True),
-        "seconds": Number(low=0, none=True),
-        "code": Text(none=True),
-        "backend": Text(none=True),
-        "image_mse": List(POSITIVE, none=True),
-        "eps_mse_of_trajectories": List(POSITIVE, none=True),
-    },
-)
-PLACE = Keys(optional={name: Text(none=True) for name in ("commit", "cuda", "processor")})
-RESULTS = Keys({"name": TEXT, "rows": List(ROW)}, {"environment": PLACE})
+Plain = dict[str, Any]
+
+
+class LayerReport(TypedDict):
+    name: str
+    kind: str
+    weights: int
+    macs: int
+    weight_bits: int | None
+    activation_bits: list[int]
+    note: str
+
+
+class _CalibrationCore(TypedDict):
+    name: str
+    method: str
+    weight_bits: int
+    activation_bits: int
+    size_mb: float
+    float32_mb: float
+    seconds: float
+
+
+class CalibrationReport(_CalibrationCore, total=False):
+    """report.json of calibrate.py."""
+
+    ratio_to_float32: float
+    weights_quantized: float
+    macs_quantized: float
+    seed: int
+    threads: int
+    versions: dict[str, str]
+    sources: dict[str, str]
+    identity: str
+    phases: dict[str, Any]
+    layers: list[LayerReport]
+
+
+class _Images(TypedDict, total=False):
+    made: int
+
+
+class _Seconds(TypedDict, total=False):
+    sample: float
+
+
+class _ImagesCore(TypedDict):
+    images_per_second: float | None
+
+
+class ImagesReport(_ImagesCore, total=False):
+    """NAME.report.json of sample_diffusion.py."""
+
+    images: _Images
+    seconds: _Seconds
+    versions: dict[str, str]
+
+
+class ImagesIdentity(TypedDict, total=False):
+    """NAME.identity.json of sample_diffusion.py."""
+
+    files_sha256: dict[str, str]
+
+
+class Comparison(TypedDict, total=False):
+    """comparison.json of compare.py."""
+
+    rows: list[dict[str, Any]]
+
+
+class RecordSection(TypedDict):
+    settings: dict[str, Any]
+    values: dict[str, Any]
+
+
+class StatesSection(TypedDict):
+    """What report.py measured along trajectories: a section of its record."""
+
+    timesteps: list[int]
+    trajectories: int
+    eps_mse_of_steps: list[float] | None
+    low: list[list[float | None]]
+    high: list[list[float | None]]
+
+
+class LayersSection(TypedDict):
+    """What report.py measured of single layers: a section of its record."""
+
+    timesteps: list[int]
+    eps_mse: dict[str, float]
+    eps_mse_of_all: float
+
+
+class _ImageCounts(TypedDict):
+    generated: int
+    reference: int | None
+
+
+class _ScoresCore(TypedDict):
+    reference: str
+    images: _ImageCounts
+
+
+class Scores(_ScoresCore, total=False):
+    fid: float | None
+    sfid: float | None
+    recall: float | None
+    precision: float | None
+    reference_sha256: str
+
+
+class SamplerReport(TypedDict):
+    name: str
+    steps: int
+
+
+class CellReport(TypedDict):
+    table: str
+    label: str
+    bits: list[int]
+    steps: int
+    seed: int
+    overrides: list[str]
+
+
+class _RowCore(TypedDict):
+    cell: CellReport
+    sampler: SamplerReport
+    calibrated: SamplerReport
+    scores: Scores | None
+    digest: str
+    count: int
+    trajectories: int
+    calls: int
+    distinct_calls: int
+
+
+class RowReport(_RowCore, total=False):
+    """A row of benchmark.py's results.json."""
+
+    size_mb: float | None
+    seconds: float | None
+    code: str | None
+    backend: str | None
+    image_mse: list[float] | None
+    eps_mse_of_trajectories: list[float] | None
+
+
+class PlaceReport(TypedDict, total=False):
+    commit: str | None
+    cuda: str | None
+    processor: str | None
+
+
+class _ResultsCore(TypedDict):
+    name: str
+    rows: list[RowReport]
+
+
+class ResultsReport(_ResultsCore, total=False):
+    """results.json of benchmark.py."""
+
+    environment: PlaceReport

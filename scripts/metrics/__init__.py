@@ -15,18 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from scripts.common.processes import ALONE, Team, Tensors
-from scripts.metrics import inception as net
-from scripts.metrics import scores
-from scripts.metrics.inputs import (
-    MetricError,
-    Source,
-    Statistics,
-    list_images,
-    open_source,
-    read_image,
-    save_statistics,
-)
+from ..common.errors import MetricError
+from ..experiment.processes import ALONE, Team, Tensors
+from . import inception as net
+from . import scores
+from .inputs import Source, Statistics, list_images, open_source, read_image, save_statistics
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 LEAST = {"fid": 2, "sfid": 2, "is": 1, "precision": 4, "recall": 4}  # images that each needs

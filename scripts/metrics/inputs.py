@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.common.files import atomic
-from scripts.common.images import MetricError
+from ..common.errors import MetricError
+from ..common.files import atomic
 
 # What pytorch-fid counts as an image: these endings in lower case, not in sub-folders.
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

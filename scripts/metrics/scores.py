@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from scripts.metrics.inputs import MetricError
+from ..common.errors import MetricError
 
 PEAK = 255.0  # largest value of an 8-bit image
 NOISE = 1e-6  # float32 rounding of a squared distance, relative to the squared norms

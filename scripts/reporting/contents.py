@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from quant.packed import read_metadata
-from scripts.bench.plots import group_ranks
+from ...quant.runtime.packed_file import read_metadata
+from ..bench.plots import group_ranks
 
 HEADER = "header: names, shapes, configuration"
 KINDS = {
@@ -18,7 +18,6 @@ KINDS = {
     "layers.channel_scale": "scales of input channels",
     "activations.scale": "activation scales and zero points",
     "activations.zero_point": "activation scales and zero points",
-    "activations.bits": "activation scales and zero points",
     "activations.group": "groups of timesteps",
 }
 
@@ -56,24 +55,13 @@ def read_quantizers(path: Path) -> Quantizers:
     with safe_open(path, framework="np") as handle:
         names = ("scale", "zero_point", "group")
         scale, zero, group = (handle.get_tensor(f"activations.{name}") for name in names)
-        mixed = "activations.bits" in handle.keys()  # noqa: SIM118
-        bits_of_group = handle.get_tensor("activations.bits") if mixed else None
     bits = [b for entry in metadata["layers"] for b in entry["inputs"]]
     operands = [o for entry in metadata["layers"] for o in _operands(entry)]
     rows = np.arange(len(bits))[:, None]
     scale, zero = scale[rows, group], zero[rows, group]  # (L, S)
-    own = np.array(bits)[:, None] if bits_of_group is None else bits_of_group[rows, group]
-    top = 2.0 ** own.astype(np.float64) - 1
-    # Logarithmic codes reach from 0 to the scale itself.
-    log2 = np.array([b for entry in metadata["layers"] for b in _logarithmic(entry)])[:, None]
-    low = np.where(log2, 0.0, -zero * scale)
-    high = np.where(log2, scale, (top - zero) * scale)
+    top = 2.0 ** np.array(bits, np.float64)[:, None] - 1
+    low, high = -zero * scale, (top - zero) * scale
     return Quantizers(layers, operands, bits, timesteps, rank, low, high)
-
-
-def _logarithmic(entry: dict[str, Any]) -> list[bool]:
-    """Of each input: attention's probabilities, a left operand, can be."""
-    return [i == 0 and bool(entry.get("log2")) for i in range(len(entry["inputs"]))]
 
 
 def _operands(entry: dict[str, Any]) -> list[str]:

@@ -10,13 +10,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from scripts.bench.plots import groups_over_timesteps  # noqa: E402
-from scripts.common.files import atomic  # noqa: E402
-from scripts.reporting.contents import Quantizers  # noqa: E402
+from ..bench.plots import groups_over_timesteps
+from ..common.files import atomic
+from .contents import Quantizers
 
 Draw = Callable[[Axes], None]
 INK = "#010203"  # stands for the colour of text until the SVG is there

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scripts.bench.measure import decibels, median_psnr, pooled_psnr
-from scripts.common.images import grid
-from scripts.metrics.inputs import MetricError, read_image
-from scripts.reporting.figures import data_uri, sorted_psnr
-from scripts.reporting.page import Section, missing, paragraph, picture
-from scripts.reporting.run_folder import Run
+from ..bench.measure import decibels, median_psnr, pooled_psnr
+from ..common.errors import MetricError
+from ..common.images import grid
+from ..metrics.inputs import read_image
+from .figures import data_uri, sorted_psnr
+from .page import Section, missing, paragraph, picture
+from .run_folder import Run
 
 SHOWN, COLUMNS = 64, 8
 LARGEST_SIDE = 96  # of an image in a grid, in pixels

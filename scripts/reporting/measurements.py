@@ -14,19 +14,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from models.checkpoint import CheckpointError, sha256_of
-from quant.bank import Bank
-from quant.model import QuantDenoiser, activation_quantizers, replace_module
-from scripts.bench.full import FRESH
-from scripts.bench.measure import eps_errors
-from scripts.bench.record import Record
-from scripts.common.config import Config, ConfigError, repository_path
-from scripts.common.reports import LAYERS, STATES
-from scripts.common.runs import RunError
-from scripts.common.shapes import Plain, ShapeError
-from scripts.common.trajectories import record_bank
-from scripts.common.wiring import Assembly, assemble
-from scripts.reporting.run_folder import Run
+from ...models.checkpoint import sha256_of
+from ...models.checkpoint_files import CheckpointError
+from ...quant.calibration.states import Bank
+from ...quant.runtime.denoiser import QuantDenoiser, replace_module
+from ...quant.runtime.quantizer import quantizers_of
+from ..bench.full import FRESH
+from ..bench.measure import eps_errors
+from ..bench.record import Record
+from ..common.errors import ConfigError, RunError
+from ..common.json_files import DamagedJsonError, check_type
+from ..common.reports import LayersSection, Plain, StatesSection
+from ..experiment.assembly import Assembly, assemble
+from ..experiment.config import Config, repository_path
+from ..experiment.trajectories import record_bank
+from .run_folder import Run
 
 FILE = "report-measurements.json"
 
@@ -82,8 +84,8 @@ def measure(
 def check_values(name: str, values: Plain, run: Run, has_full: bool) -> None:
     """Raises RunError for a section of another shape than the run's network gives."""
     try:
-        (STATES if name == "states" else LAYERS).check(values, name)
-    except ShapeError as error:
+        check_type(values, StatesSection if name == "states" else LayersSection, name)
+    except DamagedJsonError as error:
         raise RunError(f"{run.folder / FILE}: damaged ({error}); delete it") from error
     fits = bool(values["timesteps"])
     if name == "states":
@@ -200,7 +202,7 @@ class Networks:
 def ranges_of(model: QuantDenoiser) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """While it is open, what the activation quantizers see: (low, high), each (L, S) for L
     quantizers in the file's order and S calibrated timesteps; NaN where nothing came."""
-    quantizers = [module for _, module in activation_quantizers(model)]
+    quantizers = [module for _, module in quantizers_of(model)]
     shape = (len(quantizers), len(model.context.timesteps))
     low, high = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2))
 

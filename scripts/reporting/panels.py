@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from scripts.reporting.contents import Quantizers
-from scripts.reporting.figures import block_of
+from .contents import Quantizers
+from .figures import block_of
 
 WIDTH, HEIGHT = 150, 60
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibrate import RESULT
-from models.checkpoint import sha256_of
-from quant.packed import read_metadata
-from scripts.common.config import Config, ConfigError, load_config, parse_config
-from scripts.common.reports import CALIBRATION, COMPARISON, IDENTITY, IMAGES
-from scripts.common.runs import RunError, beside
-from scripts.common.shapes import Plain, read_json
-from scripts.metrics.inputs import list_images
+from ...models.checkpoint import sha256_of
+from ...quant.runtime.packed_file import read_metadata
+from ..common.errors import ConfigError, RunError
+from ..common.json_files import read_json
+from ..common.reports import CalibrationReport, Comparison, ImagesIdentity, ImagesReport, Plain
+from ..experiment.calibration_run import RESULT
+from ..experiment.config import Config, load_config, parse_config
+from ..experiment.runs import beside
+from ..metrics.inputs import list_images
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_run(folder: str | Path, full: str | None = None, quantized: str | None 
     Raises RunError for a folder that is no run, or with damaged files; PackedFileError.
     """
     folder = Path(folder)
-    report = read_json(folder / "report.json", CALIBRATION)
+    report = read_json(folder / "report.json", CalibrationReport)
     has_file = (folder / RESULT).exists()
     if report is None and not has_file:
         raise RunError(f"{folder}: neither report.json nor {RESULT}; give a run of calibrate.py")
@@ -78,7 +79,7 @@ def read_run(folder: str | Path, full: str | None = None, quantized: str | None 
     made_from = sets[1].identity.get("files_sha256", {}).get("quantized") if sets[1] else None
     if has_file and made_from not in (None, sha256_of(folder / RESULT)):
         notes.append(f"{sets[1].folder.name} was sampled from another file than today's {RESULT}.")
-    comparison = read_json(folder / "comparison.json", COMPARISON)
+    comparison = read_json(folder / "comparison.json", Comparison)
     return Run(folder, report, config, text, metadata, comparison, *sets, tuple(notes))
 
 
@@ -133,8 +134,8 @@ def _placed(folder: Path, name: str) -> Path:
 
 
 def _image_set(path: Path) -> ImageSet:
-    identity = read_json(beside(path, "identity.json"), IDENTITY) or {}
-    return ImageSet(path, identity, read_json(beside(path, "report.json"), IMAGES))
+    identity = read_json(beside(path, "identity.json"), ImagesIdentity) or {}
+    return ImageSet(path, identity, read_json(beside(path, "report.json"), ImagesReport))
 
 
 def _noise(images: ImageSet) -> list[Any]:

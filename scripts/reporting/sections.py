@@ -6,21 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from scripts.common.config import Config, sampling_plan
-from scripts.common.shapes import Plain
-from scripts.reporting.contents import Quantizers, bytes_by_kind
-from scripts.reporting.figures import (
-    data_uri,
-    eps_error,
-    group_map,
-    largest_errors,
-    map_size,
-    samples_per_step,
-)
-from scripts.reporting.measurements import Measured
-from scripts.reporting.page import Section, bar, missing, paragraph, picture, table, text
-from scripts.reporting.panels import legend, range_panels
-from scripts.reporting.run_folder import Run
+from ...models.pipeline import sampling_plan
+from ..common.reports import Plain
+from ..experiment.config import Config
+from .contents import Quantizers, bytes_by_kind
+from .figures import data_uri, eps_error, group_map, largest_errors, map_size, samples_per_step
+from .measurements import Measured
+from .page import Section, bar, missing, paragraph, picture, table, text
+from .panels import legend, range_panels
+from .run_folder import Run
 
 CALIBRATE = "calibrate.py writes it."
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.autoencoder import VQAutoencoder
-from models.checkpoint import State
-from scripts.common.images import grid, to_uint8
-from scripts.common.strict import ConfigError
-from scripts.train.loop import LoopSettings, fit, identity_of
+from ...models.autoencoder import VQAutoencoder
+from ...models.checkpoint_files import State
+from ..common.errors import ConfigError
+from ..common.images import grid, to_uint8
+from .loop import LoopSettings, fit, identity_of
 
 PLAIN_SHARE = 0.35  # of the first stage's training: without the codebook
 EDGE_WEIGHT = 0.5  # of the differences between neighbouring pixels, which keep outlines sharp

@@ -21,14 +21,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from models.checkpoint import CheckpointError, State
-from models.checkpoint_files import unreadable_now
-from models.samplers import SamplingError
-from scripts.common.cli import spellings
-from scripts.common.files import save_tensors, write_json
-from scripts.common.images import write_png
-from scripts.common.runs import RunError, locked
-from scripts.common.strict import ConfigError
+from ...models.checkpoint_files import CheckpointError, State, unreadable_now
+from ...models.samplers import SamplingError
+from ..common.errors import ConfigError, RunError
+from ..common.files import save_tensors, write_json
+from ..common.images import write_png
+from ..experiment.cli import spellings
+from ..experiment.runs import locked
 
 # (generator of all draws) -> loss of one fresh batch
 Loss = Callable[[torch.Generator], torch.Tensor]

@@ -1,0 +1,1 @@
+"""Ways of executing a deployed model faster than in floating point."""

@@ -1,0 +1,344 @@
+"""Integer execution in C++, compiled when asked: the files of cpp/.
+
+codes.cpp makes uint8 codes in one pass, with the GroupNorm and SiLU before them if there are any;
+products.cpp multiplies them, on processors with AVX512-VNNI (`products` says so; elsewhere oneDNN
+does), and layer.cpp does both in one call. Needs a C++ compiler and nothing of PyTorch's headers;
+compiling takes about two seconds, so that the library is not kept. Results equal those of
+int8_layers.py bit by bit where nothing but codes is made, and up to float rounding elsewhere.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..core.affine import QuantizerStep
+
+NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
+SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in NAMES)
+COMPILERS = ("g++", "clang++", "c++")
+# Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
+NATIVE = ("-O3", "-march=native", "-mprefer-vector-width=512")
+EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LANGUAGE = ("-std=c++17", "-fopenmp", "-fPIC")
+
+_POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
+_STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
+_ARGUMENTS = {
+    "codes": [_POINTER, _LONG, *[_POINTER] * 4, *_STEP, _INT],
+    "group_norm": [*[_POINTER] * 3, _LONG, ctypes.c_double, _POINTER, _POINTER, _INT],
+    "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
+}
+_PRODUCTS = {
+    "layer": [
+        *[_POINTER] * 3,
+        *(_LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
+        *(_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    ],
+    "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
+}
+Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and their zero point
+
+
+class CompileError(RuntimeError):
+    """The code cannot be compiled here; the message says what is missing, in one line."""
+
+
+class Compiled:
+    """The compiled functions. Raises CompileError. A copy, or a pickle read again, compiles anew.
+
+    products: whether this processor has the instructions of products.cpp.
+    """
+
+    def __init__(self) -> None:
+        self._library = _compile()
+        self.products = bool(self._library.has_products())
+        functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
+        for name, arguments in functions.items():
+            function = getattr(self._library, name)
+            function.argtypes, function.restype = arguments, None
+
+    def __reduce__(self) -> tuple[type["Compiled"], tuple[()]]:
+        return Compiled, ()
+
+    def codes(
+        self,
+        x: torch.Tensor,
+        factors: torch.Tensor,
+        step: QuantizerStep,
+        border: tuple[int, int] = (0, 0),
+        pitch: int | None = None,
+    ) -> Planes:
+        """clamp(round(x * factors / scale) + zero_point, 0, top), with a border of zeros.
+
+        x: float32 (B, C, H, W) of which `pixel_stride` is not None; factors float32 (C,). Codes are
+        (B, pitch, H + 2 border[0], W + 2 border[1]), channels_last; those of channels beyond C are
+        not set. More than 8 bits give two, of the low and the high byte: s (q - z) is their sum.
+        """
+        given = (x.data_ptr(), pixel_stride(x))
+        return self._make(self._library.codes, given, x, factors, step, border, pitch)
+
+    def norm_silu_codes(
+        self,
+        x: torch.Tensor,
+        norm: nn.GroupNorm,
+        factors: torch.Tensor,
+        step: QuantizerStep,
+        border: tuple[int, int] = (0, 0),
+        pitch: int | None = None,
+    ) -> Planes:
+        """`codes` of silu(norm(x)). x: float32 (B, C, H, W) whose `pixel_stride` is C."""
+        given = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups)
+        function = self._library.norm_silu_codes
+        return self._make(function, (*given, norm.eps), x, factors, step, border, pitch)
+
+    def group_norm(self, x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+        """norm(x), of which a sample depends neither on the batch nor on the threads. x as in
+        `norm_silu_codes`."""
+        out = torch.empty_like(x)
+        batch, channels, height, width = x.shape
+        self._library.group_norm(
+            *(x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups),
+            *(norm.eps, out.data_ptr(), (_LONG * 7)(batch, height, width, channels, 0, 0, 0)),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _make(
+        self,
+        function: Callable[..., None],
+        given: tuple[int | float | None, ...],
+        x: torch.Tensor,
+        factors: torch.Tensor,
+        step: QuantizerStep,
+        border: tuple[int, int],
+        pitch: int | None,
+    ) -> Planes:
+        """Codes by a function of codes.cpp; given: its first arguments, of the input."""
+        scale, zero_point, top = step.scale, step.zero_point, step.top
+        out, high, size = _targets(x, top > 255, border, pitch)
+        function(
+            *(*given, factors.data_ptr(), out.data_ptr()),
+            *(None if high is None else high.data_ptr(), size),
+            *(step.inverse, zero_point, top, torch.get_num_threads()),
+        )
+        if high is None:
+            return [(out, scale, zero_point)]
+        return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
+
+    def layer(
+        self,
+        prepared: "PreparedLayer",
+        steps: "ctypes.Array[PartStep]",
+        x: torch.Tensor,
+        stride: int,
+        norm: nn.GroupNorm | None,
+        plus: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """out = the layer of x, or of silu(norm(x)), + plus.
+
+        x: float32, `stride` values from one pixel to the next, all channels with a norm. out:
+        float32, its channels beside each other. plus: a tensor like out, or (B, O, 1, 1) with its
+        channels beside each other, and B of the output.
+        """
+        scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
+        of_norm = (None, None, 0, 0.0)
+        if norm is not None:
+            weights = norm.weight.data_ptr(), norm.bias.data_ptr()
+            of_norm = (*weights, norm.num_groups, norm.eps)
+        added = (None, 0, 0)
+        if plus is not None:
+            one = plus.shape[2:] == (1, 1)
+            added = (plus.data_ptr(), plus.stride(0), 0 if one else plus.shape[1])
+        self._library.layer(
+            *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *of_norm, *added),
+            *(out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
+        )
+
+    def matrix_product(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        left_step: QuantizerStep,
+        right_step: QuantizerStep,
+        relative: bool,
+        score_scale: float | None = None,
+    ) -> torch.Tensor:
+        """(B, N, K) @ (B, K, M), both quantized to at most 8 bits, the right one to values that fit
+        int8. relative: rows of the left one are divided by their largest value before, and the
+        result's multiplied by it. score_scale: the left operand is softmax(left * score_scale)."""
+        left, right = left.float(), right.float()
+        if left.stride(2) != 1:
+            left = left.contiguous()
+        if 1 not in right.stride()[1:]:
+            right = right.contiguous()
+        out = torch.empty(*left.shape[:2], right.shape[2])
+        strides = (*left.stride()[:2], *right.stride())
+        size = (ctypes.c_long * 9)(*left.shape, right.shape[2], *strides)
+        steps = [v for s in (left_step, right_step) for v in (s.inverse, s.zero_point, s.top)]
+        self._library.matrix_product(
+            *(left.data_ptr(), right.data_ptr(), out.data_ptr(), size, *steps),
+            *(left_step.scale * right_step.scale, relative + 2 * (score_scale is not None)),
+            *(score_scale or 0.0, torch.get_num_threads()),
+        )
+        return out
+
+
+class BlockedWeight(nn.Module):
+    """int8 codes in the order that products.cpp reads. Geometry in pixels, (vertical, horizontal).
+
+    Buffers: codes int8 (O / 16, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32 (O,)
+    of an output's codes; scale float32 (O,).
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, stride: list[int], padding: list[int]
+    ):
+        """codes int8 (O, C, kh, kw)."""
+        super().__init__()
+        outputs, channels, *kernel = codes.shape
+        self.kernel, self.stride, self.padding = tuple(kernel), tuple(stride), tuple(padding)
+        self.in_channels, self.pitch = channels, -(-channels // 4) * 4
+        taps, blocks = kernel[0] * kernel[1], -(-outputs // 16)
+        blocked = codes.new_zeros(blocks, taps, self.pitch // 4, 16, 4)
+        for block, part in zip(blocked, codes.flatten(2).split(16), strict=True):  # little memory
+            rows = F.pad(part.transpose(1, 2), (0, self.pitch - channels))  # (16, taps, pitch)
+            block[:, :, : len(part)] = rows.unflatten(2, (-1, 4)).permute(1, 2, 0, 3)
+        self.register_buffer("codes", blocked.flatten(1))
+        self.register_buffer("sums", codes.flatten(1).sum(1, dtype=torch.int32))
+        self.register_buffer("scale", scale)
+
+    def output_size(self, height: int, width: int) -> list[int]:
+        """Of an input without its border."""
+        return [
+            (size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
+            for i, size in enumerate((height, width))
+        ]
+
+
+class PartStep(ctypes.Structure):
+    """The quantizer of a part of a layer's input, at a timestep; see layer.cpp."""
+
+    _fields_ = (("inverse", _FLOAT), ("scale", _FLOAT), ("zero_point", _INT), ("top", _INT))
+
+
+def part_step(step: QuantizerStep) -> PartStep:
+    return PartStep(step.inverse, step.scale, step.zero_point, step.top)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("channels", "pitch")),
+        *((name, _POINTER) for name in ("factors", "codes", "sums", "scale")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *(("parts", _LONG), ("part", _Part * 2), ("size", _LONG * 7), ("shape", _LONG * 11)),
+        ("bias", _POINTER),
+    )
+
+
+class PreparedLayer:
+    """What products of a layer need for inputs of one shape. Keeps the tensors that it points to.
+
+    output: its shape (B, O, H, W).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        weights: list[BlockedWeight],
+        factors: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        planes: int,
+    ):
+        """shape: of the input (B, C, H, W). A weight and the channels' factors for each part of the
+        channels; planes: maps of codes, of one byte each, that an input has at most."""
+        (batch, _, height, width), first = shape, weights[0]
+        border_y, border_x = first.padding
+        size = first.output_size(height, width)
+        outputs = len(first.scale)
+        inside = (height + 2 * border_y, width + 2 * border_x)
+        parts = [
+            _Part(
+                *(weight.in_channels, weight.pitch),
+                *(v.data_ptr() for v in (factor, weight.codes, weight.sums, weight.scale)),
+            )
+            for weight, factor in zip(weights, factors, strict=True)
+        ]
+        self._kept = [(w.codes, w.sums, w.scale) for w in weights], factors, bias
+        self._structure = _Layer(
+            len(parts),
+            (_Part * 2)(*parts),
+            (_LONG * 7)(batch, height, width, 0, border_y, border_x, 0),
+            (_LONG * 11)(batch, *inside, 0, *size, outputs, *first.kernel, *first.stride),
+            None if bias is None else bias.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._structure)
+        self.output = (batch, outputs, *size)
+        self.scratch = planes * batch * inside[0] * inside[1] * max(w.pitch for w in weights)
+
+
+def pixel_stride(x: torch.Tensor) -> int | None:
+    """Values from one pixel to the next where the channels of float32 (B, C, H, W) on the CPU lie
+    beside each other (all of them, or a part); None for any other tensor."""
+    if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    _, channels, height, width = x.shape
+    stride = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0)
+    expected = (height * width * stride, 1, width * stride, stride)
+    matches = all(
+        count == 1 or a == b for count, a, b in zip(x.shape, x.stride(), expected, strict=True)
+    )
+    return stride if matches and stride >= channels else None
+
+
+def _targets(
+    x: torch.Tensor, two: bool, border: tuple[int, int], pitch: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None, ctypes.Array]:
+    """Empty codes, if two those of the high bytes, and the sizes that codes.cpp wants."""
+    batch, channels, height, width = x.shape
+    pitch = channels if pitch is None else pitch
+    shape = (batch, pitch, height + 2 * border[0], width + 2 * border[1])
+    out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    size = (ctypes.c_long * 7)(batch, height, width, channels, *border, pitch)
+    return out, torch.empty_like(out) if two else None, size
+
+
+def _compile() -> ctypes.CDLL:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)})")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "compiled.so"
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+
+        def run(*arguments: str | Path) -> None:
+            command = [compiler, *LANGUAGE, *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                line = next((line for line in lines if "error" in line), lines[-1])
+                raise CompileError(f"{compiler}: {line[:200]}")
+
+        def translate(source: Path, result: Path) -> None:
+            run(*NATIVE, *EXACT, "-c", source, "-o", result)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(translate, SOURCES, objects))
+        run("-shared", *objects, "-o", file)
+        try:
+            return ctypes.CDLL(str(file))
+        except OSError as error:
+            raise CompileError(f"what {compiler} made cannot be loaded: {error}") from error

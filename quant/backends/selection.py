@@ -1,0 +1,126 @@
+"""The int8 backend: which layers of a deployed model run in integers, and why others do not.
+
+    model = to_int8(load_quantized(path, denoiser))     # in place
+    fake_layers(model)                                  # {name: reason} of what was left as it is
+
+It computes what fake quantization computes, up to float rounding, without a compiler: activations
+are quantized once per layer to uint8 with the scale of the current timestep, multiplied with one
+int8 weight by oneDNN, and come back as float32 for norms, SiLU, softmax and residual sums.
+"""
+
+import torch
+from torch import nn
+
+from ..runtime.denoiser import QuantDenoiser, replace_module
+from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
+from .native import Compiled
+from .native_layers import CompiledLayer, CompiledMatMul, CompiledNorm, layers_are_independent
+from .onednn import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
+
+OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
+
+
+class Int8Error(RuntimeError):
+    """The int8 backend cannot run here; the message says why, in one line."""
+
+
+def int8_supported(device: str | torch.device = "cpu", vnni: bool = True) -> str | None:
+    """None, or the reason why there is no int8 execution on this device, see `to_int8`."""
+    if torch.device(device).type != "cpu":
+        return f"int8 kernels exist for x86 CPUs only, not for {torch.device(device).type}"
+    if not all(hasattr(torch.ops.onednn, name) for name in OPERATORS):
+        return "this PyTorch was built without oneDNN's int8 operators (x86 only)"
+    if vnni and not torch.cpu._is_vnni_supported():
+        return "this CPU lacks the VNNI instructions, without which int8 sums saturate"
+    if not torch.cpu._is_avx2_supported():
+        return "this CPU lacks the AVX2 instructions"
+    return None
+
+
+def to_int8(
+    model: QuantDenoiser, vnni: bool = True, compiled: Compiled | None = None
+) -> QuantDenoiser:
+    """Replaces, in place, what can run in integers. model: deployed, on the CPU.
+
+    vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
+    two products each and attention stays simulated; the results are the same. compiled: C++ for
+    what comes before the products and, with VNNI, for the products. The uint8 codes and float
+    copies of replaced layers are freed as it goes. Raises Int8Error.
+    """
+    reason = int8_supported(vnni=vnni)
+    if reason is not None:
+        raise Int8Error(reason)
+    # Large layers first: what they leave behind in memory has room for the others.
+    modules = sorted(model.denoiser.named_modules(), key=lambda item: -_size(item[1]))
+    for name, module in modules:
+        if isinstance(module, TimestepLayer):
+            module.layer = TransientLayer(module.layer)
+        elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
+            replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
+            _free(module)
+        elif type(module) is nn.GroupNorm and module.affine and _products(vnni, compiled):
+            replace_module(model.denoiser, name, CompiledNorm(module, compiled))
+    model.independent_rows = layers_are_independent(model.denoiser)
+    return model.eval().requires_grad_(False)
+
+
+def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
+    """Quantized layers that (would) stay simulated -> why. Those of the timestep are not listed:
+    they run in floating point by design, once per timestep."""
+    return {
+        name: reason
+        for name, module in model.denoiser.named_modules()
+        if _replaceable(model, name, module) and (reason := _obstacle(module, vnni)) is not None
+    }
+
+
+def integer_module(
+    module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
+) -> nn.Module:
+    """The integer form of a deployed module that has one, see `fake_layers`."""
+    products = _products(vnni, compiled)
+    if isinstance(module, QuantMatMul):
+        return CompiledMatMul(module, compiled) if products else Int8MatMul(module)
+    if products and CompiledLayer.fits(module.op):
+        return CompiledLayer(module, vnni, compiled)
+    return Int8Layer(module, vnni, compiled)
+
+
+def _products(vnni: bool, compiled: Compiled | None) -> bool:
+    return vnni and compiled is not None and compiled.products
+
+
+def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
+    if isinstance(module, QuantMatMul):
+        return not isinstance(module, Int8MatMul)
+    parent = model.denoiser.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, QuantLayer) and not isinstance(parent, TimestepLayer)
+
+
+def _obstacle(module: QuantLayer | QuantMatMul, vnni: bool) -> str | None:
+    """Why this layer cannot, or should not, run in integers."""
+    if isinstance(module, QuantMatMul):
+        if not vnni:
+            return "without VNNI its integer product is slower than the float one"
+        if module.left.bits > 8:
+            return f"its left operand has {module.left.bits} bits"
+        return None if fits_int8(module.right) else "its right operand does not fit int8"
+    if not len(module.inputs):
+        return "its activations are not quantized"
+    if module.qweight.device.type != "cpu":
+        return f"it is on {module.qweight.device.type}"
+    if module.op.is_conv and isinstance(module.op.padding, str):
+        return f"padding '{module.op.padding}'"
+    if module.split and module.op.is_conv and module.op.groups != 1:
+        return "a grouped convolution behind a skip concatenation"
+    return None if weights_fit(module) else "8-bit weights with a zero point other than 128"
+
+
+def _size(module: nn.Module) -> int:
+    return module.qweight.numel() if isinstance(module, QuantLayer) else 0
+
+
+def _free(module: nn.Module) -> None:
+    """Drops the big tensors of a replaced layer at once, whoever still refers to it."""
+    if isinstance(module, QuantLayer):
+        module.qweight, module._weight = module.qweight.new_empty(0), None

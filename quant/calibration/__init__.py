@@ -1,0 +1,1 @@
+"""From a full-precision denoiser to a deployed one."""

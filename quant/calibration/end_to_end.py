@@ -1,0 +1,143 @@
+"""End-to-end steps: the quantized denoiser learns to predict the full-precision noise.
+
+The last phase of tinyDM. Weights move as latent codes with straight-through rounding, activation
+scales by LSQ, biases and norms as they are; the loss is the eps error at calibration samples,
+data-free.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..runtime.denoiser import QuantDenoiser
+from .finite import finite_loss
+from .quantizer import rate_of_scale, scale_groups
+from .states import Bank
+from .wrapping import activation_quantizers, weight_layers
+
+LR_LATENT = 0.006  # in codes: about a hundred steps move a weight from the middle to the next
+LR_FLOAT = 1e-3  # biases and norms, at 4 bits; each bit more halves it
+LR_ZERO_POINT = 0.02  # in codes
+
+
+def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
+    """Makes the latent weights, unless they were restored, and marks what learns; returns the
+    optimizer's groups."""
+    groups: list[dict] = []
+    taken = set()
+    layers = [layer for _, layer in weight_layers(model)]
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer.log_gain is None:
+            quantizer.start_latent(layer.weight.detach())
+        layer.weight.data = quantizer.latent.data  # has no use from here on: frees its memory
+        groups.append({"params": [quantizer.latent], "lr": LR_LATENT})
+        rate = rate_of_scale(lr_scale, quantizer.bits)
+        groups.append({"params": [quantizer.log_gain], "lr": rate})
+        taken.add(id(layer.weight))
+    quantizers = [q for _, q in activation_quantizers(model)]
+    groups += scale_groups(quantizers, lr_scale)
+    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
+    groups.append({"params": zero_points, "lr": LR_ZERO_POINT})
+    taken |= {id(p) for q in quantizers for p in q.parameters()}
+    taken |= {id(p) for group in groups for p in group["params"]}
+    floats = [p for p in model.parameters() if id(p) not in taken]
+    fewest = min(module.bits for module in [*quantizers, *(v.weight_quantizer for v in layers)])
+    groups.append({"params": floats, "lr": rate_of_scale(LR_FLOAT, fewest)})
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(True)
+    return groups
+
+
+def finetune(
+    model: QuantDenoiser,
+    bank: Bank,
+    tuples: torch.Tensor,
+    iterations: int,
+    batch_size: int,
+    lr_scale: float,
+    generator: torch.Generator,
+    on_iteration: Callable[[int, float], None] = lambda i, loss: None,
+    step_weight: torch.Tensor | None = None,
+    on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
+    progress: dict[str, Any] | None = None,
+    accumulate: int = 1,
+) -> None:
+    """Trains in place. tuples (n, 2) of the bank. on_iteration(i, loss) is for progress.
+
+    step_weight (S,) weighs the squared eps error of each sampling step: by its root a step is drawn
+    more often, and by the root its error counts more. on_checkpoint(progress) comes after each
+    iteration; an interrupted run goes on when it is given that `progress` beside the model's state
+    of the moment.
+    accumulate: parts of a batch that follow each other, to need less memory. Raises
+    DivergenceError.
+    """
+    if iterations == 0:
+        return
+    groups = parameter_groups(model, lr_scale)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    start = 0
+    if progress is not None:
+        start = progress["iterations"]
+        optimizer.load_state_dict(progress["optimizer"])
+        generator.set_state(progress["generator"])
+    root = None if step_weight is None else _balanced_root(step_weight, tuples)
+    for i in range(start, iterations):
+        index = tuples[_draw(tuples, batch_size, root, generator)]
+        optimizer.zero_grad(set_to_none=True)
+        value = 0.0
+        for part in index.chunk(accumulate):
+            loss = _loss(model, bank, part, root) * (len(part) / batch_size)
+            value += finite_loss(loss, i, iterations)
+            (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
+        done = i / iterations
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.step()
+        for _, layer in weight_layers(model):
+            layer.weight_quantizer.clamp_latent()
+        on_iteration(i, value)
+        on_checkpoint(
+            {
+                "iterations": i + 1,
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }
+        )
+    optimizer.zero_grad(set_to_none=True)
+    for _, layer in weight_layers(model):
+        layer.weight_quantizer.fix_scale()
+
+
+def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:
+    """The root of the weights (S,), scaled to a mean of 1 over what is drawn."""
+    root = step_weight.sqrt()
+    of_tuples = root[tuples[:, 0]]
+    return root * (of_tuples.sum() / of_tuples.square().sum())
+
+
+def _draw(
+    tuples: torch.Tensor, count: int, root: torch.Tensor | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Numbers of `count` tuples, each as likely as the root of its step's weight."""
+    if root is None:
+        return torch.randint(len(tuples), (count,), generator=generator)
+    return torch.multinomial(root[tuples[:, 0]], count, replacement=True, generator=generator)
+
+
+def _loss(
+    model: QuantDenoiser, bank: Bank, index: torch.Tensor, step_weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean error of the predicted noise at the samples `index` (n, 2)."""
+    x, t, eps, conditioning = bank.gather(index)
+    error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
+    if step_weight is not None:
+        error = error * step_weight[index[:, 0]].to(error.device)
+    return error.mean()

@@ -1,0 +1,198 @@
+"""Second-order rounding: each weight's rounding error is made up by the weights still to come.
+
+GPTQ (Frantar et al. 2023) on every layer, with H = X^T X of the layer's own quantized inputs X. The
+codes move to the grid that the scale search chose; what later phases learn starts from them.
+
+Memory is bounded: a wide layer's H is kept in diagonal blocks of whole input channels, and layers
+are taken in passes over the samples, each pass as many as its share of memory holds. Layers of a
+later pass see inputs that come through the rounded weights of the earlier ones.
+
+For layers of the timestep alone X has one row a timestep, so that this is the reconstruction of the
+temporal features over the whole schedule (TFMQ-DM), in closed form.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..core.affine import per_channel
+from ..runtime.denoiser import QuantDenoiser
+from .layers import CalibLayer
+from .states import Bank
+
+ROWS = 64  # output positions per sample that enter H, at most (a grid over the feature map)
+DAMPING = 0.01  # of the mean of H's diagonal
+BLOCK = 128  # columns whose update of the rest is delayed
+WIDEST = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
+
+
+def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
+    """All layers but grouped convolutions."""
+    return {
+        name: m
+        for name, m in model.denoiser.named_modules()
+        if isinstance(m, CalibLayer) and (not m.op.is_conv or m.op.groups == 1)
+    }
+
+
+def column_blocks(layer: CalibLayer) -> list[slice]:
+    """Columns (I * kh * kw) in equal parts of whole input channels, none wider than WIDEST unless
+    one channel is."""
+    channels, columns = layer.weight.shape[1], layer.weight[0].numel()
+    taps = columns // channels
+    parts = min(channels, -(-columns // WIDEST))
+    edges = [round(i * channels / parts) * taps for i in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def passes_of(layers: dict[str, CalibLayer], limit: int) -> list[dict[str, CalibLayer]]:
+    """The layers in their order, in runs whose blocks of H take at most `limit` bytes together."""
+    runs: list[dict[str, CalibLayer]] = [{}]
+    used = 0
+    for name, layer in layers.items():
+        size = sum(4 * (b.stop - b.start) ** 2 for b in column_blocks(layer))
+        if runs[-1] and used + size > limit:
+            runs.append({})
+            used = 0
+        runs[-1][name] = layer
+        used += size
+    return runs
+
+
+def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
+    """What the layer multiplies its weight with, at some output positions: (rows, I * kh * kw)."""
+    op = layer.op
+    if not op.is_conv:
+        flat = x.reshape(-1, x.shape[-1])
+        return flat[:: max(1, len(flat) // (ROWS * len(x)))]
+    kernel, stride, padding, dilation = (
+        _two(v) for v in (layer.weight.shape[2:], op.stride, op.padding, op.dilation)
+    )
+    if x.dim() == 3:  # Conv1d: a unit height
+        x = x.unsqueeze(2)
+        padding = (0, padding[1])
+    positions = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    side = ROWS if positions[0] == 1 else int(ROWS**0.5)
+    step = tuple(s * max(1, p // side) for s, p in zip(stride, positions, strict=True))
+    return F.unfold(x, kernel, dilation, padding, step).transpose(1, 2).flatten(0, 1)
+
+
+def _two(value: tuple[int, ...]) -> tuple[int, int]:
+    return tuple(value) if len(value) == 2 else (1, *value)
+
+
+@torch.no_grad()
+def compensate(
+    model: QuantDenoiser,
+    bank: Bank,
+    tuples: torch.Tensor,
+    batch_size: int,
+    memory_gb: float,
+    on_layer: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Rounds the weights of all layers in place. tuples (n, 2): samples of the bank for H, whose
+    blocks take at most half of memory_gb at a time (or one layer's).
+
+    Returns tr(E H E^T) after, relative to rounding to nearest, by layer name.
+    """
+    gains = {}
+    for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
+        hessians = _hessians(model, layers, bank, tuples, batch_size)
+        for name, layer in layers.items():
+            gains[name] = _round_layer(layer, hessians.pop(name))
+            on_layer(name)
+    return gains
+
+
+def _hessians(
+    model: QuantDenoiser,
+    layers: dict[str, CalibLayer],
+    bank: Bank,
+    tuples: torch.Tensor,
+    batch_size: int,
+) -> dict[str, list[torch.Tensor]]:
+    """Diagonal blocks of H = X^T X by layer name, one pass over the samples."""
+    hessians: dict[str, list[torch.Tensor]] = {}
+
+    def hook_of(name: str) -> Callable:
+        def hook(module: CalibLayer, args: tuple) -> None:
+            rows = input_rows(module, module.quantized_input(args[0]))
+            parts = [rows[:, block] for block in column_blocks(module)]
+            if name not in hessians:
+                hessians[name] = [part.T @ part for part in parts]
+                return
+            for square, part in zip(hessians[name], parts, strict=True):
+                square.addmm_(part.T, part)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in layers.items()]
+    try:
+        for start in range(0, len(tuples), batch_size):
+            x, t, _, conditioning = bank.gather(tuples[start : start + batch_size])
+            model(x, t, **conditioning)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hessians
+
+
+def _round_layer(layer: CalibLayer, hessians: list[torch.Tensor]) -> float:
+    quantizer = layer.weight_quantizer
+    weight = layer.weight.detach()
+    flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes
+    zero, top = quantizer.zero_point[:, None], 2**quantizer.bits - 1
+    codes = torch.clamp(flat.round(), -zero, top - zero)  # to nearest
+    before = after = 0.0
+    for columns, hessian in zip(column_blocks(layer), hessians, strict=True):
+        part = flat[:, columns]
+        found = second_order_codes(part, hessian, -zero, top - zero)
+        nearest, better = (
+            _loss((q - part) * quantizer.scale[:, None], hessian)
+            for q in (codes[:, columns], found)
+        )
+        if better < nearest:
+            codes[:, columns] = found
+        before, after = before + nearest, after + min(nearest, better)
+    if after < before:
+        quantizer.fix_codes((codes + zero).view_as(weight))
+    return after / max(before, 1e-20)
+
+
+def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(E H E^T) of one block, E (O, N)."""
+    return float(((error @ hessian) * error).sum())
+
+
+def second_order_codes(
+    weight: torch.Tensor, hessian: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> torch.Tensor:
+    """weight (O, N) in units of its scale, hessian (N, N), low and high (O, 1) -> codes (O, N).
+
+    Columns in the order of falling H_ii; what rounding a column loses is moved to the others by
+    the inverse of H.
+    """
+    order = hessian.diagonal().argsort(descending=True)
+    h = hessian[order][:, order].double()
+    h.diagonal().add_(DAMPING * h.diagonal().mean().clamp(min=1e-12))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)  # H^-1 = U^T U
+    w = weight[:, order].clone()
+    codes = torch.empty_like(w)
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        errors = torch.empty(len(w), end - start, dtype=w.dtype, device=w.device)
+        for i in range(start, end):
+            column = torch.clamp(w[:, i : i + 1].round(), low, high)
+            codes[:, i : i + 1] = column
+            error = (w[:, i : i + 1] - column) / upper[i, i]
+            w[:, i:end] -= error * upper[i, i:end]
+            errors[:, i - start : i - start + 1] = error
+        w[:, end:] -= errors @ upper[start:end, end:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result

@@ -1,0 +1,164 @@
+"""Groups of timesteps that share one activation range (METHOD 5.2).
+
+`assign` solves the initial grouping exactly: a table of the quantization error of every bin under
+every candidate range turns it into a shortest path (contiguous groups) followed by k-medians
+(free groups). The differentiable search then starts from it, see search.start.
+
+Legend: S bins (calibrated timesteps), C candidate ranges, G groups, N sampled values.
+"""
+
+import torch
+
+from ..core.affine import range_to_scale
+from .quantizer import LearnedQuantizer
+from .statistics import Statistics
+
+ROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
+
+
+def candidate_ranges(
+    stats: Statistics, symmetric: bool, unsigned: bool, count: int = 20
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidate (low, high), each (C,): a grid between the tightest and the widest bin."""
+
+    def grid(extremes: torch.Tensor) -> torch.Tensor:
+        """Geometric grid over magnitudes, from 0.3 times the smallest to the largest."""
+        magnitude = extremes.abs()
+        top = magnitude.max()
+        if top <= 0:
+            return torch.zeros(1)
+        bottom = torch.maximum(magnitude.min() * 0.3, top * 1e-3)
+        return torch.logspace(float(bottom.log10()), float(top.log10()), count)
+
+    low, high = stats.low.clamp(max=0), stats.high.clamp(min=0)
+    if symmetric:
+        both = grid(torch.maximum(-low, high))
+        return -both, both
+    highs = grid(high)
+    if unsigned:
+        return torch.zeros_like(highs), highs
+    lows = -grid(low)
+    return lows.repeat_interleave(len(highs)), highs.repeat(len(lows))
+
+
+def error_table(
+    stats: Statistics,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    power: float = 2.0,
+) -> torch.Tensor:
+    """Mean |x - x_hat|^power of each bin under each candidate range (S, C), really quantized."""
+    scale, zero_point = range_to_scale(low, high, bits, symmetric)
+    top = 2**bits - 1
+    x = stats.values  # (S, N)
+    columns = []
+    for s, z in zip(scale.tolist(), zero_point.tolist(), strict=True):
+        difference = (x / s).round_().clamp_(-z, top - z).mul_(s).sub_(x)
+        columns.append(
+            (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1)
+        )
+    return torch.stack(columns, dim=1)
+
+
+def contiguous_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Optimal split of the bins into `groups` runs: (group of bin (S,), candidate of group (G,)).
+
+    Minimises the summed error by dynamic programming over run ends; each run takes its best
+    candidate.
+    """
+    bins = len(table)
+    groups = min(groups, bins)
+    prefix = torch.cat([torch.zeros(1, table.shape[1]), table.cumsum(0)])  # (S+1, C)
+    cost = torch.full((bins + 1, bins + 1), float("inf"))
+    choice = torch.zeros(bins + 1, bins + 1, dtype=torch.long)
+    for end in range(1, bins + 1):
+        run = prefix[end] - prefix[:end]  # (end, C): runs start..end-1
+        cost[:end, end], choice[:end, end] = run.min(dim=1)
+    best = torch.full((groups + 1, bins + 1), float("inf"))
+    best[0, 0] = 0.0
+    start_of = torch.zeros(groups + 1, bins + 1, dtype=torch.long)
+    for g in range(1, groups + 1):
+        total = best[g - 1][:, None] + cost  # (start, end)
+        best[g], start_of[g] = total.min(dim=0)
+    group_of_bin = torch.zeros(bins, dtype=torch.long)
+    candidates = torch.zeros(groups, dtype=torch.long)
+    end = bins
+    for g in range(groups, 0, -1):
+        start = int(start_of[g, end])
+        group_of_bin[start:end] = g - 1
+        candidates[g - 1] = choice[start, end]
+        end = start
+    return group_of_bin, candidates
+
+
+def refine(
+    table: torch.Tensor, group_of_bin: torch.Tensor, candidates: torch.Tensor, rounds: int = 10
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k-medians over candidate ranges from a start: groups need not be contiguous any more."""
+    candidates = candidates.clone()
+    for _ in range(rounds):
+        new = table[:, candidates].argmin(dim=1)
+        for g in range(len(candidates)):
+            members = table[new == g]
+            if len(members):
+                candidates[g] = members.sum(0).argmin()
+        if torch.equal(new, group_of_bin):
+            break
+        group_of_bin = new
+    return group_of_bin, candidates
+
+
+def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equal runs of bins (the grouping of TFMQ-DM), each with its best candidate."""
+    bins = len(table)
+    groups = min(groups, bins)
+    group_of_bin = torch.arange(bins) * groups // bins
+    candidates = torch.stack([table[group_of_bin == g].sum(0).argmin() for g in range(groups)])
+    return group_of_bin, candidates
+
+
+def assign(
+    quantizer: LearnedQuantizer, stats: Statistics, groups: int, search: str, scale: str
+) -> None:
+    """Sets the quantizer's ranges and groups from the statistics.
+
+    search: none (one range by the error over all samples, power 2.4 as in the literature) |
+    uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
+    goes on from there). scale: mse | minmax (without a search of the clipping).
+    """
+    if quantizer.bits > 8:  # codes abound: one range with room to spare, so that nothing clips
+        bound = ROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
+        quantizer.set_ranges(-bound, bound, torch.zeros(len(stats.low)))
+        return
+    if scale == "minmax":
+        low, high = stats.low, stats.high
+        if search == "none":
+            groups = 1
+        group_of_bin = torch.arange(len(low)) * min(groups, len(low)) // len(low)
+        count = int(group_of_bin.max()) + 1
+        quantizer.set_ranges(
+            torch.stack([low[group_of_bin == g].min() for g in range(count)]),
+            torch.stack([high[group_of_bin == g].max() for g in range(count)]),
+            group_of_bin,
+        )
+        return
+    symmetric = quantizer.symmetric
+    low, high = candidate_ranges(stats, symmetric, quantizer.unsigned)
+    power = 2.4 if search == "none" else 2.0
+    table = error_table(stats, low, high, quantizer.bits, symmetric, power)
+    if search == "none":
+        group_of_bin = torch.zeros(len(table), dtype=torch.long)
+        chosen = (stats.weight @ table).argmin()[None]
+    elif search == "uniform":
+        group_of_bin, chosen = uniform_groups(table, groups)
+    else:
+        # Relative to each bin's own best range: every timestep counts alike, however large its
+        # activations are.
+        table = table / table.min(dim=1, keepdim=True).values.clamp(min=1e-20)
+        group_of_bin, chosen = contiguous_groups(table, groups)
+        if search != "dp":
+            group_of_bin, chosen = refine(table, group_of_bin, chosen)
+        quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
+    quantizer.set_ranges(low[chosen], high[chosen], group_of_bin)

@@ -1,0 +1,105 @@
+"""Layers under calibration: float weights whose rounding and activation scales learn.
+
+`deploy()` turns each into its integer form of quant/runtime/layers.py. Both compute
+y = conv(Q(x), W_hat) + b with the per-tensor activation quantizer of the current timestep.
+"""
+
+import torch
+from torch import nn
+
+from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
+from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer, attention_product
+from .quantizer import LearnedQuantizer
+from .weights import WeightQuantizer
+
+
+class CalibLayer(nn.Module):
+    """A convolution or linear layer under calibration.
+
+    weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
+    learned. Either can be None / empty: then that operand stays in floating point. channel_scale
+    (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight_quantizer: WeightQuantizer | None,
+        inputs: list[nn.Module],
+        split: int,
+    ):
+        super().__init__()
+        self.op = Operation(layer)
+        self.weight = nn.Parameter(layer.weight.detach().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.weight_quantizer = weight_quantizer
+        self.inputs = nn.ModuleList(inputs)
+        self.split = split
+        self.register_buffer("channel_scale", None)
+
+    def set_channel_scale(
+        self, channel_scale: torch.Tensor, weight: torch.Tensor, quantizer: WeightQuantizer
+    ) -> None:
+        """weight: already divided by channel_scale; quantizer: of that weight."""
+        self.channel_scale = channel_scale
+        self.weight.data.copy_(weight)
+        self.weight_quantizer = quantizer
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.inputs):
+            return x
+        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
+        return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.quantized_input(x)
+        weight = self.weight
+        if self.weight_quantizer is not None:
+            weight = self.weight_quantizer(weight)
+        return self.op(x, weight, self.bias)
+
+    def deploy(self) -> QuantLayer:
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            raise ValueError("a layer without a weight quantizer cannot be deployed")
+        with torch.no_grad():
+            codes = quantizer.codes(self.weight).round().to(torch.uint8)
+        return QuantLayer(
+            self.op,
+            codes,
+            quantizer.current_scale().detach(),
+            quantizer.zero_point.to(torch.uint8),
+            None if self.bias is None else self.bias.detach(),
+            quantizer.bits,
+            [q.deploy() for q in self.inputs],
+            self.split,
+            self.channel_scale,
+        )
+
+
+class CalibTimestepLayer(TimestepLayer):
+    """A TimestepLayer around a CalibLayer: its weights may still learn, so no value is kept."""
+
+    keeps_values = False
+
+    def deploy(self) -> TimestepLayer:
+        return TimestepLayer(self.context, self.layer.deploy())
+
+
+class CalibMatMul(nn.Module):
+    """A matrix product of attention under calibration; by_row: see QuantMatMul."""
+
+    def __init__(self, left: LearnedQuantizer, right: LearnedQuantizer, by_row: bool = False):
+        super().__init__()
+        self.left, self.right, self.by_row = left, right, by_row
+
+    def left_operand(self, left: torch.Tensor) -> torch.Tensor:
+        """What the left quantizer sees."""
+        return relative_to_row(left)[0] if self.by_row else left
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        bins = self.left.context.bins
+        return attention_product(self.left, self.right, self.by_row, bins, (left, right))
+
+    def deploy(self) -> QuantMatMul:
+        return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -1,0 +1,131 @@
+"""The phases in which weights and scales learn: unit by unit, then from end to end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ....models.protocols import roles_of
+from ..end_to_end import finetune as learn_end_to_end
+from ..reconstruct import HELD_OUT, unit_names
+from ..reconstruct import reconstruct as learn_units
+from ..task import Job
+
+CHECKPOINT = 100
+MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
+
+
+def temporal(job: Job) -> dict[str, Any] | None:
+    """The layers of the timestep alone, over all timesteps of the schedule (TFMQ-DM, Section 4):
+    there are no others to judge by, and one sample of each is all there is to see."""
+    names = _apart(job)
+    if not names or job.settings.reconstruct.iterations == 0:
+        return None
+    steps = torch.arange(len(job.bank.timesteps))
+    tuples = torch.stack([steps, torch.zeros_like(steps)], 1)
+    return _learn_units(job, "temporal reconstruction", names, tuples, held_out=0.0)
+
+
+def _apart(job: Job) -> list[str]:
+    """Layers that are reconstructed before the units that hold them, and left alone there."""
+    if job.settings.time_embedding != "reconstructed":
+        return []
+    return list(roles_of(job.denoiser).timestep_only)
+
+
+def reconstruct(job: Job) -> dict[str, Any] | None:
+    if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
+        return None
+    apart, roles = _apart(job), roles_of(job.denoiser)
+    # Units hold some of the layers of the timestep alone; the others come before them.
+    inside = tuple(f"{unit}." for unit in roles.units)
+    first = [n for n in roles.timestep_only if not n.startswith(inside) and n not in apart]
+    units = unit_names(job.model, (*first, *roles.units), apart)
+    return _learn_units(job, "block reconstruction", units, job.state.tuples, apart)
+
+
+def _learn_units(
+    job: Job,
+    title: str,
+    units: list[str],
+    tuples: torch.Tensor,
+    apart: Sequence[str] = (),
+    held_out: float = HELD_OUT,
+) -> dict[str, Any]:
+    errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
+
+    def on_unit(name: str, before: float, after: float) -> None:
+        errors[name] = (before, after)
+        job.progress.step(name)
+
+    job.mark_start()
+    job.progress.begin(title, len(units))
+    for name in errors:
+        job.progress.step(name)
+    learn_units(
+        job.denoiser,
+        job.model,
+        job.bank,
+        tuples,
+        job.settings.reconstruct,
+        job.settings.activation.learned,
+        units,
+        job.calibration.memory_gb,
+        job.calibration.seed,
+        on_unit,
+        on_chunk=lambda: job.save_partial(dict(errors)),
+        finished=frozenset(errors),
+        apart=apart,
+        held_out=held_out,
+    )
+    job.progress.end()
+    kept = sum(after < before for before, after in errors.values())
+    return {"units": len(units), "improved": kept, "errors": errors}
+
+
+def finetune(job: Job) -> dict[str, Any] | None:
+    settings = job.settings.reconstruct
+    if settings.finetune_iterations == 0:
+        return None
+    enough = -(-MOST_VIEWS * len(job.state.tuples) // settings.finetune_batch_size)
+    iterations = min(settings.finetune_iterations, enough)
+    partial = job.state.partial or {}
+    losses: list[float] = list(partial.get("losses", ()))
+
+    def on_iteration(i: int, loss: float) -> None:
+        losses.append(loss)
+        recent = losses[-20:]
+        job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
+
+    resumable = iterations >= CHECKPOINT
+    if resumable:
+        job.mark_start()
+
+    def on_checkpoint(progress: dict[str, Any]) -> None:
+        if resumable and len(losses) % CHECKPOINT == 0:
+            job.save_partial({"losses": list(losses), "progress": progress})
+
+    job.progress.begin("end-to-end steps", iterations)
+    for _ in losses:
+        job.progress.step("")
+    learn_end_to_end(
+        job.model,
+        job.bank,
+        job.state.tuples,
+        iterations,
+        settings.finetune_batch_size,
+        settings.lr_scale,
+        job.generator("finetune"),
+        on_iteration,
+        job.importance if settings.weigh_steps else None,
+        on_checkpoint,
+        partial.get("progress"),
+        settings.accumulate,
+    )
+    job.progress.end()
+    tenth = max(1, len(losses) // 10)
+    return {
+        "error_start": sum(losses[:tenth]) / tenth,
+        "error_end": sum(losses[-tenth:]) / tenth,
+        "iterations": iterations,
+    }

@@ -1,0 +1,166 @@
+"""Activation quantizers under calibration: scales and zero points that learn.
+
+Legend: B batch, G groups of timesteps, S calibrated timesteps.
+"""
+
+import torch
+from torch import nn
+
+from ..core.affine import (
+    SMALLEST_SCALE,
+    fake_quantize,
+    numbers_per_sample,
+    range_to_scale,
+    sample_rows,
+)
+from ..core.context import TimestepContext
+from ..runtime.quantizer import ActivationQuantizer
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """fake_quantize with straight-through gradients for x, LSQ gradients for scale and zero_point.
+
+    Inside the range the gradient of the scale is round(x/s) - x/s, outside it is the clamped
+    integer (Esser et al. 2020); the gradient of the zero point is -s where x is clipped (Bhalgat et
+    al. 2020). With g the incoming gradient and g_x the part of it inside, they are sums,
+    (<g, x_hat> - <g_x, x>) / s  and  -s (<g, 1> - <g_x, 1>), that need no tensor of their own.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, top):
+        x_hat = fake_quantize(x, scale, zero_point, top)
+        ctx.save_for_backward(x, x_hat, scale, zero_point)
+        ctx.top = top
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x_hat, scale, zero_point = ctx.saved_tensors
+        low, high = (-zero_point - 0.5) * scale, (ctx.top - zero_point + 0.5) * scale
+        x_rows = sample_rows(x)
+        if x_rows is None or scale.numel() not in (1, len(x)):
+            grad_x = grad * ((x >= low) & (x <= high))
+            product = _sum_like(grad * x_hat, scale) - _sum_like(grad_x * x, scale)
+            clipped = _sum_like(grad - grad_x, zero_point)
+        else:
+            grad_x, product, clipped = _backward_by_row(grad, x, x_hat, low, high)
+            if scale.numel() == 1:
+                product, clipped = product.sum(), clipped.sum()
+            product, clipped = product.view_as(scale), clipped.view_as(scale)
+        return grad_x, product / scale, -clipped * scale, None
+
+
+def _backward_by_row(
+    grad: torch.Tensor, x: torch.Tensor, x_hat: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradient of x, and per sample (B,) <g, x_hat> - <g_x, x> and <g, 1> - <g_x, 1>."""
+    grad_x = torch.empty_like(x)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    grad, x_hat = (v.contiguous(memory_format=layout) for v in (grad, x_hat))
+    products, clipped = [], []
+    bounds = zip(numbers_per_sample(low, len(x)), numbers_per_sample(high, len(x)), strict=True)
+    for g, v, q, out, (a, b) in zip(
+        *map(sample_rows, (grad, x, x_hat, grad_x)), bounds, strict=True
+    ):
+        torch.ops.aten.hardtanh_backward.grad_input(g, v, a, b, grad_input=out)
+        products.append(torch.dot(g, q) - torch.dot(out, v))
+        clipped.append(g.sum() - out.sum())
+    return grad_x, torch.stack(products), torch.stack(clipped)
+
+
+def _sum_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sums `value` down to the broadcastable shape of `target`."""
+    if target.dim() == 0:
+        return value.sum()
+    dims = [d for d in range(value.dim()) if target.shape[d] == 1 and value.shape[d] != 1]
+    return value.sum(dim=dims, keepdim=True) if dims else value
+
+
+def round_ste(x: torch.Tensor) -> torch.Tensor:
+    """Rounding whose gradient is one."""
+    return x + (x.round() - x).detach()
+
+
+def rate_of_scale(lr: float, bits: int) -> float:
+    """Learning rate of a log-scale. lr is that of 4 bits: each bit more halves the change of the
+    range that moves an outer value by one code."""
+    return lr * 2.0 ** (4 - bits)
+
+
+class LearnedQuantizer(nn.Module):
+    """Activation quantizer under calibration: learnable log-scale and zero point per group.
+
+    During the search (search.py) every calibrated timestep also holds a softmax over the groups,
+    and the output is the mixture of the two likeliest quantizers.
+    """
+
+    def __init__(self, context: TimestepContext, bits: int, symmetric: bool, unsigned: bool):
+        super().__init__()
+        self.context, self.bits = context, bits
+        self.symmetric, self.unsigned = symmetric, unsigned
+        self.enabled = True
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=not (symmetric or unsigned))
+        self.register_buffer("group_of_bin", torch.zeros(len(context.timesteps), dtype=torch.long))
+        # Error of each bin under each group's range, relative to the bin's best; until the search.
+        self.register_buffer("group_error", None)  # (S, G)
+        self.logits: nn.Parameter | None = None  # (S, G) during the search
+        self.temperature = 1.0
+
+    @property
+    def groups(self) -> int:
+        return len(self.log_scale)
+
+    def set_ranges(self, low: torch.Tensor, high: torch.Tensor, group_of_bin: torch.Tensor) -> None:
+        """low, high (G,): ranges of the groups; group_of_bin (S,): the group of each bin."""
+        scale, zero_point = range_to_scale(low, high, self.bits, self.symmetric)
+        if self.unsigned:
+            zero_point = torch.zeros_like(zero_point)
+        device = self.log_scale.device
+        self.log_scale = nn.Parameter(scale.float().log().to(device))
+        self.zero_point = nn.Parameter(
+            zero_point.float().to(device), requires_grad=self.zero_point.requires_grad
+        )
+        self.group_of_bin = group_of_bin.long().to(device)
+
+    def _integral_zero_point(self) -> torch.Tensor:
+        return round_ste(self.zero_point.clamp(0, 2**self.bits - 1))
+
+    def _quantize(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        shape = () if group.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
+        scale = self.log_scale.exp()[group].reshape(shape)
+        zero_point = self._integral_zero_point()[group].reshape(shape)
+        return _LearnedFakeQuantize.apply(x, scale, zero_point, 2**self.bits - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return x
+        bins = torch.as_tensor(self.context.bins, device=x.device)
+        if self.logits is None:
+            return self._quantize(x, self.group_of_bin[bins])
+        weights = torch.softmax(self.logits[bins] / self.temperature, dim=-1)  # (..., G)
+        best, group = weights.topk(min(2, self.groups), dim=-1)
+        best = best / best.sum(dim=-1, keepdim=True)
+        shape = () if bins.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
+        return sum(
+            best[..., i].reshape(shape) * self._quantize(x, group[..., i])
+            for i in range(best.shape[-1])
+        )
+
+    def deploy(self) -> ActivationQuantizer:
+        scale = self.log_scale.exp().clamp(min=SMALLEST_SCALE)
+        return ActivationQuantizer(
+            self.context,
+            scale,
+            self._integral_zero_point().round(),
+            self.group_of_bin,
+            self.bits,
+        )
+
+
+def scale_groups(quantizers: list[LearnedQuantizer], lr: float) -> list[dict]:
+    """Optimizer groups of the quantizers' log-scales; lr as in rate_of_scale."""
+    by_bits: dict[int, list[nn.Parameter]] = {}
+    for q in quantizers:
+        by_bits.setdefault(q.bits, []).append(q.log_scale)
+    return [{"params": v, "lr": rate_of_scale(lr, bits)} for bits, v in sorted(by_bits.items())]

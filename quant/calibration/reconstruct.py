@@ -1,0 +1,247 @@
+"""Block-wise reconstruction: AdaRound and learned activation scales (METHOD 5.4, BRECQ).
+
+The residual units are taken in the order of execution, in chunks whose full-precision inputs and
+outputs, recorded in one pass, fit the memory limit. The inputs behind the quantized prefix are
+those of the units as reconstructed so far (prefix.py). A unit learns to give the full-precision
+output from those inputs. It keeps what it learned only if the error of held-out samples fell.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.settings import ReconstructSettings
+from ..runtime.denoiser import QuantDenoiser
+from .finite import finite_loss
+from .layers import CalibLayer, CalibTimestepLayer
+from .prefix import Prefix
+from .quantizer import LearnedQuantizer
+from .states import Bank
+
+HELD_OUT = 1 / 8  # share of the samples that judge instead of teach; 0: all of them do both
+
+
+@dataclass
+class Record:
+    """Calls of one unit, sample by sample along axis 0: inputs behind the quantized prefix, and the
+    full-precision output."""
+
+    inputs: list[torch.Tensor]
+    output: torch.Tensor
+
+
+def unit_names(
+    model: QuantDenoiser, declared: tuple[str, ...], apart: Sequence[str] = ()
+) -> list[str]:
+    """Units to reconstruct: the declared ones that hold layers, then every layer outside them.
+
+    Layers of the timestep alone are left out when they are cached: they are not quantized on the
+    input side and their weights keep more bits. So are those `apart`, see `reconstruct`.
+    """
+    modules = dict(model.denoiser.named_modules())
+    done = {id(modules[name]) for name in apart}
+    units = [n for n in declared if _trainable(modules[n], done)]
+    for name, module in modules.items():
+        if isinstance(module, CalibLayer) and not any(
+            name == u or name.startswith(f"{u}.") for u in units
+        ):
+            parent = modules[name.rpartition(".")[0]]
+            if not isinstance(parent, CalibTimestepLayer) and id(module) not in done:
+                units.append(name)
+    return units
+
+
+def _trainable(unit: nn.Module, done: set[int]) -> list[CalibLayer]:
+    """The layers of a unit whose rounding is learned: all but cached ones of the timestep alone and
+    those with their id in `done`."""
+    inside = {id(m.layer) for m in unit.modules() if isinstance(m, CalibTimestepLayer)} | done
+    return [m for m in unit.modules() if isinstance(m, CalibLayer) and id(m) not in inside]
+
+
+@torch.no_grad()
+def _record(
+    run: Callable, roots: dict[str, nn.Module], batches: Iterator
+) -> dict[str, torch.Tensor]:
+    """Runs the batches and keeps the units' outputs on the CPU."""
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in roots}
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            kept[name].append(output.detach().cpu())
+
+        return hook
+
+    handles = [unit.register_forward_hook(hook_of(name)) for name, unit in roots.items()]
+    try:
+        for x, t, _, conditioning in batches:
+            run(x, t, **conditioning)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(outputs) for name, outputs in kept.items()}
+
+
+def _chunks(names: list[str], sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    chunk, total = [], 0
+    for name in names:
+        if chunk and total + sizes[name] > limit:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(name)
+        total += sizes[name]
+    if chunk:
+        yield chunk
+
+
+def reconstruct(
+    denoiser: nn.Module,
+    model: QuantDenoiser,
+    bank: Bank,
+    tuples: torch.Tensor,
+    settings: ReconstructSettings,
+    learn_scales: bool,
+    units: list[str],
+    memory_gb: float,
+    seed: int,
+    on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
+    on_chunk: Callable[[], None] = lambda: None,
+    finished: frozenset[str] = frozenset(),
+    apart: Sequence[str] = (),
+    held_out: float = HELD_OUT,
+) -> None:
+    """Reconstructs the units in place; on_unit(name, error before, error after) after each.
+
+    tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
+    on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
+    names of the units that are `finished`, and ends as an uninterrupted one. Layers `apart` keep
+    what they have, though units hold them. Raises DivergenceError.
+    """
+    order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
+
+    def batches() -> Iterator:
+        for start in range(0, len(order), settings.batch_size):
+            yield bank.gather(order[start : start + settings.batch_size])
+
+    one = [bank.gather(order[:1])]
+    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one))
+    sizes = {n: 4 * len(order) * probe[n].numel() for n in units}
+    half = int(memory_gb * 2**29)  # of the memory, for these; the other for the prefix
+    prefix = Prefix(model, half)
+    t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
+    done = {id(model.denoiser.get_submodule(name)) for name in apart}
+    for chunk in _chunks(units, sizes, half):
+        inside = {n: model.denoiser.get_submodule(n) for n in chunk}
+        if finished.issuperset(chunk):
+            for name in chunk:
+                prefix.finish(name, inside[name])
+            continue
+        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches())
+        for name in chunk:
+            record = Record(prefix.inputs(inside[name], batches()), full.pop(name))
+            generator = torch.Generator().manual_seed(_seed_of(seed, name))
+            before, after = _learn_unit(
+                model, name, record, t_all, settings, learn_scales, generator, done, held_out
+            )
+            prefix.finish(name, inside[name])
+            on_unit(name, before, after)
+        on_chunk()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    value = seed
+    for character in name:
+        value = (value * 1000003 + ord(character)) % (2**63)
+    return value
+
+
+def _learn_unit(
+    model: QuantDenoiser,
+    name: str,
+    record: Record,
+    t_all: torch.Tensor,
+    settings: ReconstructSettings,
+    learn_scales: bool,
+    generator: torch.Generator,
+    done: set[int],
+    held_out: float,
+) -> tuple[float, float]:
+    """Returns the held-out error before and after; restores the start if it did not fall."""
+    unit = model.denoiser.get_submodule(name)
+    layers = _trainable(unit, done)
+    device = next(unit.parameters()).device
+    judges = max(1, int(len(t_all) * held_out)) if held_out else 0
+    teach = len(t_all) - judges
+    if teach < 1 or settings.iterations == 0:
+        return 0.0, 0.0
+    first = teach if judges else 0  # of those that judge
+
+    def call(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        model.context.set(t_all[index])
+        model.context.bins = _to(model.context.bins, device)
+        arguments = [a[index].to(device) for a in record.inputs]
+        return unit(*arguments), record.output[index].to(device)
+
+    @torch.no_grad()
+    def judge() -> float:
+        total = 0.0
+        for start in range(first, len(t_all), settings.batch_size):
+            index = torch.arange(start, min(start + settings.batch_size, len(t_all)))
+            out, target = call(index)
+            total += float((out - target).square().sum())
+        return total / record.output[first:].numel()
+
+    before = judge()
+    scale_of_loss = 1.0 / max(before, 1e-12)
+    saved = {k: v.clone() for k, v in unit.state_dict().items()}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    latents = [layer.weight_quantizer.latent for layer in layers]
+    for layer in layers:
+        layer.weight_quantizer.start_rounding(layer.weight.detach())
+    alphas = [layer.weight_quantizer.alpha for layer in layers]
+    groups = [{"params": alphas, "lr": settings.lr_rounding}]
+    if learn_scales:
+        still = {id(m) for layer in unit.modules() if id(layer) in done for m in layer.modules()}
+        scales = [
+            q.log_scale.requires_grad_(True)
+            for q in unit.modules()
+            if isinstance(q, LearnedQuantizer) and id(q) not in still
+        ]
+        groups.append({"params": scales, "lr": settings.lr_scale})
+    optimizer = torch.optim.Adam(groups)
+    weights = sum(a.numel() for a in alphas)
+    for i in range(settings.iterations):
+        progress = i / settings.iterations
+        index = torch.randint(teach, (min(settings.batch_size, teach),), generator=generator)
+        out, target = call(index)
+        loss = (out - target).square().mean() * scale_of_loss
+        if progress >= 0.2:
+            beta = 20 - 18 * (progress - 0.2) / 0.8
+            loss = loss + settings.regulariser * 100 / weights * sum(
+                layer.weight_quantizer.regulariser(beta) for layer in layers
+            )
+        finite_loss(loss, i, settings.iterations, f"{name}, ")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        for group, rate in zip(
+            optimizer.param_groups, (settings.lr_rounding, settings.lr_scale), strict=False
+        ):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+    for layer in layers:
+        layer.weight_quantizer.soft = False
+    after = judge()
+    if not after < before:
+        for layer, latent in zip(layers, latents, strict=True):
+            layer.weight_quantizer.alpha, layer.weight_quantizer.latent = None, latent
+        unit.load_state_dict(saved)
+        return before, before
+    return before, after
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

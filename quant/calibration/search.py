@@ -1,0 +1,163 @@
+"""Differentiable search of the timestep groups, with active timestep selection (METHOD 5.2, 5.3).
+
+Every activation quantizer holds a softmax sigma over its G groups for every bin; its output is the
+mixture of the two likeliest groups. Minimised are the eps error against full precision, relative to
+its start, and lambda times the mean entropy of sigma, while the temperature falls, so that the
+assignment ends hard and taking the arg max changes little (the gap is reported).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..core.settings import SearchSettings
+from ..runtime.denoiser import QuantDenoiser
+from .finite import finite_loss
+from .quantizer import LearnedQuantizer, scale_groups
+from .states import Bank
+from .timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
+from .wrapping import activation_quantizers
+
+EXCESS, FAR = 10.0, 4.0
+SMALLEST_ERROR = 1e-20
+WIDEST = 8  # bits; the inputs of the first and last layer have more, and no groups
+
+
+@dataclass
+class SearchResult:
+    """tuples (n, 2): the samples that were used; selector: its final scores; decided: share of
+    (quantizer, bin) with max sigma > 0.95 before the arg max; moved: share whose group changed;
+    error_start, error_end: eps error at the first and last tenth of the rounds."""
+
+    tuples: torch.Tensor
+    selector: ActiveSelector
+    decided: float
+    moved: float
+    error_start: float
+    error_end: float
+
+
+def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
+    """Gives each quantizer its logits (S, G), from its error table.
+
+    A group whose range costs a bin a tenth more than its best one starts one unit of logit lower,
+    so that sigma is undecided just where groups are nearly as good. Without a table the assigned
+    group starts at FAR above the others.
+    """
+    logits = []
+    for q in quantizers:
+        if q.group_error is None:
+            value = torch.full((len(q.group_of_bin), q.groups), -FAR, device=q.log_scale.device)
+            value.scatter_(1, q.group_of_bin[:, None], 0.0)
+        else:
+            # Exact values have no error: the softmax over the one token of a class is always 1.
+            error = q.group_error.clamp(min=SMALLEST_ERROR)
+            best = error.amin(1, keepdim=True)
+            value = (EXCESS * (1 - error / best)).clamp(min=-FAR)
+        q.logits = nn.Parameter(value)
+        logits.append(q.logits)
+    return logits
+
+
+def harden(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
+    """Takes the arg max of every sigma; returns (share decided, share moved), see SearchResult."""
+    decided = moved = total = 0
+    for q in quantizers:
+        sigma = torch.softmax(q.logits.detach() / q.temperature, dim=-1)
+        best, group = sigma.max(dim=-1)
+        decided += int((best > 0.95).sum())
+        moved += int((group != q.group_of_bin).sum())
+        total += len(group)
+        q.group_of_bin, q.group_error, q.logits, q.temperature = group, None, None, 1.0
+    return decided / max(total, 1), moved / max(total, 1)
+
+
+def _errors(
+    model: QuantDenoiser, bank: Bank, index: torch.Tensor, importance: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared eps error of each tuple (n, 2), times the importance of its step; (n,)."""
+    x, t, eps, conditioning = bank.gather(index)
+    error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
+    return error * importance[index[:, 0]].to(error.device)
+
+
+def search(
+    model: QuantDenoiser,
+    bank: Bank,
+    settings: SearchSettings,
+    generator: torch.Generator,
+    importance: torch.Tensor,
+    on_round: Callable[[int, float], None] = lambda i, loss: None,
+) -> SearchResult:
+    """Learns groups and scales of all activation quantizers together; weights stay as they are.
+
+    Only quantizers with more than one group are searched; with one group everywhere the scales
+    learn alone. importance (S,): how much an eps error at a sampling step matters.
+    on_round(i, loss) is for progress. Raises DivergenceError.
+    """
+    every = [q for _, q in activation_quantizers(model)]
+    quantizers = [q for q in every if q.groups > 1]
+    of_groups = [q for q in every if q.bits <= WIDEST]
+    learned = quantizers or of_groups  # those that would have more groups, were there more
+    count = len(bank.timesteps)
+    selector = ActiveSelector(count, settings.exploration, settings.error_weight)
+    if not learned:
+        return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
+    logits = start(quantizers)
+    groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}] if logits else []
+    groups += scale_groups(learned, settings.lr_scale)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in [p for group in groups for p in group["params"]]:
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    bin_of_step = model.context.bin_of_t[torch.tensor(bank.timesteps)]
+    tuples, errors, normaliser = [], [], None
+    for i in range(settings.rounds):
+        progress = i / settings.rounds
+        temperature = settings.temperature**progress
+        for q in quantizers:
+            q.temperature = temperature
+        index = tuples_of_steps(selector.pick(settings.batch_size), bank.trajectories, generator)
+        optimizer.zero_grad(set_to_none=True)
+        parts = index.chunk(settings.accumulate)
+        if normaliser is None:
+            with torch.no_grad():
+                first = [_errors(model, bank, part, importance) for part in parts]
+            normaliser = torch.cat(first).mean().clamp(min=1e-12)
+        error, value = [], 0.0
+        for part in parts:
+            found = _errors(model, bank, part, importance)
+            loss = found.sum() / len(index) / normaliser
+            value += finite_loss(loss, i, settings.rounds)
+            loss.backward()
+            error.append(found.detach())
+        if logits:
+            sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
+            entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
+            loss = settings.entropy * entropy.mean()
+            value += finite_loss(loss, i, settings.rounds)
+            loss.backward()
+            selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.step()
+        error = torch.cat(error)
+        selector.observe_error(index[:, 0], error.cpu())
+        tuples.append(index)
+        errors.append(float(error.mean()))
+        on_round(i, value)
+    decided, moved = harden(quantizers) if quantizers else (1.0, 0.0)
+    tenth = max(1, len(errors) // 10)
+    return SearchResult(
+        torch.cat(tuples),
+        selector,
+        decided,
+        moved,
+        sum(errors[:tenth]) / tenth,
+        sum(errors[-tenth:]) / tenth,
+    )

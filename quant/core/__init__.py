@@ -1,0 +1,1 @@
+"""What every part shares: timesteps, the affine quantization, layer geometry, settings."""

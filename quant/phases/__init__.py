@@ -1,1 +1,0 @@
-"""The phases of calibration: what each does to the model of a job, see calibration.py."""

@@ -1,0 +1,41 @@
+"""A quantized denoiser: the module that it wraps, the current timestep, the output's correction."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.context import TimestepContext
+
+
+class QuantDenoiser(nn.Module):
+    """Called like the denoiser it wraps: eps = model(x, t, ...). Holds the one TimestepContext.
+
+    independent_rows: a row of eps is the same to the bit in any batch, see
+    compiled_layers.rows_are_independent.
+    """
+
+    def __init__(self, denoiser: nn.Module, context: TimestepContext):
+        super().__init__()
+        self.denoiser, self.context = denoiser, context
+        self.correction: nn.Module | None = None
+        self.independent_rows = False
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.context.set(t)
+        if self.independent_rows and self.context.t is not None:
+            t = t[:1]  # its embedding, too, must not depend on the batch
+        eps = self.denoiser(x, t, *args, **kwargs)
+        return eps if self.correction is None else self.correction(eps)
+
+    def noise_scale(self, t: int, sigma: float, direction: float) -> float:
+        """What is left of a sampler's noise sigma at t, where eps enters the step with the factor
+        `direction`: all of it without a correction, see correction.py."""
+        if self.correction is None:
+            return sigma
+        return self.correction.noise_scale(t, sigma, direction)
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent) if parent else root, child, module)

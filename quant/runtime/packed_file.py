@@ -1,0 +1,394 @@
+"""The quantized file: one safetensors file, as small as its bits say, enough by itself to sample.
+
+Tensors
+    <layer>.qweight        uint8 (bytes,)   codes of b bits, packed without gaps, first code highest
+    layers.w_scale         float32 (sum O,) \\
+    layers.w_zero_point    uint8 (sum O,)    | all layers one after the other, in table order
+    layers.bias            float32 (sum,)   /
+    layers.channel_scale   float16 (sum C,) of the layers whose input channels are scaled
+    activations.scale      float32 (L, G)   one row per activation quantizer, padded with 1
+    activations.zero_point int32 (L, G)
+    activations.group      uint8 (L, S)     group of each calibrated timestep
+    float.<parameter>      float32          what is not quantized: norms, embeddings
+    correction.*           float32          optional, see correction.py
+
+Metadata: format, version, digest (sha256 of all tensors and the other metadata), architecture
+(sha256 of names and shapes), layers (the table, JSON), timesteps, train_timesteps, and what the
+caller adds (config, source checkpoint, versions).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..core.context import TimestepContext
+from ..core.operation import LAYER_TYPES, Operation
+from .correction import OutputCorrection
+from .denoiser import QuantDenoiser, replace_module
+from .layers import QuantLayer, QuantMatMul, TimestepLayer
+from .packing import pack, unpack
+from .quantizer import ActivationQuantizer
+
+FORMAT = "tinydm-quantized"
+VERSION = "2"
+MOST_TRAIN_TIMESTEPS, MOST_CALIBRATED = 100_000, 255  # as the configuration allows them
+
+
+class PackedFileError(ValueError):
+    """A quantized file that cannot be used; the message names the file and what is wrong."""
+
+
+def _layer_quantizers(module: nn.Module) -> list[ActivationQuantizer]:
+    if isinstance(module, QuantMatMul):
+        return [module.left, module.right]
+    return list(module.inputs)
+
+
+def _deployed(model: QuantDenoiser) -> Iterator[tuple[str, bool, nn.Module]]:
+    """(name in the denoiser, depends on the timestep alone, QuantLayer or QuantMatMul)."""
+    for name, module in model.denoiser.named_modules():
+        if isinstance(module, TimestepLayer):
+            yield name, True, module.layer
+        elif isinstance(module, QuantMatMul):
+            yield name, False, module
+        elif isinstance(module, QuantLayer):
+            parent = model.denoiser.get_submodule(name.rpartition(".")[0])
+            if not isinstance(parent, TimestepLayer):
+                yield name, False, module
+
+
+def architecture_hash(shapes: dict[str, list[int]]) -> str:
+    """sha256 of parameter names and shapes of the full-precision denoiser."""
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+
+
+def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
+    """One row per quantized layer or product of a deployed model, in the file's order."""
+    table = []
+    for name, time, module in _deployed(model):
+        inputs = [q.bits for q in _layer_quantizers(module)]
+        if isinstance(module, QuantMatMul):
+            kind = {"name": name, "kind": "matmul"}
+            table.append(kind | {"inputs": inputs, "by_row": module.by_row})
+            continue
+        table.append(
+            {
+                "name": name,
+                "kind": module.op.kind,
+                "shape": list(module.qweight.shape),
+                "bits": module.bits,
+                "inputs": inputs,
+                "split": module.split,
+                "bias": module.bias is not None,
+                "scaled": module.channel_scale is not None,
+                "time": time,
+            }
+        )
+    return table
+
+
+def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
+    """The file's content. model: deployed (QuantDenoiser.deploy)."""
+    tensors: dict[str, torch.Tensor] = {}
+    scales, zero_points, biases, quantizers = [], [], [], []
+    channel_scales = [torch.zeros(0)]
+    shapes, covered = {}, set()
+    for name, _, module in _deployed(model):
+        quantizers += _layer_quantizers(module)
+        if isinstance(module, QuantMatMul):
+            continue
+        covered.add(name)
+        tensors[f"{name}.qweight"] = pack(module.qweight, module.bits)
+        scales.append(module.w_scale)
+        zero_points.append(module.w_zero_point)
+        if module.channel_scale is not None:
+            channel_scales.append(module.channel_scale.cpu())
+        shapes[f"{name}.weight"] = list(module.qweight.shape)
+        if module.bias is not None:
+            biases.append(module.bias)
+            shapes[f"{name}.bias"] = list(module.bias.shape)
+    for name, value in _float_state(model.denoiser, covered).items():
+        tensors[f"float.{name}"] = value.float().contiguous().cpu()
+        shapes[name] = list(value.shape)
+    tensors["layers.w_scale"] = torch.cat(scales).cpu()
+    tensors["layers.w_zero_point"] = torch.cat(zero_points).cpu()
+    tensors["layers.bias"] = torch.cat(biases).cpu() if biases else torch.zeros(0)
+    tensors["layers.channel_scale"] = torch.cat(channel_scales).half()
+    bins = len(model.context.timesteps)
+    width = max((len(q.scale) for q in quantizers), default=1)
+    scale = torch.ones(len(quantizers), width)
+    zero = torch.zeros(len(quantizers), width, dtype=torch.int32)
+    group = torch.zeros(len(quantizers), bins, dtype=torch.uint8)
+    for row, q in enumerate(quantizers):
+        scale[row, : len(q.scale)] = q.scale.cpu()
+        zero[row, : len(q.scale)] = q.zero_point.cpu()
+        group[row] = q.group_of_bin.cpu()
+    tensors |= {
+        "activations.scale": scale,
+        "activations.zero_point": zero,
+        "activations.group": group,
+    }
+    if model.correction is not None:
+        tensors |= {f"correction.{k}": v.cpu() for k, v in model.correction.state_dict().items()}
+    metadata = metadata | {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": architecture_hash(shapes),
+        "layers": json.dumps(layer_table(model), separators=(",", ":")),
+        "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
+        "train_timesteps": str(model.context.train_timesteps),
+    }
+    metadata["digest"] = digest_of(tensors, metadata)
+    return _sorted_header(save({name: tensors[name] for name in sorted(tensors)}, metadata))
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: safetensors writes them in a random
+    one, but the same calibration shall give the same bytes."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
+
+
+def _float_state(denoiser: nn.Module, covered: set[str]) -> dict[str, torch.Tensor]:
+    """State that belongs to no quantized layer."""
+    quantized = tuple(f"{name}." for name in covered)
+    skip = tuple(
+        f"{name}." for name, m in denoiser.named_modules() if isinstance(m, ActivationQuantizer)
+    )
+    return {
+        name: value
+        for name, value in denoiser.state_dict().items()
+        if not name.startswith(quantized) and not name.startswith(skip)
+    }
+
+
+def digest_of(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """sha256 of all tensors and of the metadata (texts) besides the digest itself."""
+    texts = {name: text for name, text in metadata.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Metadata with layers and timesteps parsed. Raises PackedFileError."""
+    path = Path(path)
+    if not path.is_file():
+        raise PackedFileError(f"{path}: no such file (calibrate.py writes quantized.safetensors)")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata: dict[str, Any] = dict(handle.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PackedFileError(f"{path}: not a readable safetensors file ({reason})") from error
+    if metadata.get("format") != FORMAT:
+        raise PackedFileError(f"{path}: not a quantized file of calibrate.py (format is missing)")
+    if metadata.get("version") != VERSION:
+        raise PackedFileError(
+            f"{path}: format version {metadata.get('version')}, this program reads {VERSION}"
+        )
+    try:
+        metadata["layers"] = json.loads(metadata["layers"])
+        metadata["timesteps"] = [int(t) for t in json.loads(metadata["timesteps"])]
+        metadata["train_timesteps"] = int(metadata["train_timesteps"])
+        if not 1 <= metadata["train_timesteps"] <= MOST_TRAIN_TIMESTEPS:
+            raise ValueError(f"train_timesteps is not within 1..{MOST_TRAIN_TIMESTEPS}")
+        if not 1 <= len(metadata["timesteps"]) <= MOST_CALIBRATED:
+            raise ValueError(f"not 1..{MOST_CALIBRATED} timesteps")
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise PackedFileError(f"{path}: damaged metadata ({error})") from error
+    return metadata
+
+
+def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
+    """A deployed model from the file alone.
+
+    denoiser: the architecture; its own weights are not used (random or on the meta device), and it
+    is changed in place. Raises PackedFileError with the first thing that does not fit.
+    """
+    metadata = read_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            texts = dict(handle.metadata())
+        if digest_of(tensors, texts) != metadata.get("digest"):
+            raise ValueError("its content does not match its checksum; copy or make it again")
+        shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
+        if architecture_hash(shapes) != metadata.get("architecture"):
+            raise ValueError("it was made from another architecture; check model.params")
+        context = TimestepContext(metadata["timesteps"], metadata["train_timesteps"])
+        return _Builder(tensors, context, denoiser).build(metadata["layers"])
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PackedFileError(f"{path}: {reason}") from error
+
+
+class _Builder:
+    """Rebuilds a deployed model row by row of the layer table, checking every value."""
+
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], context: TimestepContext, denoiser: nn.Module
+    ):
+        self.tensors, self.context, self.denoiser = tensors, context, denoiser
+        self.channel = self.bias = self.row = self.scaled = (
+            0  # what the concatenated tensors gave so far
+        )
+        scale = self._get("activations.scale", torch.float32)
+        self._check(scale.dim() == 2, "the activation scales' shape")
+        zero_point = self._get("activations.zero_point", torch.int32)
+        self._check(zero_point.shape == scale.shape, "the activation zero points' shape")
+        self._check(bool((torch.isfinite(scale) & (scale > 0)).all()), "an activation scale <= 0")
+        w_scale = self._get("layers.w_scale", torch.float32)
+        self._check(w_scale.dim() == 1, "the weight scales' shape")
+        w_zero_point = self._get("layers.w_zero_point", torch.uint8)
+        self._check(w_zero_point.shape == w_scale.shape, "the weight zero points' shape")
+        self._check(self._get("layers.bias", torch.float32).dim() == 1, "the biases' shape")
+        self._check(bool((torch.isfinite(w_scale) & (w_scale > 0)).all()), "a weight scale <= 0")
+        channel_scale = self._get("layers.channel_scale", torch.float16)
+        self._check(channel_scale.dim() == 1, "the channel scales' shape")
+        self._check(bool((channel_scale > 0).all()), "a channel scale <= 0")
+        group = self._get("activations.group", torch.uint8)
+        self._check(group.shape == (len(scale), len(context.timesteps)), "the group table's shape")
+        self._check(not group.numel() or int(group.max()) < scale.shape[1], "a group out of range")
+
+    @staticmethod
+    def _check(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"damaged: {what}")
+
+    def _get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if name not in self.tensors:
+            raise ValueError(f"tensor {name} is missing")
+        value = self.tensors[name]
+        self._check(value.dtype == dtype, f"{name} is {value.dtype}, not {dtype}")
+        if dtype.is_floating_point:
+            self._check(bool(torch.isfinite(value).all()), f"{name} is not finite")
+        return value
+
+    def _take(self, name: str, dtype: torch.dtype, start: int, count: int) -> torch.Tensor:
+        part = self._get(name, dtype)[start : start + count]
+        self._check(len(part) == count, f"{name} is too short")
+        return part.clone()
+
+    def _quantizer(self, bits: int) -> ActivationQuantizer:
+        self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
+        row, self.row = self.row, self.row + 1
+        zero_point = self._get("activations.zero_point", torch.int32)[row]
+        good = int(zero_point.min()) >= 0 and int(zero_point.max()) < 2**bits
+        self._check(good, "an activation zero point out of range")
+        return ActivationQuantizer(
+            self.context,
+            self.tensors["activations.scale"][row].clone(),
+            zero_point.clone(),
+            self.tensors["activations.group"][row].clone(),
+            bits,
+        )
+
+    def _layer(self, entry: dict[str, Any], layer: nn.Module) -> QuantLayer:
+        name, bits, shape = entry["name"], entry["bits"], entry["shape"]
+        self._check(isinstance(layer, LAYER_TYPES), f"{name} is not a convolution or linear layer")
+        self._check(list(layer.weight.shape) == shape, f"{name} has shape {shape}")
+        self._check(isinstance(bits, int) and 2 <= bits <= 8, f"{name} has {bits} bits")
+        split, inputs = int(entry["split"]), entry["inputs"]
+        self._check(len(inputs) in ((2,) if split else (0, 1)), f"{name} has {len(inputs)} inputs")
+        self._check(0 <= split < layer.weight.shape[1], f"{name} is split at {split}")
+        if entry["time"]:
+            self._check(isinstance(layer, nn.Linear) and not inputs, f"{name} is no time layer")
+        out = shape[0]
+        codes = unpack(self._get(f"{name}.qweight", torch.uint8), bits, layer.weight.numel())
+        zero_point = self._take("layers.w_zero_point", torch.uint8, self.channel, out)
+        self._check(int(zero_point.max()) < 2**bits, f"{name} has a zero point out of range")
+        scale = self._take("layers.w_scale", torch.float32, self.channel, out)
+        self.channel += out
+        bias = None
+        self._check((layer.bias is not None) == bool(entry["bias"]), f"the bias of {name}")
+        if entry["bias"]:
+            bias = self._take("layers.bias", torch.float32, self.bias, out)
+            self.bias += out
+        channel_scale = None
+        if entry["scaled"]:
+            self._check(bool(inputs), f"{name} scales channels that it does not quantize")
+            given = self._take("layers.channel_scale", torch.float16, self.scaled, shape[1])
+            channel_scale = given.float()
+            self.scaled += shape[1]
+        return QuantLayer(
+            Operation(layer),
+            codes.view(shape),
+            scale,
+            zero_point,
+            bias,
+            bits,
+            [self._quantizer(b) for b in inputs],
+            split,
+            channel_scale,
+        )
+
+    def build(self, table: list[dict[str, Any]]) -> QuantDenoiser:
+        rest = dict(self.denoiser.state_dict())
+        for entry in table:
+            name = entry["name"]
+            original = self.denoiser.get_submodule(name)
+            if entry["kind"] == "matmul":
+                self._check(not original.state_dict(), f"{name} is not a matrix product")
+                left, right = entry["inputs"]
+                self._check(not entry.get("log2"), f"{name} has logarithmic codes")
+                replacement: nn.Module = QuantMatMul(
+                    self._quantizer(left), self._quantizer(right), bool(entry["by_row"])
+                )
+            else:
+                replacement = self._layer(entry, original)
+                if entry["time"]:
+                    replacement = TimestepLayer(self.context, replacement)
+            for key in list(rest):
+                if key.startswith(f"{name}."):
+                    del rest[key]
+            replace_module(self.denoiser, name, replacement)
+        self._check(self.row == len(self.tensors["activations.scale"]), "unused activation rows")
+        self._check(self.channel == len(self.tensors["layers.w_scale"]), "unused weight scales")
+        self._check(self.bias == len(self.tensors["layers.bias"]), "unused biases")
+        unused = self.scaled != len(self.tensors["layers.channel_scale"])
+        self._check(not unused, "unused channel scales")
+        for name, target in rest.items():  # copies: a view would keep the whole file in memory
+            value = self._get(f"float.{name}", torch.float32).clone()
+            self._check(value.shape == target.shape, f"{name} has shape {tuple(value.shape)}")
+            parent, _, child = name.rpartition(".")
+            owner = self.denoiser.get_submodule(parent)
+            if child in owner._parameters:
+                setattr(owner, child, nn.Parameter(value, requires_grad=False))
+            else:
+                owner._buffers[child] = value
+        model = QuantDenoiser(self.denoiser, self.context)
+        correction = {
+            k.removeprefix("correction."): v.clone()
+            for k, v in self.tensors.items()
+            if k.startswith("correction.")
+        }
+        if correction:
+            for name in correction:
+                self._get(f"correction.{name}", torch.float32)
+            model.correction = OutputCorrection.from_state(self.context, correction)
+        return model.eval().requires_grad_(False)

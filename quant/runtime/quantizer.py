@@ -1,0 +1,93 @@
+"""Deployed activation quantizers: plain buffers, and the group that the timestep chooses.
+
+Legend: B batch, G groups of timesteps, S calibrated timesteps.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.affine import QuantizerStep, fake_quantize, fake_quantize_shared
+from ..core.context import TimestepContext
+
+
+class ActivationQuantizer(nn.Module):
+    """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
+
+    bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_bin uint8 (S,).
+    """
+
+    def __init__(
+        self,
+        context: TimestepContext,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        group_of_bin: torch.Tensor,
+        bits: int,
+    ):
+        super().__init__()
+        self.context, self.bits = context, bits
+        self.register_buffer("scale", scale.detach().float())
+        self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
+        self.register_buffer("group_of_bin", group_of_bin.to(torch.uint8))
+        self._groups = [int(g) for g in self.group_of_bin]  # look-ups without a tensor per call
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what is made from the buffers: the steps of the groups, and those without scale."""
+        self._steps: list[QuantizerStep] | None = None
+        self._unscaled: list[QuantizerStep] = []
+
+    def step(self, index: int) -> QuantizerStep:
+        """The numbers of the calibrated timestep `index`."""
+        if self._steps is None:
+            inverses = self.scale.reciprocal()  # rounded to float32 as in fake_quantize
+            top, zero_points = 2**self.bits - 1, self.zero_point.tolist()
+            ends = [-z for z in zero_points], [top - z for z in zero_points]
+            numbers = zip(inverses.tolist(), self.scale.tolist(), *ends, strict=True)
+            self._steps = [QuantizerStep(*values) for values in numbers]
+            # 0-d tensors multiply faster than numbers.
+            tensors = zip(inverses, *ends, strict=True)
+            self._unscaled = [QuantizerStep(v, None, low, high) for v, low, high in tensors]
+        return self._steps[self._groups[index]]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "ActivationQuantizer":
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""
+        bins = self.context.bins
+        one = isinstance(bins, int)
+        group = self._groups[bins] if one else self.group_of_bin[bins].long()
+        shape = () if one else (-1,) + (1,) * (dims - 1)
+        return self.scale[group].view(shape), self.zero_point[group].view(shape)
+
+    def shared(
+        self, x: torch.Tensor, index: int, inplace: bool = False
+    ) -> tuple[torch.Tensor, float]:
+        """q - z and the scale, whose product is the quantized x, at the calibrated timestep
+        `index`. inplace: x may be overwritten."""
+        scale = self.step(index).scale
+        step = self._unscaled[self._groups[index]]
+        return fake_quantize_shared(x, step, inplace=inplace), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bins = self.context.bins
+        if isinstance(bins, int):
+            return fake_quantize_shared(x, self.step(bins))
+        scale, zero_point = self.current(x.dim())
+        return fake_quantize(x, scale, zero_point.to(x.dtype), 2**self.bits - 1)
+
+
+def quantizers_of(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """(name, quantizer) of every activation quantizer of a deployed model, in the file's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield name, module

@@ -1,0 +1,1 @@
+"""What calibrate.py and sample_diffusion.py are made of."""

@@ -1,0 +1,244 @@
+"""From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...models import checkpoint as checkpoints
+from ...models.autoencoder import first_stage_from_upstream
+from ...models.checkpoint_files import CheckpointError, State
+from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
+from ...models.pipeline import Pipeline, build_denoiser, build_pipeline
+from ...quant.backends.native import Compiled
+from ...quant.backends.selection import int8_supported, to_int8
+from ...quant.runtime.denoiser import QuantDenoiser
+from ...quant.runtime.packed_file import load_quantized, read_metadata
+from ..common.errors import ConfigError
+from ..common.memory import return_freed_memory
+from ..common.schema import printable
+from .config import ConditioningConfig, Config, parse_config, repository_path
+
+BACKENDS = ("fake", "int8", "int8-avx2")
+LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What samples. sources: file -> sha256 of everything that was read; bytes likewise."""
+
+    denoiser: nn.Module
+    pipeline: Pipeline
+    sources: dict[str, str]
+    bytes: dict[str, int]
+
+
+def assemble(
+    config: Config,
+    quantized: str | Path | None = None,
+    backend: str = "fake",
+    device: str | torch.device = "cpu",
+    compiled: Callable[[], Compiled | None] | None = None,
+) -> Assembly:
+    """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
+
+    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
+    CheckpointError or PackedFileError.
+    """
+    files = _Files(config)
+    parts = _surroundings(config, files, torch.device(device), quantized)
+    model = empty_denoiser(config)
+    if quantized is None:
+        load_denoiser(config, model, files)
+    else:
+        model = load_quantized(quantized, model)
+        known = model.context.train_timesteps
+        if max(parts.timesteps) >= known:
+            raise ConfigError(
+                f"{quantized}: was calibrated for schedule.train_timesteps {known}, and this "
+                f"schedule asks for timestep {max(parts.timesteps)}"
+            )
+        code = None if compiled is None else compiled()
+        model = select_backend(model, backend, device, code)
+        files.note("quantized", Path(quantized))
+    model = model.eval().requires_grad_(False)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    return Assembly(model, parts, files.digests, files.sizes)
+
+
+def full_precision(
+    config: Config, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Pipeline]:
+    """As `assemble`, in brief."""
+    assembly = assemble(config, device=device)
+    return assembly.denoiser, assembly.pipeline
+
+
+def empty_denoiser(config: Config) -> nn.Module:
+    """The architecture on the meta device. Raises ConfigError for parameters that do not fit."""
+    try:
+        with torch.device("meta"):
+            return build_denoiser(config.model.arch, config.model.params)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        reason = printable(error, 200)
+        raise ConfigError(f"{config.name}: model.params build no denoiser: {reason}") from error
+
+
+def select_backend(
+    model: QuantDenoiser,
+    backend: str,
+    device: str | torch.device = "cpu",
+    compiled: Compiled | None = None,
+) -> QuantDenoiser:
+    """The quantized model as it is (fake: integers in floating point) or on integer kernels.
+
+    int8 relies on VNNI, int8-avx2 does not; compiled is for both. Raises ConfigError where there
+    are none.
+    """
+    if backend == "fake":
+        return model
+    vnni = backend == "int8"
+    reason = int8_supported(device, vnni)
+    if reason is not None:
+        other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
+        raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
+    model = to_int8(model, vnni, compiled)
+    return_freed_memory()
+    return model
+
+
+def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = None) -> None:
+    """Fill a denoiser (on the meta device or not) with the checkpoint's weights."""
+    files = _Files(config) if files is None else files
+    state, source = files.state("checkpoint", config.model.checkpoint)
+    prefix = config.model.prefix
+    if prefix is None and any(name.startswith(f"{LATENT_PREFIX}.") for name in state):
+        prefix = LATENT_PREFIX
+    state = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(denoiser, state, source)
+
+
+def _surroundings(
+    config: Config, files: "_Files", device: torch.device, quantized: str | Path | None
+) -> Pipeline:
+    """The pipeline with its first stage and class embedder."""
+    model = config.model
+    first_stage = embedder = None
+    scale_factor = 1.0 if model.scale_factor is None else model.scale_factor
+    if model.first_stage is not None:
+        stage = model.first_stage
+        first_stage = _built("first_stage", first_stage_from_upstream, vars(stage))
+        name = "checkpoint" if stage.checkpoint is None else "first_stage"
+        state, source = files.state(name, stage.checkpoint or model.checkpoint)
+        _fill(first_stage, state, stage.prefix, source)
+        if model.scale_factor is None:
+            scale_factor = _found_scale_factor(config, files, state, source, quantized)
+    if model.conditioning is not None:
+        embedder = _embedder(model.conditioning, *files.state("checkpoint", model.checkpoint))
+    return build_pipeline(
+        model.arch,
+        model.params,
+        vars(config.schedule),
+        vars(config.sampler),
+        micro_batch=config.sampling.micro_batch,
+        first_stage=None if first_stage is None else first_stage.to(device),
+        embedder=None if embedder is None else embedder.to(device),
+        scale_factor=scale_factor,
+    )
+
+
+def _embedder(
+    conditioning: ConditioningConfig, state: State, source: Path
+) -> ClassEmbedder | PromptTable:
+    """The class embedder, or what the text tower makes of the prompts and of the empty one."""
+    if conditioning.prompts is None:
+        sizes = (conditioning.n_classes, conditioning.embed_dim)
+        embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
+        _fill(embedder, state, conditioning.prefix, source)
+        return embedder
+    try:
+        tokens = tokenize((*conditioning.prompts, ""), conditioning.tokenizer)
+        tower = CLIPTextTower({**VIT_L_14, **conditioning.text_params}).eval()
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = printable(error, 300)
+        raise ConfigError(f"model.conditioning: no text tower: {reason}") from error
+    _fill(tower, state, conditioning.prefix, source)
+    with torch.no_grad():
+        return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
+
+
+def _found_scale_factor(
+    config: Config, files: "_Files", state: State, source: Path, quantized: str | Path | None
+) -> float:
+    """Of the first stage's file, else of the denoiser's (a first stage with a file of its own has
+    none), whose quantized file remembers it; else 1."""
+    if "scale_factor" in state:
+        return _scale_factor(state["scale_factor"], source)
+    if config.model.first_stage.checkpoint is None:
+        return 1.0
+    if quantized is not None:
+        text = read_metadata(quantized).get("config")
+        found = None if text is None else parse_config(text, str(quantized)).model.scale_factor
+        if found is not None:
+            return found
+    # Files of earlier versions do not remember it.
+    state, source = files.state("checkpoint", config.model.checkpoint)
+    value = state.get("scale_factor")
+    return 1.0 if value is None else _scale_factor(value, source)
+
+
+def _scale_factor(value: torch.Tensor, source: Path) -> float:
+    """Of the latents. Raises CheckpointError unless it is one positive number."""
+    if value.numel() != 1 or not (torch.isfinite(value) & (value > 0)).all():
+        raise CheckpointError(f"{source}: scale_factor is not one positive number; set it by hand")
+    return float(value)
+
+
+def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return maker(values).eval().requires_grad_(False)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ConfigError(f"model.{name} cannot be built: {printable(error, 200)}") from error
+
+
+def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> None:
+    chosen = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(module, chosen, source)
+
+
+class _Files:
+    """Checkpoints that are read once, with their digests and sizes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.digests: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self._states: dict[str, State] = {}
+
+    def note(self, name: str, path: Path) -> None:
+        self.digests[name] = checkpoints.sha256_of(path)
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        self.sizes[name] = sum(p.stat().st_size for p in files)
+
+    def state(self, name: str, text: str | None) -> tuple[State, Path]:
+        """The tensors of a checkpoint of the configuration, and its path."""
+        if text is None:
+            raise ConfigError(f"{self.config.name}: model.checkpoint is not set (--ckpt FILE)")
+        path = repository_path(text)
+        if name not in self._states:
+            if self.config.model.url and name == "checkpoint" and not path.exists():
+                url = self.config.model.url
+                raise CheckpointError(
+                    f"{text}: no such file; download it from {url}, or name yours with --ckpt FILE"
+                )
+            if not path.exists():
+                raise CheckpointError(f"{text}: no such file; check the path")
+            self._states[name] = checkpoints.load_state_dict(
+                path, weights=self.config.model.weights
+            )
+            self.note(name, path)
+        return self._states[name], path

@@ -1,0 +1,313 @@
+"""A calibration run: from a configuration to the quantized file and its reports in a run folder."""
+
+import copy
+import dataclasses
+import json
+import platform
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ...models.protocols import roles_of
+from ...quant.calibration.calibrate import calibrate
+from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
+from ...quant.calibration.finite import DivergenceError
+from ...quant.calibration.phases.correct import correct_noise
+from ...quant.calibration.run_state import CalibrationState
+from ...quant.calibration.states import Bank
+from ...quant.calibration.task import OnOutput, Task
+from ...quant.runtime.packed_file import load_quantized, to_bytes
+from ..common.errors import ConfigError, RunError
+from ..common.files import remove_stale, write_bytes, write_json, write_text
+from ..common.memory import return_freed_memory
+from .assembly import Assembly
+from .config import Config, resolved_yaml
+from .processes import ALONE, Team
+from .resume import STATE, advice, identity_of, load_state, save_state
+from .shared_statistics import collect_together, help_collect
+from .trajectories import FRESH, SEED_DOMAIN, guided_rows, record_bank
+
+RESULT, LOCK = "quantized.safetensors", ".lock"
+
+
+class Bars:
+    """Progress bars, one a phase."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def begin(self, phase: str, total: int) -> None:
+        self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
+
+    def step(self, text: str) -> None:
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def end(self) -> None:
+        self.bar.close()
+        return_freed_memory()  # phases want blocks of other sizes
+
+    def close(self) -> None:
+        """Of a phase that failed: what is printed next begins a line."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What is calibrated, and where it goes.
+
+    assembly: full precision, of the same configuration. team: processes that help to make the
+    trajectories and statistics.
+    """
+
+    config: Config
+    assembly: Assembly
+    folder: Path
+    device: torch.device
+    team: Team = ALONE
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that the result depends on."""
+        return identity_of(self.config, self.assembly.sources)
+
+    def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
+        """See quant.calibration.task.Sampler."""
+        self.assembly.pipeline.latents(
+            model,
+            range(FRESH, FRESH + count),
+            SEED_DOMAIN + self.config.calibration.seed,
+            self.config.sampling.classes,
+            device=self.device,
+            adjust=on_output,
+        )
+
+    def guided(self, eps: torch.Tensor) -> torch.Tensor:
+        """See quant.calibration.task.Sampler."""
+        return guided_rows(self.assembly.pipeline, eps)
+
+
+def is_done(run: CalibrationRun) -> bool:
+    """True if the folder holds this run's result. Raises RunError for another run's."""
+    if not (run.folder / RESULT).exists():
+        return False
+    try:
+        text = (run.folder / "report.json").read_text(encoding="utf-8")
+        found = json.loads(text)["identity"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if found != run.identity:
+        raise RunError(
+            f"{run.folder / RESULT}: was made from another configuration or checkpoint; "
+            "--overwrite calibrates anew, --out names another folder"
+        )
+    return True
+
+
+def make_bank(run: CalibrationRun) -> Bank | None:
+    """The trajectories; None on the ranks that only help to make them."""
+    config = run.config
+    total, size = config.calibration.trajectories, config.sampling.micro_batch
+    title, whole = f"{'trajectories':20}", -(-total // size) * size
+    with tqdm(total=whole, desc=title, unit="image", disable=run.team.rank != 0) as bar:
+        return record_bank(
+            run.assembly.pipeline,
+            run.assembly.denoiser,
+            total,
+            config.calibration.seed,
+            classes=config.sampling.classes,
+            device=run.device,
+            on_images=bar.update,
+            team=run.team,
+        )
+
+
+def step_importance(assembly: Assembly, bank: Bank) -> torch.Tensor:
+    """Per step of the bank, (S,) float32. PLMS calls twice in its first step."""
+    values = assembly.pipeline.step_importance().tolist()
+    values = values[:1] * (len(bank.timesteps) - len(values)) + values
+    return torch.tensor(values)
+
+
+def help_calibrate(run: CalibrationRun) -> None:
+    """What the ranks above 0 do while rank 0 is in calibrate_run, which knows what is wanted."""
+    bank_wanted, statistics_wanted = run.team.agree(False), run.team.agree(False)
+    if bank_wanted:
+        make_bank(run)
+    if statistics_wanted:
+        seed = run.config.calibration.seed
+        help_collect(run.team, run.assembly.denoiser, run.config.quant, seed, run.device)
+
+
+def calibrate_run(
+    run: CalibrationRun,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    bank: Bank | None = None,
+) -> list[str] | None:
+    """Calibrate into run.folder and return the lines of its log; None if it is done already.
+
+    bank: what make_bank gives, if it is there already; the reported seconds are then those after
+    it. Raises RunError, ConfigError.
+    """
+    config, assembly, folder, team = run.config, run.assembly, run.folder, run.team
+    began = time.perf_counter()
+    temporal = roles_of(assembly.denoiser).timestep_only
+    if config.quant.time_embedding == "reconstructed" and not temporal:
+        raise ConfigError(
+            f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
+            "to be reconstructed; use quantized"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    if overwrite:  # at once: killed from here on, --resume continues the new run
+        for name in (RESULT, STATE):
+            (folder / name).unlink(missing_ok=True)
+    done = is_done(run)
+    saved = None if done else load_state(folder, config, assembly.sources, resume, run.device)
+    wanted = team.agree(not done and saved is None and bank is None)
+    team.agree(not done and (saved is None or "ranges" not in saved[0].done))
+    if done:
+        (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
+        return None
+    write_text(folder / "config.yaml", resolved_yaml(config))
+    state = CalibrationState()
+
+    def save(state: CalibrationState) -> None:
+        save_state(folder, config, assembly.sources, state, bank)
+
+    if saved is not None:
+        state, bank = saved
+        print(f"resumed after: {', '.join(['trajectories', *state.done])}")
+    elif wanted:
+        bank = make_bank(run)
+        save(state)
+    with closing(Bars()) as bars:
+        task = Task(
+            assembly.denoiser,
+            bank,
+            config.quant,
+            config.calibration,
+            config.schedule.train_timesteps,
+            step_importance(assembly, bank),
+            sampler=run,
+            progress=bars,
+            state=state,
+            save=save,
+            collect=partial(collect_together, team),
+        )
+        try:
+            deployed, phases = calibrate(task)
+        except DivergenceError as error:
+            raise RunError(advice(error, state, config)) from error
+    lines = write_result(run, bank, Outcome(deployed, phases, began))
+    (folder / STATE).unlink(missing_ok=True)
+    return lines
+
+
+def correct_run(run: CalibrationRun, base: Path, bank: Bank) -> list[str]:
+    """What calibrate_run gives for a configuration that differs from that of the finished run
+    `base` in the name of the method and in PTQD's correction alone: fits that to the model there.
+
+    The reported seconds count those of the base.
+    """
+    config, assembly = run.config, run.assembly
+    report = json.loads((base / "report.json").read_text(encoding="utf-8"))
+    began = time.perf_counter() - report["seconds"]
+    phases = report["phases"]
+    model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
+    model = model.to(bank.device).to(memory_format=torch.channels_last)
+    with closing(Bars()) as bars:
+        started = time.perf_counter()
+        fitted = correct_noise(model, bank, config.calibration.batch_size, bars, run.guided)
+        phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "config.yaml", resolved_yaml(config))
+    return write_result(run, bank, Outcome(model, phases, began))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A deployed model, the reports of the phases, and when the run began (perf_counter)."""
+
+    model: nn.Module
+    phases: dict[str, Any]
+    began: float
+
+
+def write_result(run: CalibrationRun, bank: Bank, outcome: Outcome) -> list[str]:
+    """The reports, then the quantized file, by which the run is done; the lines of the log."""
+    assembly, config = run.assembly, run.config
+    roles = roles_of(assembly.denoiser)
+    x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
+    macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
+    rows = layer_rows(assembly.denoiser, outcome.model, roles, macs)
+    data = to_bytes(
+        outcome.model,
+        {
+            "config": resolved_yaml(with_scale_factor(config, assembly)),
+            "method": config.quant.method,
+            "source_sha256": ",".join(assembly.sources.values()),
+            "torch": torch.__version__,
+        },
+    )
+    lines = write_report(run, outcome, rows, len(data))
+    write_bytes(run.folder / RESULT, data)
+    return lines
+
+
+def with_scale_factor(config: Config, assembly: Assembly) -> Config:
+    """What was found in a checkpoint stays known where that is not read any more."""
+    if config.model.first_stage is None or config.model.scale_factor is not None:
+        return config
+    scale_factor = assembly.pipeline.scale_factor
+    return replace(config, model=replace(config.model, scale_factor=scale_factor))
+
+
+def write_report(
+    run: CalibrationRun, outcome: Outcome, rows: list[LayerRow], size: int
+) -> list[str]:
+    """report.json, layers.txt and log.txt, whose lines are returned. size: bytes of the file."""
+    config, folder = run.config, run.folder
+    seconds = time.perf_counter() - outcome.began
+    table, share = format_table(rows), shares(rows)
+    parameters = sum(p.numel() for p in run.assembly.denoiser.parameters())
+    summary = {
+        "name": config.name,
+        "method": config.quant.method,
+        "weight_bits": config.quant.weight.bits,
+        "activation_bits": config.quant.activation.bits,
+        "bytes": size,
+        "size_mb": size / 2**20,
+        "float32_mb": parameters * 4 / 2**20,
+        "ratio_to_float32": size / (parameters * 4),
+        **share,
+        "seconds": round(seconds, 2),
+        "seed": config.calibration.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "sources": run.assembly.sources,
+        "identity": run.identity,
+        "phases": outcome.phases,
+        "layers": [dataclasses.asdict(r) for r in rows],
+    }
+    write_json(folder / "report.json", summary)
+    write_text(folder / "layers.txt", table + "\n")
+    lines = [
+        table,
+        f"weights quantized: {share['weights_quantized']:.2%}; MACs in integers: "
+        f"{share['macs_quantized']:.2%}, once per timestep: {share['macs_once_per_timestep']:.2%}",
+        f"{folder / RESULT}: {size / 2**20:.3f} MB, {size / (parameters * 4):.4f} of float32 "
+        f"({parameters * 4 / 2**20:.2f} MB), in {seconds:.0f} s",
+    ]
+    write_text(folder / "log.txt", "\n".join(lines) + "\n")
+    return lines

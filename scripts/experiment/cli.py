@@ -1,0 +1,231 @@
+"""What the command lines share: options that stand for configuration keys, and one-line errors.
+
+    parser = make_parser(__doc__)
+    add_config(parser)
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+
+Options are accepted with underscores and with dashes. The last one on the command line wins.
+"""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch
+
+from ...models.checkpoint_files import OUT_OF_MEMORY, CheckpointError
+from ...models.samplers import SamplingError
+from ...quant.calibration.statistics import StatisticsError
+from ...quant.runtime.packed_file import PackedFileError
+from ..common.errors import ConfigError, ImageError, MetricError, RunError
+from ..common.files import write_json
+from ..common.memory import keep_freed_memory
+from ..common.schema import printable
+from .config import Override
+
+USER_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    PackedFileError,
+    MetricError,
+    ImageError,
+    SamplingError,
+    StatisticsError,
+    RunError,
+)
+NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
+
+
+def one_text(text: str) -> str:
+    """A list of one text, as YAML."""
+    return json.dumps([text])
+
+
+# (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
+SAMPLER_OPTIONS = (
+    (("--steps", "--timesteps", "--custom_steps", "-c"), "sampler.steps", NUMBER, "N", "steps"),
+    (("--eta",), "sampler.eta", NUMBER, "ETA", "0 deterministic DDIM .. 1 ancestral"),
+    (("--skip_type", "--skip"), "sampler.skip", TEXT, "NAME", "uniform, quad or logsnr"),
+    (("--scale",), "sampler.guidance_scale", NUMBER, "S", "classifier-free guidance"),
+    (("--ckpt",), "model.checkpoint", TEXT, "FILE", "full-precision checkpoint"),
+)
+SAMPLING_OPTIONS = (
+    (("--count", "-n", "--n_samples", "--max_images"), "sampling.count", NUMBER, "N", "images"),
+    (("--batch_size",), "sampling.batch_size", NUMBER, "B", "images made together"),
+    (("--seed",), "sampling.seed", NUMBER, "S", "seed of the images"),
+    (("--classes",), "sampling.classes", NUMBERS, "1,7", "classes, given to the images in turn"),
+    (("--prompt",), "model.conditioning.prompts", one_text, "TEXT", "the text of all images"),
+)
+QUANT_OPTIONS = (
+    (("--weight_bit", "--wq"), "quant.weight.bits", NUMBER, "BITS", "bits of the weights"),
+    (("--act_bit", "--aq"), "quant.activation.bits", NUMBER, "BITS", "bits of the activations"),
+)
+
+
+class _Set(argparse.Action):
+    """--set key.sub=value [key2=value2 ...]"""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        for pair in values:
+            namespace.overrides = [*namespace.overrides, pair]
+
+
+class _Alias(argparse.Action):
+    """An option that stands for one key."""
+
+    def __init__(self, *args: Any, key: str, form: Callable[[str], str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.key, self.form = key, form
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        override = Override(self.key, self.form(value), str(option))
+        namespace.overrides = [*namespace.overrides, override]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message, 500)}; see --help\n")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    return _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def spellings(*names: str) -> list[str]:
+    """Every name with underscores, and with dashes."""
+    dashed = [n[:2] + n[2:].replace("_", "-") for n in names]
+    return list(dict.fromkeys(name for pair in zip(dashed, names, strict=True) for name in pair))
+
+
+def add_config(
+    parser: argparse.ArgumentParser,
+    options: Sequence[tuple] = (*SAMPLER_OPTIONS, *SAMPLING_OPTIONS, *QUANT_OPTIONS),
+    required: bool = True,
+) -> None:
+    """--config, --set, --device and the options for keys: args.config, .overrides, .device."""
+    parser.set_defaults(overrides=[])
+    parser.add_argument("--config", metavar="FILE", required=required, help="YAML of an experiment")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action=_Set,
+        dest="overrides",
+        default=[],
+        metavar="key.sub=value",
+        help="override keys of the configuration",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for names, key, form, metavar, text in options:
+        parser.add_argument(
+            *spellings(*names),
+            action=_Alias,
+            key=key,
+            form=form,
+            dest=f"_{key}",
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=f"{text} ({key})",
+        )
+
+
+def add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        *spellings("--out", "-l", "--logdir"), dest="out", metavar="DIR", required=True, help=text
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto is CUDA where there is one. Kernels are made repeatable. Raises ConfigError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.device("cuda", local)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+
+    Anything else is a defect of the program and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _Unraisable(sys.unraisablehook)
+    keep_freed_memory()
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command continues")
+        sys.exit(130)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _complain(line)
+        _tell_torchrun(line)
+        sys.exit(2)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what the user can mend, None for a defect of the program."""
+    if isinstance(error, USER_ERRORS):
+        return printable(error, 2000)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        what = f"{where}{error.strerror or error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return printable(what + ("; make room, the same command continues" if full else ""), 2000)
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if exhausted or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return "out of memory: lower the batch size (--set sampling.micro_batch=4)"
+    return None
+
+
+def _complain(line: str) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
+    print(f"error: {rank}{line}", file=sys.stderr)
+
+
+def _tell_torchrun(line: str) -> None:
+    """torchrun ends with a summary; this puts the reason in it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        with suppress(OSError):  # the disk may be what is full
+            write_json(file, {"message": line, "timestamp": int(time.time())})
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class _Unraisable:
+    """An interruption that came while a destructor ran, where Python drops it, comes once more."""
+
+    def __init__(self, previous: Callable[[Any], None]):
+        self.previous = previous
+
+    def __call__(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = (threading.main_thread().ident, signal.SIGINT)
+            threading.Timer(0.05, signal.pthread_kill, again).start()  # the destructor is over then
+        else:
+            self.previous(unraisable)

@@ -1,0 +1,410 @@
+"""The configuration of an experiment: frozen dataclasses, read by one strict loader.
+
+    config = load_config("configs/cifar10.yaml", ["sampler.steps=50"])
+
+Nothing else reads YAML. `quant` and `calibration` take their defaults from the method's preset.
+Relative paths to checkpoints are looked up in the repository, then beside the configuration file,
+then in the working directory; those given on the command line in the working directory first.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...models.pipeline import ARCHITECTURES, SAMPLERS, SKIPS, UPSTREAM_ONLY, sampling_plan
+from ...models.schedule import SCHEDULES
+from ...quant.core.settings import (
+    METHODS,
+    CalibrationSettings,
+    QuantSettings,
+    WeightSettings,
+    preset,
+    setting,
+)
+from ..common.errors import ConfigError
+from ..common.paths import ROOT
+from ..common.schema import (
+    Key,
+    Tree,
+    Where,
+    build,
+    check_arguments,
+    read_value,
+    read_yaml,
+    suggestion,
+)
+
+__all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
+
+LARGEST_SIZE = 65_536  # of a number in model.params
+MOST_ENTRIES = 64  # blocks of a level, entries of a list
+# Keys of settings that did not earn their place -> the value that switched them off.
+REMOVED = {
+    ("quant", "activation", "step_bits"): [],
+    ("quant", "reconstruct", "mixed_inputs"): False,
+    ("quant", "reconstruct", "progressive"): False,
+}
+# The baselines have no such steps, whatever a file of tinyDM says.
+END_TO_END = ("quant", "reconstruct", "finetune_iterations")
+
+
+@dataclass(frozen=True)
+class FirstStageConfig:
+    """The autoencoder of latent diffusion, in the public configurations' words."""
+
+    target: str = setting(
+        MISSING, "VQModelInterface or AutoencoderKL; a class path before it is ignored"
+    )
+    params: dict = setting(MISSING, "arguments of that class")
+    checkpoint: str | None = setting(None, "its file; null: within the model's checkpoint")
+    prefix: str | None = setting("first_stage_model", "its tensors' names begin with it")
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    """One context token per class, or texts."""
+
+    n_classes: int | None = setting(
+        None, "classes; the last one is the null class", within=(2, 10**6)
+    )
+    embed_dim: int | None = setting(None, "width of a class's token", within=(1, 10**6))
+    prompts: tuple[str, ...] | None = setting(None, "texts, numbered like classes")
+    text_params: dict = field(
+        default_factory=dict,
+        metadata={
+            "doc": "fields of transformers' CLIPTextConfig that differ from those of ViT-L/14"
+        },
+    )
+    tokenizer: str = setting(
+        "openai/clip-vit-large-patch14", "a folder or hub name with CLIP's vocabulary"
+    )
+    prefix: str | None = setting("cond_stage_model", "its tensors' names begin with it")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: str = setting(MISSING, "family of the denoiser", choices=tuple(ARCHITECTURES))
+    params: dict = field(
+        default_factory=dict, metadata={"doc": "arguments of the denoiser, in upstream's names"}
+    )
+    checkpoint: str | None = setting(
+        None, "full-precision file; relative to the repository, this file or the working directory"
+    )
+    url: str | None = setting(None, "where it can be downloaded")
+    weights: str = setting("ema", "which copy of the weights", choices=("ema", "raw"))
+    prefix: str | None = setting(None, "the denoiser's tensors' names begin with it")
+    first_stage: FirstStageConfig | None = None
+    conditioning: ConditioningConfig | None = None
+    scale_factor: float | None = setting(
+        None, "of the latents; null: the checkpoint's own, else 1", within=(1e-6, 1e6)
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    betas: str = setting(
+        "linear",
+        "noise schedule; `scaled_linear` is what latent diffusion calls linear",
+        choices=SCHEDULES,
+    )
+    beta_start: float = setting(1e-4, "first beta", within=(1e-9, 1.0))
+    beta_end: float = setting(0.02, "last beta", within=(1e-9, 1.0))
+    train_timesteps: int = setting(1000, "timesteps of the noise schedule", within=(2, 100_000))
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    name: str = setting("ddim", "sampler", choices=tuple(SAMPLERS))
+    steps: int = setting(100, "sampling steps", within=(1, 100_000))
+    skip: str = setting("uniform", "spacing of the timesteps", choices=tuple(SKIPS))
+    eta: float = setting(0.0, "0 deterministic DDIM .. 1 ancestral; DDIM only", within=(0.0, 1.0))
+    clip_denoised: bool = setting(
+        False,
+        "clip the predicted x0; for DDIM, guided_ddpm and dpmpp: ddpm always does, the samplers of "
+        "latent diffusion never do",
+    )
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none", within=(0.0, 1000.0))
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    count: int = setting(64, "images", within=(1, 1_000_000))
+    batch_size: int = setting(
+        64, "images made together; changes nothing in an image", within=(1, 65_536)
+    )
+    micro_batch: int = setting(16, "rows of each network call", within=(1, 65_536))
+    seed: int = setting(1234, "seed of the images", within=(0, 2**63 - 1))
+    classes: tuple[int, ...] | None = setting(
+        None, "given to the images in turn; null: all classes evenly"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    quant: QuantSettings = QuantSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class Override:
+    """One key of the command line: `--set key=value`, or an option that stands for a key."""
+
+    key: str
+    text: str
+    label: str
+
+    @classmethod
+    def parse(cls, pair: str) -> "Override":
+        """key.sub=value. Raises ConfigError."""
+        key, equals, text = pair.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {pair}: must be key.sub=value")
+        return cls(key, text, f"--set {key}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> Config:
+    """Read a YAML file; overrides ("key.sub=value") replace keys, the last one wins.
+
+    Raises ConfigError: one line with file and line, or with the option.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
+    return parse_config(text, str(path), overrides, Path(path).parent)
+
+
+def parse_config(
+    text: str,
+    source: str,
+    overrides: Sequence[str | Override] = (),
+    folder: str | Path = ".",
+) -> Config:
+    """As load_config, from YAML text; `source` names it, paths may be relative to `folder`.
+
+    Where overrides name another method than the text, the text's end-to-end steps do not count.
+    """
+    tree = read_yaml(text, source)
+    written, given = _method(tree), set()
+    for override in overrides:
+        override = Override.parse(override) if isinstance(override, str) else override
+        key = tuple(override.key.split("."))
+        tree.set(key, read_value(override.text, override.label), override.label)
+        given.add(key)
+    method = _checked_method(tree)
+    if method != written and not any(END_TO_END[: len(key)] == key for key in given):
+        tree.drop(END_TO_END)  # what the file says is for its own method
+    _drop_removed(tree)
+    quant, calibration = preset(method, _weight_bits(tree))
+    defaults = {"quant": quant, "calibration": calibration}
+    config = build(Config, tree.values, tree.where, (), defaults)
+    _check(config, tree.where)
+    return _with_paths(config, tree, Path(folder))
+
+
+def resolved_yaml(config: Config) -> str:
+    """All keys of a configuration; load_config reads it back to the same one."""
+    values = _lists(dataclasses.asdict(config))
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
+
+
+def repository_path(text: str) -> Path:
+    """A path of a loaded configuration as one that can be opened."""
+    path = ROOT / text
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _drop_removed(tree: Tree) -> None:
+    """Forgets removed keys that a file has at the value which meant "off": quantized files hold the
+    configuration they were made with. Raises ConfigError where one asks for something."""
+    for key, off in REMOVED.items():
+        values: Any = tree.values
+        for name in key:
+            values = values.get(name, MISSING) if isinstance(values, dict) else MISSING
+        if values is MISSING:
+            continue
+        where = tree.where(key)
+        if values != off or where.startswith("--"):
+            raise ConfigError(f"{where}: {'.'.join(key)} was removed (docs/ablations.md says why)")
+        tree.drop(key)
+
+
+def _method(tree: Tree) -> Any:
+    section = tree.values.get("quant")
+    return section.get("method", "tinydm") if isinstance(section, dict) else "tinydm"
+
+
+def _checked_method(tree: Tree) -> str:
+    """quant.method, known before the rest since it chooses the defaults."""
+    method = _method(tree)
+    if method not in METHODS:
+        where, known = tree.where(("quant", "method")), suggestion(str(method), METHODS)
+        raise ConfigError(f"{where}: quant.method is {method!r}, which is unknown{known}")
+    return method
+
+
+def _weight_bits(tree: Tree) -> int:
+    """quant.weight.bits, which some presets depend on; its default where it is not valid."""
+    bits: Any = tree.values
+    for key in ("quant", "weight", "bits"):
+        bits = bits.get(key) if isinstance(bits, dict) else None
+    return bits if type(bits) is int else WeightSettings.bits
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _check(config: Config, where: Where) -> None:
+    """What one key alone does not tell."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")
+
+    model, schedule, sampler = config.model, config.schedule, config.sampler
+    denoiser = ARCHITECTURES[model.arch]
+    extra = () if model.arch == "ddim_unet" else UPSTREAM_ONLY
+    check_arguments(denoiser, model.params, where, ("model", "params"), extra)
+    if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
+        refuse("model.params", "needs image_size, the side of what the denoiser sees")
+    _check_sizes(model.params, ("model", "params"), refuse)
+    check_image_size(model.params, refuse)
+    if model.first_stage is not None:
+        _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
+    for name in ("first_stage", "conditioning"):
+        if getattr(model, name) is not None and model.arch != "ldm_unet":
+            refuse(f"model.{name}", "belongs to arch ldm_unet only")
+    _check_conditioning(model.conditioning, refuse)
+    if schedule.beta_start > schedule.beta_end:
+        refuse("schedule.beta_end", f"must be at least beta_start, is {schedule.beta_end}")
+    if schedule.beta_end >= 1:
+        refuse("schedule.beta_end", "must be below 1")
+    if sampler.steps > schedule.train_timesteps:
+        limits = f"1..{schedule.train_timesteps}"
+        refuse("sampler.steps", f"must be within {limits}, is {sampler.steps}")
+    if model.arch not in SAMPLERS[sampler.name]:
+        fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
+        refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
+    try:
+        sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
+    except ValueError as error:
+        refuse("sampler", f"does not fit: {error}")
+    if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
+        refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
+    if sampler.guidance_scale != 1 and model.conditioning is None:
+        refuse("sampler.guidance_scale", "needs model.conditioning")
+    _check_classes(config, refuse)
+    temporal = config.quant.time_embedding == "reconstructed"
+    if temporal and config.quant.reconstruct.iterations == 0:
+        refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
+
+
+def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) -> None:
+    if conditioning is None:
+        return
+    classes = (conditioning.n_classes, conditioning.embed_dim)
+    if conditioning.prompts is None:
+        if None in classes:
+            refuse("model.conditioning", "needs n_classes and embed_dim, or prompts")
+    elif classes != (None, None):
+        refuse("model.conditioning.prompts", "cannot be there beside n_classes and embed_dim")
+    elif not conditioning.prompts:
+        refuse("model.conditioning.prompts", "must hold at least one text")
+
+
+def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
+    """Building even an empty network takes time and memory by these: no file may ask for any."""
+    name = key[-1]
+    most = MOST_ENTRIES if name.endswith(("blocks", "depth")) else LARGEST_SIZE
+    if isinstance(value, dict):
+        for inner in value:
+            _check_sizes(value[inner], (*key, inner), refuse)
+    elif isinstance(value, list | tuple):
+        if len(value) > MOST_ENTRIES:
+            refuse(".".join(key), f"has {len(value)} entries, at most {MOST_ENTRIES} are sensible")
+        for inner in value:
+            _check_sizes(inner, key, refuse)
+    elif isinstance(value, int | float) and not -most <= value <= most:
+        refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
+
+
+def check_image_size(params: dict, refuse: Any) -> None:
+    """Each level but the last halves the picture, and the way up doubles it again.
+
+    refuse(key, why) raises.
+    """
+    size = params.get("image_size")
+    levels = params.get("ch_mult", params.get("channel_mult"))
+    if not isinstance(size, int) or not isinstance(levels, list | tuple) or not levels:
+        return
+    unit = 2 ** (len(levels) - 1)
+    if size < unit or size % unit:
+        refuse("model.params.image_size", f"must be a multiple of {unit}, is {size}")
+
+
+def _check_classes(config: Config, refuse: Any) -> None:
+    model, classes = config.model, config.sampling.classes
+    if classes is None:
+        return
+    count = number_of_classes(model)
+    if count is None:
+        refuse("sampling.classes", "is for class-conditional models only")
+    elif not classes or min(classes) < 0 or max(classes) >= count:
+        refuse("sampling.classes", f"must be a list of numbers within 0..{count - 1}")
+
+
+def number_of_classes(model: ModelConfig) -> int | None:
+    """Classes or prompts that can be asked for (the null class is none of them), or None."""
+    if model.conditioning is not None:
+        prompts = model.conditioning.prompts
+        return model.conditioning.n_classes - 1 if prompts is None else len(prompts)
+    return model.params.get("num_classes")
+
+
+def calls_per_image(config: Config) -> int:
+    """Rows of the network that an image takes: two a step with guidance, and PLMS asks once more
+    at its start."""
+    sampler = config.sampler
+    timesteps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
+    calls = len(timesteps) + (sampler.name == "plms")
+    return calls * (1 if sampler.guidance_scale == 1.0 else 2)
+
+
+def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:
+    """Checkpoints as they are found: relative to the repository if they lie in it."""
+    model = config.model
+    found = _located(model.checkpoint, ("model", "checkpoint"), tree, folder)
+    model = replace(model, checkpoint=found)
+    if model.first_stage is not None:
+        key = ("model", "first_stage", "checkpoint")
+        path = _located(model.first_stage.checkpoint, key, tree, folder)
+        model = replace(model, first_stage=replace(model.first_stage, checkpoint=path))
+    return replace(config, model=model)
+
+
+def _located(text: str | None, key: Key, tree: Tree, folder: Path) -> str | None:
+    if text is None:
+        return None
+    bases = [ROOT, folder, Path.cwd()]
+    if tree.where(key).startswith("--"):  # written on the command line
+        bases.insert(0, Path.cwd())
+    for base in bases:
+        try:
+            path = (base / text).absolute()
+            if path.exists():
+                return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        except (OSError, ValueError):  # too long a name, a zero byte: opening it will say so
+            break
+    return text

@@ -1,0 +1,133 @@
+"""An unfinished calibration on the disk: whose it is, and what may still be changed in it.
+
+Everything that the result depends on is its identity. What only a later phase reads may change
+until that phase is done: a run whose end-to-end steps ran away goes on with a lower rate.
+"""
+
+import dataclasses
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models.checkpoint_files import unreadable_now
+from ...quant.calibration.finite import DivergenceError
+from ...quant.calibration.phases import PHASES, unfinished_phase
+from ...quant.calibration.run_state import CalibrationState
+from ...quant.calibration.states import Bank
+from ..common.errors import RunError
+from ..common.files import save_tensors
+from .config import Config
+
+STATE = "calibration.pt"
+
+
+def settings_of_phases(config: Config) -> dict[str, dict[str, Any]]:
+    """Phase -> the settings that may change until it is done, of the phases that have any."""
+    found = {phase.name: phase.settings(config.quant) for phase in PHASES}
+    return {name: settings for name, settings in found.items() if settings}
+
+
+def _parts(config: Config, sources: dict[str, str]) -> dict[str, Any]:
+    return {
+        "model": dataclasses.asdict(config.model) | {"checkpoint": None, "url": None},
+        "schedule": vars(config.schedule),
+        "sampler": vars(config.sampler),
+        "quant": dataclasses.asdict(config.quant),
+        "calibration": vars(config.calibration),
+        "micro_batch": config.sampling.micro_batch,
+        "classes": config.sampling.classes,
+        "sources": sources,
+    }
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+
+
+def identity_of(config: Config, sources: dict[str, str]) -> str:
+    """Digest of everything the result depends on."""
+    return _digest(_parts(config, sources))
+
+
+def identity_of_start(config: Config, sources: dict[str, str]) -> str:
+    """Digest of what may not change from the trajectories on."""
+    parts = _parts(config, sources)
+    later = {"search", "reconstruct"}
+    parts["quant"] = {k: v for k, v in parts["quant"].items() if k not in later}
+    return _digest(parts)
+
+
+def save_state(
+    folder: Path, config: Config, sources: dict[str, str], state: CalibrationState, bank: Bank
+) -> None:
+    value = {
+        "identity": identity_of_start(config, sources),
+        "settings": settings_of_phases(config),
+        "state": state.to_plain(),
+        "bank": vars(bank),
+    }
+    save_tensors(folder / STATE, value)
+
+
+def load_state(
+    folder: Path,
+    config: Config,
+    sources: dict[str, str],
+    resume: bool,
+    device: str | torch.device = "cpu",
+) -> tuple[CalibrationState, Bank] | None:
+    """The interrupted run of this folder, if it is to be continued. Raises RunError.
+
+    device: of this run, which may be another than that of the interrupted one.
+    With other settings of the phase that was interrupted it stands at that phase's start.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if archive.testzip() is not None:
+                raise ValueError("a checksum does not match")
+        value = torch.load(path, weights_only=True, map_location="cpu")
+        if not value.keys() >= {"identity", "settings", "state", "bank"}:
+            raise ValueError("it is not whole")
+    except Exception as error:  # torch has many exceptions for a damaged file
+        if reason := unreadable_now(error, path):
+            raise RunError(f"{path}: {reason}; it is kept") from error
+        raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
+    foreign = f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
+    if value["identity"] != identity_of_start(config, sources):
+        raise RunError(foreign)
+    if not resume:
+        raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
+    state = CalibrationState.from_plain(value["state"])
+    now, saved = settings_of_phases(config), value["settings"]
+    changed = {name for name in {*now, *saved} if now.get(name) != saved.get(name)}
+    if changed.intersection(state.done):
+        raise RunError(foreign)
+    if unfinished_phase(state).name in changed:
+        state.rewind()
+    return state, Bank(**(value["bank"] | {"device": str(device)}))
+
+
+def advice(error: DivergenceError, state: CalibrationState, config: Config) -> str:
+    """The line for a phase that ran away: what happened, and what to change."""
+    phase = unfinished_phase(state)
+    line = f"calibration diverged, {phase.name}: {error}"
+    if error.untouched:
+        return (
+            f"{line}, before the first step: the noise that the checkpoint predicts is too large; "
+            "look at images of it in full precision"
+        )
+    if phase.lower:
+        settings, done = settings_of_phases(config), set(state.done)
+        by_units = {"temporal", "reconstruct"}  # they have the same rates
+        if done & by_units & settings.keys():
+            return f"{line}; lower {phase.lower} and start anew with --overwrite"
+        return f"{line}; lower {phase.lower}, and --resume goes on after the phase before"
+    if phase.leave_out:
+        return f"{line}; leave it out with --set {phase.leave_out} --overwrite"
+    return f"{line}; look at images of the checkpoint in full precision"

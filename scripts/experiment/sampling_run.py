@@ -1,0 +1,158 @@
+"""A sampling run: a folder of images, continued where an earlier run left it."""
+
+import dataclasses
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ...models.protocols import rows_are_independent
+from ..common.files import write_json, write_text
+from ..common.images import grid, is_whole_png, to_uint8, write_png
+from .assembly import Assembly
+from .config import Config, calls_per_image, resolved_yaml
+from .runs import beside, missing_images, png_name, surplus_images
+
+GRID_IMAGES, GRID_COLUMNS = 64, 8
+
+
+@dataclass(frozen=True)
+class SamplingRun:
+    """What is sampled, and where it goes. backend: None for full precision."""
+
+    config: Config
+    assembly: Assembly
+    folder: Path
+    device: torch.device
+    backend: str | None = None
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that an image depends on besides its number."""
+        return identity_of(self.config, self.assembly, self.backend)
+
+    def missing(self) -> list[int]:
+        """Numbers of the images that are not there yet, of all ranks."""
+        return missing_images(self.folder, self.config.sampling.count)
+
+    def share(self, missing: list[int]) -> list[int]:
+        """This rank's: by number, not by place in the list, since the ranks list while others
+        already write."""
+        return [index for index in missing if index % self.world == self.rank]
+
+
+def identity_of(config: Config, assembly: Assembly, backend: str | None) -> dict[str, Any]:
+    """Everything that an image depends on besides its number."""
+    model, sampling = dataclasses.asdict(config.model), config.sampling
+    for place in (model, model["first_stage"] or {}):  # names of files say nothing
+        place.pop("checkpoint", None)
+        place.pop("url", None)
+    return {
+        "model": model | {"scale_factor": assembly.pipeline.scale_factor},
+        "files_sha256": assembly.sources,
+        "schedule": vars(config.schedule),
+        "sampler": vars(config.sampler),
+        "seed": sampling.seed,
+        "classes": None if sampling.classes is None else list(sampling.classes),
+        "micro_batch": sampling.micro_batch,
+        "backend": backend,
+    }
+
+
+def make_images(run: SamplingRun, indices: list[int]) -> None:
+    """Sample `indices` in batches and write each image as soon as it is there."""
+    config, assembly, sampling = run.config, run.assembly, run.config.sampling
+    truncate = config.model.arch != "ddim_unet"  # as each family's own scripts do
+    with tqdm(total=len(indices), unit="image", disable=run.rank != 0, delay=1) as bar:
+        for start in range(0, len(indices), sampling.batch_size):
+            batch = indices[start : start + sampling.batch_size]
+            x = assembly.pipeline.sample(
+                assembly.denoiser, batch, sampling.seed, sampling.classes, device=run.device
+            )
+            for index, image in zip(batch, to_uint8(x, truncate).numpy(), strict=True):
+                write_png(run.folder / png_name(index), image)
+            bar.update(len(batch))
+
+
+def write_grid(folder: Path, count: int, file: str) -> None:
+    """The first images that are there, in one picture."""
+    paths = [folder / png_name(index) for index in range(min(count, GRID_IMAGES))]
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths if is_whole_png(path)]
+    if images:
+        write_png(file, grid(np.stack(images), GRID_COLUMNS))
+
+
+def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | None) -> None:
+    """What rank 0 does: its images, the log and the report. loaded: seconds that loading took;
+    notes: lines that the log begins with."""
+    config, folder, sampling = run.config, run.folder, run.config.sampling
+    log: list[str] = []
+
+    def say(line: str) -> None:
+        log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        print(line, flush=True)
+
+    for note in notes:
+        say(note)
+    missing = run.missing()
+    todo, found = run.share(missing), sampling.count - len(missing)
+    write_text(beside(folder, "config.yaml"), resolved_yaml(config))
+    if found:
+        say(f"{folder}: {found} of {sampling.count} images are there already")
+    padded = not rows_are_independent(run.assembly.denoiser)
+    if padded and 0 < min(len(todo), sampling.batch_size) < sampling.micro_batch:
+        rows = sampling.micro_batch
+        say(
+            f"note: each network call is padded to {rows} rows; fewer images take as long, unless "
+            "--set sampling.micro_batch=N, which changes the last bits"
+        )
+    began = time.perf_counter()
+    make_images(run, todo)
+    seconds = time.perf_counter() - began
+    if grid_file is not None:
+        write_grid(folder, sampling.count, grid_file)
+    if surplus := surplus_images(folder, sampling.count):
+        say(f"note: {folder} holds {surplus} more PNG files, which a score would count")
+    rate = f", {len(todo) / seconds:.3g} images/s" if todo else ""
+    by = f" by the first of {run.world} processes" if run.world > 1 else ""
+    say(f"{folder}: {len(todo)} images made{by} in {seconds:.1f} s{rate}")
+    with beside(folder, "log.txt").open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in log)
+    note_file = beside(folder, "report.json")
+    if todo or not note_file.exists():  # killed between the last image and its report
+        report = report_of(run)
+        report["images"] = {"count": sampling.count, "made": len(todo), "found": found}
+        report["seconds"] = {"load": loaded, "sample": seconds}
+        report["images_per_second"] = len(todo) / seconds if todo else None
+        write_json(note_file, report)
+
+
+def report_of(run: SamplingRun) -> dict[str, Any]:
+    """What was run; seconds and images are those of this process."""
+    config, device = run.config, run.device
+    return {
+        "name": config.name,
+        "backend": run.backend or "full precision",
+        "seed": config.sampling.seed,
+        "calls_per_image": calls_per_image(config),
+        "files_sha256": run.assembly.sources,
+        "files_bytes": run.assembly.bytes,
+        "batch_size": config.sampling.batch_size,
+        "micro_batch": config.sampling.micro_batch,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": run.world,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
