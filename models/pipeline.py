@@ -164,11 +164,11 @@ def _rows(value: torch.Tensor, start: int, size: int, pad: bool) -> torch.Tensor
 
 
 # (x_t (B, C, H, W), t (B,), output of the denoiser) -> output, both (B, C or 2 C, H, W)
-Adjust = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OnOutput = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _adjusted(model: Denoiser, adjust: Adjust) -> Denoiser:
-    return lambda x, t: adjust(x, t, model(x, t))
+def _observed(model: Denoiser, on_output: OnOutput) -> Denoiser:
+    return lambda x, t: on_output(x, t, model(x, t))
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,11 @@ class Pipeline:
         classes: Sequence[int] | None = None,
         on_step: StepHook | None = None,
         device: str | torch.device = "cpu",
-        adjust: Adjust | None = None,
+        on_output: OnOutput | None = None,
     ) -> torch.Tensor:
         """What the sampler ends with, before the first stage's decoder, (B, C, H, W).
 
-        adjust(x, t, eps) -> the output that the sampler goes on with, after guidance.
+        on_output(x, t, eps) -> the output that the sampler goes on with, after guidance.
         """
         generators = [image_generator(seed, index) for index in indices]
 
@@ -255,8 +255,8 @@ class Pipeline:
         labels = self.labels(indices, seed, classes)
         model = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
-        if adjust is not None:
-            model = _adjusted(model, adjust)
+        if on_output is not None:
+            model = _observed(model, on_output)
         # Offered by a denoiser whose eps brings noise of its own (protocols.NoiseScale).
         noise_scale = getattr(denoiser, "noise_scale", None)
         return self._run(model, noise(), noise, noise_scale, on_step)

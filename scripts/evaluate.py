@@ -8,7 +8,7 @@ with images `x` or `arr_0` (N, H, W, 3) uint8. FID equals `python -m pytorch_fid
     python scripts/evaluate.py REF --save-stats ref.npz    # keep the statistics of REF
     python scripts/evaluate.py REF GEN --paired FULL       # and PSNR of GEN against FULL, by name
     python scripts/evaluate.py --prepare-inception         # only store the Inception weights
-    torchrun --nproc-per-node 8 scripts/evaluate.py REF GEN ...    # the same numbers, sooner
+    torchrun --nproc-per-node 8 scripts/evaluate.py REF GEN ...    # the same numbers, faster
 
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """

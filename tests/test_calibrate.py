@@ -191,7 +191,7 @@ def test_a_damaged_state_is_refused(home: Path, whole: Path) -> None:
     for value in ([1, 2], {"identity": "x", "state": {}}):
         torch.save(value, folder / "calibration.pt")
         assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
-    value = {"identity": "x", "settings": {}, "state": {}, "bank": torch.ones(99)}
+    value = {"identity": "x", "settings": {}, "state": {}, "states": torch.ones(99)}
     torch.save(value, folder / "calibration.pt")
     assert "another configuration" in refusal(calibration(home, "damaged", "--resume"))
     content = bytearray((folder / "calibration.pt").read_bytes())

@@ -19,7 +19,7 @@ from tinydm.models.pipeline import FixedBatch
 from tinydm.quant.backends import native as compiled_module
 from tinydm.quant.backends.native import COMPILERS, Compiled, CompileError, pixel_stride
 from tinydm.quant.backends.native_layers import CompiledNorm
-from tinydm.quant.backends.onednn import ROUNDER, Int8Layer
+from tinydm.quant.backends.onednn import Int8Layer
 from tinydm.quant.backends.selection import int8_supported, integer_module, to_int8
 from tinydm.quant.core.affine import QuantizerStep
 from tinydm.quant.runtime.denoiser import QuantDenoiser
@@ -334,11 +334,6 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompileError, match="no C\\+\\+ compiler"):
         Compiled()
-
-
-def test_constant(compiled: Compiled):
-    """The rounding constant of both languages is one."""
-    assert f"ROUNDER = {ROUNDER}f" in compiled_module.SOURCES[3].read_text()
 
 
 def test_command_line_without_padding(

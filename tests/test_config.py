@@ -240,7 +240,11 @@ def test_removed_keys_are_forgotten_where_they_were_off() -> None:
     old = text.replace("activation: {bits: 8}", "activation: {bits: 8, step_bits: []}" + off)
     assert old != text
     assert parse_config(old, "x.yaml") == parse_config(text, "x.yaml")
-    with pytest.raises(ConfigError, match="x.yaml:22: quant.activation.step_bits was removed"):
+    renamed = text.replace("samples: 2048", "samples: 2048, bins: 9")
+    assert parse_config(renamed, "x.yaml").calibration.calibrated_timesteps == 9
+    with pytest.raises(ConfigError, match="calibration.bins is called calibration.calibrated_tim"):
+        parse_config(text, "x.yaml", ["calibration.bins=9"])
+    with pytest.raises(ConfigError, match="x.yaml:2[12]: quant.activation.step_bits was removed"):
         parse_config(old.replace("step_bits: []", "step_bits: [4]"), "x.yaml")
     with pytest.raises(ConfigError, match="--set quant.reconstruct.progressive: .* was removed"):
         parse_config(text, "x.yaml", ["quant.reconstruct.progressive=false"])

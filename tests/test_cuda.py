@@ -18,14 +18,14 @@ from tests.helpers.rooms import CONFIG, RESULT
 from tinydm.models.autoencoder import first_stage_from_upstream
 from tinydm.models.conditioning import ClassEmbedder
 from tinydm.models.pipeline import build_denoiser
-from tinydm.quant.calibration.run_state import CalibrationState
+from tinydm.quant.calibration.run_state import RunState
 from tinydm.scripts.experiment import resume, shared_statistics
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import (
     CalibrationRun,
     calibrate_run,
     correct_run,
-    make_bank,
+    make_states,
 )
 from tinydm.scripts.experiment.config import Config, load_config
 
@@ -131,20 +131,22 @@ def test_a_correction_of_a_finished_run(
     base = config_of(room, "quant.method=qdiffusion", "quant.reconstruct.iterations=2")
     config = config_of(room, "quant.method=ptqd", "quant.reconstruct.iterations=2")
     assembly = assemble(base)
-    bank = make_bank(CalibrationRun(base, assembly, tmp_path, torch.device("cpu")))
-    calibrate_run(CalibrationRun(base, assembly, tmp_path / "base", torch.device("cpu")), bank=bank)
+    states = make_states(CalibrationRun(base, assembly, tmp_path, torch.device("cpu")))
+    calibrate_run(
+        CalibrationRun(base, assembly, tmp_path / "base", torch.device("cpu")), states=states
+    )
     correct_run(
         CalibrationRun(config, assembly, tmp_path / "cpu", torch.device("cpu")),
         tmp_path / "base",
-        bank,
+        states,
     )
-    resume.save_state(tmp_path, config, assembly.sources, CalibrationState(), bank)
+    resume.save_state(tmp_path, config, assembly.sources, RunState(), states)
     with fake_cuda():
         assembly = assemble(config, device=CUDA)
         given = (tmp_path, config, assembly.sources, True, CUDA)
-        _, bank = resume.load_state(*given)
+        _, states = resume.load_state(*given)
         correct_run(
-            CalibrationRun(config, assembly, tmp_path / "cuda", CUDA), tmp_path / "base", bank
+            CalibrationRun(config, assembly, tmp_path / "cuda", CUDA), tmp_path / "base", states
         )
     files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
     assert files[0] == files[1]

@@ -1,4 +1,4 @@
-"""What goes wrong on machines: full disks, closed doors, NaN, no memory, two at once, Ctrl-C.
+"""What goes wrong on machines: full disks, missing permission, NaN, no memory, two at once, Ctrl-C.
 
 Each gives one line, exit code 2 (130 when interrupted), and leaves nothing half-written.
 
@@ -111,7 +111,7 @@ def test_no_space_left_on_a_real_file_system(room: Path, small_disk: Path) -> No
     assert made and all(data.endswith(b"IEND\xaeB`\x82") for data in made.values())
 
 
-# ---- closed doors ----
+# ---- missing permission ----
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     arguments = ("--config", room / "tiny.yaml", "--out", out)
 
     def often() -> None:
-        learn.CHECKPOINT = checkpoint
+        learn.STEPS_PER_CHECKPOINT = checkpoint
 
     wild = (*arguments, "--set", *WILD)
     line = refusal(forks.run(calibrate.main, *wild, before=often))

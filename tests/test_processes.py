@@ -132,8 +132,8 @@ def test_another_number_of_processes_goes_on_behind_any_phase(room: Path, tmp_pa
         def deadly(phase: str = phase) -> None:
             real = calibration_run.save_state
 
-            def save_state(folder, config, sources, state, bank) -> None:
-                real(folder, config, sources, state, bank)
+            def save_state(folder, config, sources, state, states) -> None:
+                real(folder, config, sources, state, states)
                 if (state.done or ["trajectories"])[-1] == phase:
                     os.kill(os.getpid(), signal.SIGKILL)
 

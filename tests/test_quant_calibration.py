@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.helpers.calibrated import run
-from tests.helpers.toy import STEPS, Toy, eps_error, toy_bank
+from tests.helpers.toy import STEPS, Toy, eps_error, toy_states
 from tinydm.models.roles import LayerRoles
 from tinydm.quant.calibration.phases import PHASES
-from tinydm.quant.calibration.run_state import CalibrationState
+from tinydm.quant.calibration.run_state import RunState
 from tinydm.quant.core.settings import CalibrationSettings, QuantSettings, preset
 from tinydm.quant.runtime.denoiser import QuantDenoiser
 from tinydm.quant.runtime.layers import QuantLayer
@@ -29,7 +29,7 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
         assert announced == done, phase
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
     assert [layer.bits for layer in layers] == [4, 4, 4, 4]
-    fresh = toy_bank(denoiser, 6, seed=77)
+    fresh = toy_states(denoiser, 6, seed=77)
     error, power = eps_error(model, fresh), float(fresh.eps.square().mean())
     assert math.isfinite(error) and error < 0.1 * power
     assert report["tuples_per_step"] and sum(report["tuples_per_step"]) == 64
@@ -43,7 +43,7 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
 
 def test_tinydm_beats_the_naive_floor() -> None:
     denoiser = Toy()
-    fresh = toy_bank(denoiser, 8, seed=78)
+    fresh = toy_states(denoiser, 8, seed=78)
     assert eps_error(run(denoiser, "tinydm")[0], fresh) < 0.75 * eps_error(
         run(denoiser, "minmax")[0], fresh
     )
@@ -54,14 +54,14 @@ def test_calibration_resumed_anywhere_gives_the_same_bytes(
     method: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any phase, after each block, between end-to-end steps."""
-    monkeypatch.setattr("tinydm.quant.calibration.phases.learn.CHECKPOINT", 12)
+    monkeypatch.setattr("tinydm.quant.calibration.phases.learn.STEPS_PER_CHECKPOINT", 12)
     denoiser = Toy()
     limits = {"memory_gb": 1e-6}  # a block a chunk
     model, _, _, saved = run(denoiser, method, **limits)
     whole = to_bytes(model, {})
     assert sum(plain["partial"] is not None for plain in saved) == parts
     for plain in saved:
-        state = CalibrationState.from_plain(copy.deepcopy(plain))
+        state = RunState.from_plain(copy.deepcopy(plain))
         resumed, report, progress, _ = run(denoiser, method, state, **limits)
         assert all(announced == done for announced, done in progress.phases.values())
         assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
@@ -78,9 +78,9 @@ def test_every_choice_of_timesteps_gives_the_asked_samples(kind: str) -> None:
 
 def test_the_toy_does_refuse_a_wrong_pair() -> None:
     denoiser = Toy()
-    bank = toy_bank(denoiser)
+    states = toy_states(denoiser)
     with pytest.raises(AssertionError, match="timestep"):
-        denoiser(bank.x[0], torch.full((12,), STEPS[1]), bank.conditioning["y"])
+        denoiser(states.x[0], torch.full((12,), STEPS[1]), states.conditioning["y"])
 
 
 def test_settings_of_the_presets_are_what_they_are_called() -> None:
@@ -142,7 +142,7 @@ def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
         assert list(quantized["reconstruct"]["errors"])[0] == "embed"  # all others depend on it
     whole = to_bytes(model, {})
     for plain in saved:
-        state = CalibrationState.from_plain(copy.deepcopy(plain))
+        state = RunState.from_plain(copy.deepcopy(plain))
         resumed = run(denoiser, method, state, time_embedding="reconstructed")[0]
         assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.blocks import FAST, Block, block_bank, block_model, learn
-from tests.helpers.toy import STEPS, Toy, toy_bank, toy_model
+from tests.helpers.blocks import FAST, Block, block_model, block_states, learn
+from tests.helpers.toy import STEPS, Toy, toy_model, toy_states
 from tinydm.quant.calibration.end_to_end import finetune
 from tinydm.quant.calibration.finite import DivergenceError, check_finite
 from tinydm.quant.calibration.phases import unfinished_phase
-from tinydm.quant.calibration.run_state import CalibrationState
+from tinydm.quant.calibration.run_state import RunState
 from tinydm.quant.calibration.search import search
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
@@ -31,16 +31,16 @@ def learned(model: QuantDenoiser) -> list[torch.Tensor]:
 def test_the_search_stops_at_the_first_sample_that_has_no_error(value: float) -> None:
     """One trajectory of twelve is spoilt: the rounds before it are done, none after it."""
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
-    bank.eps[:, 7] = value
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 3, BitPolicy(weight=8, activation=4))
+    states.eps[:, 7] = value
     rounds: list[int] = []
     settings = SearchSettings(rounds=100, batch_size=2)
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(DivergenceError, match="at iteration .* of 100") as raised:
         search(
             model,
-            bank,
+            states,
             settings,
             generator,
             torch.ones(len(STEPS)),
@@ -53,17 +53,17 @@ def test_the_search_stops_at_the_first_sample_that_has_no_error(value: float) ->
 
 def test_end_to_end_steps_stop_too() -> None:
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 3, BitPolicy(weight=4, activation=4))
-    bank.eps[:, 7] = NAN
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 3, BitPolicy(weight=4, activation=4))
+    states.eps[:, 7] = NAN
     tuples = tuples_of_steps(
-        all_steps(96, len(STEPS)), bank.trajectories, torch.Generator().manual_seed(0)
+        all_steps(96, len(STEPS)), states.trajectories, torch.Generator().manual_seed(0)
     )
     losses: list[float] = []
     with pytest.raises(DivergenceError, match="the loss is nan at iteration"):
         finetune(
             model,
-            bank,
+            states,
             tuples,
             100,
             2,
@@ -77,16 +77,16 @@ def test_end_to_end_steps_stop_too() -> None:
 
 def test_block_reconstruction_names_the_unit() -> None:
     denoiser = Block()
-    bank = block_bank(denoiser, 32, 1)
-    model = block_model(denoiser, bank, 4)
+    states = block_states(denoiser, 32, 1)
+    model = block_model(denoiser, states, 4)
     with pytest.raises(DivergenceError, match="the loss is .* at conv, iteration .* of 250"):
-        learn(denoiser, model, bank, settings=replace(FAST, lr_scale=1e4))
+        learn(denoiser, model, states, settings=replace(FAST, lr_scale=1e4))
 
 
 @pytest.mark.parametrize(("value", "bad"), [(2.0, False), (NAN, True), (100.0, True)])
 def test_what_was_learned_is_looked_through(value: float, bad: bool) -> None:
     """A logarithm of 100 is a number; what it stands for is not, in float32."""
-    model = toy_model(Toy(), toy_bank(Toy()), 3, BitPolicy(weight=8, activation=4))
+    model = toy_model(Toy(), toy_states(Toy()), 3, BitPolicy(weight=8, activation=4))
     name, quantizer = next(iter(activation_quantizers(model)))
     check_finite(model)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_what_was_learned_is_looked_through(value: float, bad: bool) -> None:
 
 def test_rewound_to_the_start_of_the_phase() -> None:
     start, amid = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
-    state = CalibrationState(["equivalent"], amid, partial={"i": 3}, before=start)
+    state = RunState(["equivalent"], amid, partial={"i": 3}, before=start)
     assert unfinished_phase(state).name == "ranges"
     state.rewind()
     assert state.tensors is start and state.partial is None and not state.before

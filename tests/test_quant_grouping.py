@@ -104,7 +104,7 @@ def assigned(stats: Statistics, groups: int, how: str, scale: str = "mse") -> Le
 @pytest.mark.parametrize("jump", [1, 4, 7])
 def test_the_jump_of_a_range_becomes_the_border_of_two_groups(how: str, jump: int) -> None:
     quantizer = assigned(statistics_of([1.0] * jump + [20.0] * (9 - jump)), 2, how)
-    group = quantizer.group_of_bin
+    group = quantizer.group_of_timestep
     assert len(group[:jump].unique()) == len(group[jump:].unique()) == 1
     assert group[0] != group[-1]
     ratio = (quantizer.log_scale[group[-1]] - quantizer.log_scale[group[0]]).exp()
@@ -113,9 +113,9 @@ def test_the_jump_of_a_range_becomes_the_border_of_two_groups(how: str, jump: in
 
 def test_free_groups_need_not_be_runs() -> None:
     spreads = [1.0, 20.0] * 4
-    free = assigned(statistics_of(spreads), 2, "kmeans").group_of_bin
+    free = assigned(statistics_of(spreads), 2, "kmeans").group_of_timestep
     assert free.tolist() in ([0, 1] * 4, [1, 0] * 4)
-    runs = assigned(statistics_of(spreads), 2, "dp").group_of_bin
+    runs = assigned(statistics_of(spreads), 2, "dp").group_of_timestep
     assert (runs.diff() >= 0).all()
 
 

@@ -202,7 +202,7 @@ def test_gradient_reaches_the_rounding_of_weights(rounding: str) -> None:
 def test_weights_have_at_most_2_to_the_b_levels_in_every_layer(bits: int) -> None:
     """Counted per channel, in every layer of the architecture, with each of the three roundings."""
     context = TimestepContext([0, 10], 1000)
-    policy = BitPolicy(weight=bits, edge=bits, time=bits, weight_scale="mse")
+    policy = BitPolicy(weight=bits, first_last=bits, time=bits, weight_scale="mse")
     model = quantize(narrow_unet(), context, policy)
     for rounding in ("nearest", "alpha", "latent"):
         for _, layer in weight_layers(model):
@@ -328,9 +328,9 @@ def test_every_timestep_finds_the_nearest_calibrated_one(timesteps: set[int]) ->
     x = torch.linspace(-50, 50, 7)
     for t in range(100):
         context.set(torch.tensor([t, t]))
-        chosen = context.timesteps[context.bins]
+        chosen = context.timesteps[context.index]
         assert abs(chosen - t) == min(abs(c - t) for c in timesteps)
-        group = len(timesteps) - 1 - context.bins
+        group = len(timesteps) - 1 - context.index
         scale = quantizer.log_scale.exp()[group]
         assert deployed.current(1)[0] == scale
         assert torch.equal(deployed(x), quantizer(x).detach())
@@ -374,7 +374,7 @@ def test_a_searching_quantizer_mixes_its_two_likeliest_groups() -> None:
     mixed = quantizer(x)
     quantizer.logits, parts = None, []
     for group in (0, 2):
-        quantizer.group_of_bin = torch.tensor([group])
+        quantizer.group_of_timestep = torch.tensor([group])
         parts.append(quantizer(x))
     share = torch.sigmoid(torch.tensor(1.0))  # of group 0 against group 2
     assert torch.allclose(mixed, share * parts[0] + (1 - share) * parts[1], atol=1e-6)

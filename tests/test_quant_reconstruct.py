@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.helpers.blocks import FAST, Block, block_bank, block_model, learn
+from tests.helpers.blocks import FAST, Block, block_model, block_states, learn
 from tests.helpers.networks import narrow_unet
 from tests.helpers.packed import meta, quantized
-from tests.helpers.toy import STEPS, Toy, eps_error, toy_bank, toy_model
+from tests.helpers.toy import STEPS, Toy, eps_error, toy_model, toy_states
 from tinydm.models.samplers import ddim
 from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timesteps
 from tinydm.quant.calibration.end_to_end import _balanced_root, _draw, _loss, finetune
 from tinydm.quant.calibration.layers import CalibLayer
 from tinydm.quant.calibration.prefix import Prefix
 from tinydm.quant.calibration.reconstruct import _chunks, unit_names
-from tinydm.quant.calibration.states import Bank
+from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.weights import WeightQuantizer
 from tinydm.quant.calibration.wrapping import (
@@ -45,12 +45,12 @@ from tinydm.quant.runtime.quantizer import quantizers_of
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_learned_rounding_beats_nearest_and_ends_binary(bits: int) -> None:
     denoiser = Block()
-    bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
-    model = block_model(denoiser, bank, bits)
+    states, fresh = block_states(denoiser, 32, 1), block_states(denoiser, 16, 2)
+    model = block_model(denoiser, states, bits)
     layer = model.denoiser.conv
     nearest = layer.weight_quantizer.codes(layer.weight.detach())
     start = eps_error(model, fresh)
-    errors = learn(denoiser, model, bank, settings=FAST)
+    errors = learn(denoiser, model, states, settings=FAST)
     assert errors["conv"][1] < errors["conv"][0]
     assert eps_error(model, fresh) < 0.9 * start  # on samples that it never saw
     quantizer = layer.weight_quantizer
@@ -84,11 +84,11 @@ def test_regulariser_drives_the_soft_rounding_to_its_ends() -> None:
 @pytest.mark.parametrize("learn_scales", [False, True])
 def test_a_unit_that_did_not_improve_keeps_its_start(learn_scales: bool) -> None:
     denoiser = Block()
-    bank = block_bank(denoiser, 16, 1)
-    model = block_model(denoiser, bank, 8)
+    states = block_states(denoiser, 16, 1)
+    model = block_model(denoiser, states, 8)
     state = copy.deepcopy(model.state_dict())
     wild = replace(FAST, iterations=4, lr_rounding=10.0, lr_scale=5.0, regulariser=0.0)
-    errors = learn(denoiser, model, bank, settings=wild, learn_scales=learn_scales)
+    errors = learn(denoiser, model, states, settings=wild, learn_scales=learn_scales)
     assert errors["conv"][0] == errors["conv"][1] > 0
     assert model.denoiser.conv.weight_quantizer.alpha is None
     after = model.state_dict()
@@ -98,23 +98,23 @@ def test_a_unit_that_did_not_improve_keeps_its_start(learn_scales: bool) -> None
 
 def test_scales_stay_where_they_are_not_to_be_learned() -> None:
     denoiser = Block()
-    bank = block_bank(denoiser, 16, 1)
+    states = block_states(denoiser, 16, 1)
     for wanted in (False, True):
-        model = block_model(denoiser, bank, 3)
+        model = block_model(denoiser, states, 3)
         before = model.denoiser.conv.inputs[0].log_scale.detach().clone()
-        learn(denoiser, model, bank, learn_scales=wanted)
+        learn(denoiser, model, states, learn_scales=wanted)
         assert torch.equal(model.denoiser.conv.inputs[0].log_scale, before) != wanted
 
 
 def test_no_iterations_and_no_samples_change_nothing() -> None:
     denoiser = Block()
-    bank = block_bank(denoiser, 1, 1)
-    bank = Bank(bank.x[:1], bank.eps[:1], bank.timesteps[:1])
-    model = block_model(denoiser, bank, 4)
-    assert learn(denoiser, model, bank) == {"conv": (0.0, 0.0)}
-    bank = block_bank(denoiser, 16, 1)
+    states = block_states(denoiser, 1, 1)
+    states = CalibrationStates(states.x[:1], states.eps[:1], states.timesteps[:1])
+    model = block_model(denoiser, states, 4)
+    assert learn(denoiser, model, states) == {"conv": (0.0, 0.0)}
+    states = block_states(denoiser, 16, 1)
     still = replace(FAST, iterations=0)
-    assert learn(denoiser, model, bank, settings=still) == {"conv": (0.0, 0.0)}
+    assert learn(denoiser, model, states, settings=still) == {"conv": (0.0, 0.0)}
 
 
 def test_units_cover_every_layer_once_in_the_order_of_execution() -> None:
@@ -157,31 +157,31 @@ def test_chunks_keep_the_order_and_the_limit(sizes: list[int], limit: int) -> No
     assert all(len(c) == 1 or sum(table[n] for n in c) <= limit for c in chunks)
 
 
-def unet_with_bank() -> tuple[nn.Module, Bank]:
+def unet_with_states() -> tuple[nn.Module, CalibrationStates]:
     unet = narrow_unet()
     x = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     steps = [800, 300, 0]
     with torch.no_grad():
         eps = torch.stack([unet(x[k], torch.full((4,), t)) for k, t in enumerate(steps)])
-    return unet, Bank(x, eps, steps)
+    return unet, CalibrationStates(x, eps, steps)
 
 
 def test_little_memory_means_more_passes_and_the_same_result() -> None:
-    unet, bank = unet_with_bank()
+    unet, states = unet_with_states()
     quick = replace(FAST, iterations=4, batch_size=8)
     results, chunks = [], []
     for memory_gb in (1e-9, 5e-4, 4.0):
-        model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
+        model = toy_model(unet, states, 2, BitPolicy(weight=4, activation=8))
         passes: list[int] = []
         handle = unet.register_forward_hook(lambda *_, seen=passes: seen.append(1))
         units = unit_names(model, unet.layer_roles().units)
-        errors = learn(unet, model, bank, settings=quick, units=units, memory_gb=memory_gb)
+        errors = learn(unet, model, states, settings=quick, units=units, memory_gb=memory_gb)
         handle.remove()
         assert list(errors) == units
         assert all(0 <= after <= before < float("inf") for before, after in errors.values())
         chunks.append((len(passes) - 1) // 2)  # after one probe, 12 samples in batches of 8
         results.append((errors, model.state_dict()))
-        assert np.isfinite(eps_error(model, bank))
+        assert np.isfinite(eps_error(model, states))
     assert chunks[0] == len(units) > chunks[1] > chunks[2] == 1
     for errors, state in results[1:]:
         assert errors == results[0][0]
@@ -192,9 +192,9 @@ def test_little_memory_means_more_passes_and_the_same_result() -> None:
 def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
     """Unit by unit: the inputs are those of a plain run, whatever is kept, and one pass is enough
     for the units that are finished."""
-    unet, bank = unet_with_bank()
-    model = toy_model(unet, bank, 2, BitPolicy(weight=4, activation=8))
-    batches = [bank.gather(torch.tensor([[k, 0], [k, 3]])) for k in range(3)]
+    unet, states = unet_with_states()
+    model = toy_model(unet, states, 2, BitPolicy(weight=4, activation=8))
+    batches = [states.gather(torch.tensor([[k, 0], [k, 3]])) for k in range(3)]
     prefix, calls = Prefix(model, room), []
     units = unit_names(model, unet.layer_roles().units)
     first = model.denoiser.get_submodule(units[0])
@@ -225,18 +225,20 @@ def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
 def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
     """Also in uneven ones: 10 samples as 4, 4 and 2."""
     denoiser = Toy()
-    bank = toy_bank(denoiser, 12)
+    states = toy_states(denoiser, 12)
     tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
     losses: list[list[float]] = []
     for parts in (1, 3):
-        model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=6, edge=4, time=4))
+        model = toy_model(
+            denoiser, states, 2, BitPolicy(weight=4, activation=6, first_last=4, time=4)
+        )
         seen: list[float] = []
         generator = torch.Generator().manual_seed(1)
 
         def keep(i: int, loss: float, seen: list[float] = seen) -> None:
             seen.append(loss)
 
-        finetune(model, bank, tuples, 3, 10, 1e-3, generator, on_iteration=keep, accumulate=parts)
+        finetune(model, states, tuples, 3, 10, 1e-3, generator, on_iteration=keep, accumulate=parts)
         losses.append(seen)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -244,13 +246,13 @@ def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
     denoiser = Toy()
-    bank, fresh = toy_bank(denoiser, 12), toy_bank(denoiser, 12, seed=9)
-    model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=6, edge=4, time=4))
+    states, fresh = toy_states(denoiser, 12), toy_states(denoiser, 12, seed=9)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=4, activation=6, first_last=4, time=4))
     original = copy.deepcopy(denoiser.state_dict())
     start, losses = eps_error(model, fresh), []
     finetune(
         model,
-        bank,
+        states,
         tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0)),
         150,
         16,
@@ -273,17 +275,17 @@ def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
 def test_weights_of_the_steps_decide_which_of_them_learn() -> None:
     """The same model, weighted towards the first half of the steps or towards the second."""
     denoiser = Toy()
-    bank = toy_bank(denoiser, 12)
+    states = toy_states(denoiser, 12)
     tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
     early = torch.tensor([1.0] * 4 + [1e-6] * 4)
     halves = [tuples[tuples[:, 0] < 4], tuples[tuples[:, 0] >= 4]]
     errors = []
     for weight in (early, early.flip(0)):
-        model = toy_model(denoiser, bank, 1, BitPolicy(weight=3, activation=8))
+        model = toy_model(denoiser, states, 1, BitPolicy(weight=3, activation=8))
         generator = torch.Generator().manual_seed(1)
-        finetune(model, bank, tuples, 100, 8, 1e-3, generator, step_weight=weight)
+        finetune(model, states, tuples, 100, 8, 1e-3, generator, step_weight=weight)
         with torch.no_grad():
-            errors.append([float(_loss(model, bank, half, None)) for half in halves])
+            errors.append([float(_loss(model, states, half, None)) for half in halves])
     assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.helpers.blocks import Block, block_bank, block_model
+from tests.helpers.blocks import Block, block_model, block_states
 from tests.helpers.networks import narrow_unet
 from tests.helpers.packed import TIMESTEPS, meta, quantized
-from tests.helpers.toy import Toy, eps_error, toy_bank, toy_model
+from tests.helpers.toy import Toy, eps_error, toy_model, toy_states
 from tinydm.models.ops import after_norm_silu
 from tinydm.models.roles import LayerRoles
 from tinydm.quant.calibration import gptq
@@ -47,9 +47,9 @@ from tinydm.quant.runtime.packed_file import load_quantized, to_bytes
 from tinydm.quant.runtime.quantizer import ActivationQuantizer
 
 
-def every_state(bank, count: int | None = None) -> torch.Tensor:
-    steps = all_steps(len(bank.timesteps) * bank.trajectories, len(bank.timesteps))[:count]
-    return tuples_of_steps(steps, bank.trajectories, torch.Generator().manual_seed(0))
+def every_state(states, count: int | None = None) -> torch.Tensor:
+    steps = all_steps(len(states.timesteps) * states.trajectories, len(states.timesteps))[:count]
+    return tuples_of_steps(steps, states.trajectories, torch.Generator().manual_seed(0))
 
 
 # ---- second-order rounding ----
@@ -104,10 +104,10 @@ def test_rows_times_weight_are_outputs_of_the_layer(layer: nn.Module) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
     denoiser = Block()
-    bank, fresh = block_bank(denoiser, 32, 1), block_bank(denoiser, 16, 2)
-    model = block_model(denoiser, bank, bits)
+    states, fresh = block_states(denoiser, 32, 1), block_states(denoiser, 16, 2)
+    model = block_model(denoiser, states, bits)
     before = eps_error(model, fresh)
-    gains = compensate(model, bank, every_state(bank), 16, 4.0)
+    gains = compensate(model, states, every_state(states), 16, 4.0)
     assert gains["conv"] < 0.9
     assert eps_error(model, fresh) < 0.9 * before  # on samples that it never saw
     codes = deploy(model).denoiser.conv.qweight
@@ -118,9 +118,9 @@ def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
 
 def test_layers_of_the_timestep_are_rounded_for_the_whole_schedule() -> None:
     denoiser = TimedToy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 2, BitPolicy(weight=8, activation=8, time=3))
-    t = torch.tensor(bank.timesteps)
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=8, activation=8, time=3))
+    t = torch.tensor(states.timesteps)
 
     def temporal_error() -> float:
         seen: dict[str, torch.Tensor] = {}
@@ -128,23 +128,23 @@ def test_layers_of_the_timestep_are_rounded_for_the_whole_schedule() -> None:
             handle = root.embed.register_forward_hook(
                 lambda module, args, out, name=name: seen.update({name: out.detach()})
             )
-            x, _, _, conditioning = bank.gather(torch.stack([torch.arange(len(t))] * 2, 1))
+            x, _, _, conditioning = states.gather(torch.stack([torch.arange(len(t))] * 2, 1))
             (denoiser if name == "full" else model)(x, t, **conditioning)
             handle.remove()
         return float((seen["full"] - seen["quantized"]).square().mean())
 
     before = temporal_error()
-    gains = compensate(model, bank, every_state(bank), 16, 4.0)
+    gains = compensate(model, states, every_state(states), 16, 4.0)
     assert gains["embed.layer"] < 1
     assert temporal_error() < 0.8 * before
 
 
 def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Narrow blocks and one layer a pass still beat rounding to nearest."""
-    monkeypatch.setattr(gptq, "WIDEST", 40)
+    monkeypatch.setattr(gptq, "WIDEST_HESSIAN", 40)
     denoiser = Toy()
-    bank, fresh = toy_bank(denoiser), toy_bank(denoiser, 6, seed=77)
-    model = toy_model(denoiser, bank, 2, BitPolicy(weight=4, activation=8))
+    states, fresh = toy_states(denoiser), toy_states(denoiser, 6, seed=77)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=4, activation=8))
     layers = compensated_layers(model)
     assert [b.stop - b.start for b in column_blocks(layers["second"])] == [36, 36, 36]
     assert [b.stop - b.start for b in column_blocks(layers["first"])] == [36]
@@ -155,7 +155,7 @@ def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch)
     assert len(passes_of(layers, sum(one.values()))) == 1
     assert [list(run) for run in passes_of(layers, 1)] == [[name] for name in layers]
     before = eps_error(model, fresh)
-    gains = compensate(model, bank, every_state(bank), 16, memory_gb=1e-9)
+    gains = compensate(model, states, every_state(states), 16, memory_gb=1e-9)
     assert list(gains) == list(layers) and max(gains.values()) <= 1
     assert eps_error(model, fresh) < before
 
@@ -210,17 +210,17 @@ class Uneven(Toy):
 
 def test_scaling_helps_uneven_channels_and_never_hurts_by_its_own_measure() -> None:
     denoiser = Uneven()
-    bank, fresh = toy_bank(denoiser), toy_bank(denoiser, 6, seed=9)
-    policy = BitPolicy(weight=8, activation=4, edge_activation=4)
+    states, fresh = toy_states(denoiser), toy_states(denoiser, 6, seed=9)
+    policy = BitPolicy(weight=8, activation=4, first_last_activation=4)
     errors = []
     for scaled in (False, True):
-        model = quantize(denoiser, toy_model(denoiser, bank, 2, policy).context, policy)
+        model = quantize(denoiser, toy_model(denoiser, states, 2, policy).context, policy)
         if scaled:
-            relative = scale_equivalently(denoiser, model, bank, every_state(bank, 48), 16)
+            relative = scale_equivalently(denoiser, model, states, every_state(states, 48), 16)
             assert set(relative) == set(scaled_layers(model))
             assert all(0 < v <= 1 for v in relative.values())
             assert relative["second"] < 0.7
-        stats = collect(denoiser, model, bank.by_timestep(bank.trajectories, 8))
+        stats = collect(denoiser, model, states.by_timestep(states.trajectories, 8))
         for name, quantizer in activation_quantizers(model):
             assign(quantizer, stats[name], 2, "kmeans", "mse")
         errors.append(eps_error(model, fresh))
@@ -279,7 +279,7 @@ def test_the_quick_way_to_quantize_an_input_is_exact(
     assert torch.equal(x, original)
     parts = quantize_input(scale_channels(x, given.channel_scale, dim), given.inputs, split, dim)
     assert torch.equal(quick, parts) and torch.equal(given.quantized_input(x), parts)
-    context.bins = torch.tensor([1, 1, 1])  # as a mixed batch
+    context.index = torch.tensor([1, 1, 1])  # as a mixed batch
     assert torch.equal(given(x), quick)
 
 
@@ -312,7 +312,7 @@ def test_bias_and_addend_beside_a_scaled_output(split: int, pixels: int, biased:
     context.set(torch.tensor([0, 0, 0]))
     outputs = [given(x), *(after_norm_silu(given, norm, x, plus=p) for p in (None, plus))]
     assert all(v.is_contiguous(memory_format=torch.channels_last) for v in outputs)
-    context.bins = torch.tensor([0, 0, 0])
+    context.index = torch.tensor([0, 0, 0])
     slow = given(x), given(F.silu(norm(x))), given(F.silu(norm(x))) + plus
     for a, b in zip(outputs, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from tests.helpers.toy import STEPS, Toy, eps_error, toy_bank, toy_model
+from tests.helpers.toy import STEPS, Toy, eps_error, toy_model, toy_states
 from tinydm.quant.calibration.search import search, start
 from tinydm.quant.calibration.timesteps import normalised_entropy
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
@@ -13,8 +13,8 @@ from tinydm.quant.core.settings import SearchSettings
 
 def test_search_lowers_the_entropy_and_ends_hard() -> None:
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 3, BitPolicy(weight=8, activation=4))
     quantizers = [q for _, q in activation_quantizers(model) if q.groups > 1]
     assert len(quantizers) >= 2
     before = {n: q.log_scale.detach().clone() for n, q in activation_quantizers(model)}
@@ -22,14 +22,14 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
     sigma = [torch.softmax(p, -1) for p in logits]
     for s, q in zip(sigma, quantizers, strict=True):
         cost = q.group_error / q.group_error.amin(1, keepdim=True)
-        assert torch.equal(s.max(-1).values, s.gather(1, q.group_of_bin[:, None])[:, 0])
+        assert torch.equal(s.max(-1).values, s.gather(1, q.group_of_timestep[:, None])[:, 0])
         worse = cost > 1.4  # hopeless ranges start far behind, near ties start undecided
         assert (s[worse] < 0.05).all() and s[(cost < 1.02) & (s < 1)].min() > 0.1
     entropy = torch.stack([normalised_entropy(s) for s in sigma]).mean()
     rounds: list[int] = []
     result = search(
         model,
-        bank,
+        states,
         SearchSettings(rounds=30, batch_size=8),
         torch.Generator().manual_seed(0),
         torch.ones(len(STEPS)),
@@ -42,7 +42,7 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
     assert result.tuples[:, 0].unique().tolist() == list(range(len(STEPS)))  # none left out
     for name, q in activation_quantizers(model):
         assert q.logits is None and q.temperature == 1.0
-        assert int(q.group_of_bin.max()) < q.groups
+        assert int(q.group_of_timestep.max()) < q.groups
         if q.groups > 1:
             assert not torch.equal(q.log_scale, before[name])  # the scales learn as well
         else:
@@ -52,38 +52,38 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
 def test_search_repairs_a_wrong_group() -> None:
     """One timestep starts in the group of the small range: the loss takes it to the other."""
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 2, BitPolicy(weight=8, activation=6))
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=8, activation=6))
     quantizer = dict(activation_quantizers(model))["denoiser.second.inputs.0"]
-    right = quantizer.group_of_bin.clone()
+    right = quantizer.group_of_timestep.clone()
     assert len(right.unique()) == 2
     wrong = right.clone()
     wrong[-1] = 1 - wrong[-1]
-    quantizer.group_of_bin = wrong
+    quantizer.group_of_timestep = wrong
     for _, q in activation_quantizers(model):
         q.group_error = None  # which would say so at once
-    hurt = eps_error(model, bank)
+    hurt = eps_error(model, states)
     search(
         model,
-        bank,
+        states,
         SearchSettings(rounds=60, batch_size=8, lr_logits=0.3, entropy=0.1),
         torch.Generator().manual_seed(0),
         torch.ones(len(STEPS)),
     )
-    assert quantizer.group_of_bin[-1] == right[-1]
-    assert eps_error(model, bank) < 0.5 * hurt
+    assert quantizer.group_of_timestep[-1] == right[-1]
+    assert eps_error(model, states) < 0.5 * hurt
 
 
 def test_a_batch_in_parts_learns_the_same() -> None:
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    start_model = toy_model(denoiser, bank, 3, BitPolicy(weight=8, activation=4))
+    states = toy_states(denoiser)
+    start_model = toy_model(denoiser, states, 3, BitPolicy(weight=8, activation=4))
     found = []
     for parts in (1, 3, 8):
         model = copy.deepcopy(start_model)
         settings = SearchSettings(rounds=6, batch_size=8, accumulate=parts)
         generator = torch.Generator().manual_seed(0)
-        result = search(model, bank, settings, generator, torch.linspace(0.5, 2, len(STEPS)))
+        result = search(model, states, settings, generator, torch.linspace(0.5, 2, len(STEPS)))
         quantizers = [q for _, q in activation_quantizers(model)]
         found.append((result, quantizers))
     for result, quantizers in found[1:]:
@@ -91,18 +91,18 @@ def test_a_batch_in_parts_learns_the_same() -> None:
         assert abs(result.error_start / found[0][0].error_start - 1) < 1e-3
         for a, b in zip(quantizers, found[0][1], strict=True):
             assert torch.allclose(a.log_scale, b.log_scale, atol=1e-3)
-            assert torch.equal(a.group_of_bin, b.group_of_bin)
+            assert torch.equal(a.group_of_timestep, b.group_of_timestep)
 
 
 def test_with_one_group_scales_learn_as_with_more() -> None:
     """An ablation of the groups must not be one of the scales as well."""
     denoiser = Toy()
-    bank = toy_bank(denoiser)
-    model = toy_model(denoiser, bank, 1, BitPolicy(activation=4))
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 1, BitPolicy(activation=4))
     state = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     settings = SearchSettings(rounds=2, batch_size=4)
-    result = search(model, bank, settings, generator, torch.ones(len(STEPS)))
+    result = search(model, states, settings, generator, torch.ones(len(STEPS)))
     assert len(result.tuples) == 8 and (result.decided, result.moved) == (1.0, 0.0)
     for name, q in activation_quantizers(model):
         moved = not torch.equal(q.log_scale, state[f"{name}.log_scale"])

@@ -1,4 +1,4 @@
-"""The choice of calibration samples, and the bank that they come from."""
+"""The choice of calibration samples, and the states that they come from."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinydm.quant.calibration.states import Bank
+from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.timesteps import (
     ActiveSelector,
     all_steps,
@@ -117,26 +117,26 @@ def test_no_trajectory_repeats_before_all_were_used(
         assert len(counts) == trajectories and counts.max() - counts.min() <= 1
 
 
-def coded_bank(steps: list[int], trajectories: int, first: int = 0) -> Bank:
+def coded_states(steps: list[int], trajectories: int, first: int = 0) -> CalibrationStates:
     """x = (k, j) and eps = -(k, j) for step k and trajectory j."""
     k, j = torch.meshgrid(
         torch.arange(len(steps)), torch.arange(first, first + trajectories), indexing="ij"
     )
     x = torch.stack([k, j], -1).float()[..., None, None]
-    return Bank(x, -x, steps, {"y": torch.arange(first, first + trajectories)})
+    return CalibrationStates(x, -x, steps, {"y": torch.arange(first, first + trajectories)})
 
 
 def test_each_state_keeps_its_timestep_noise_and_conditioning() -> None:
     steps = [30, 20, 10, 0, 0]  # a quad schedule repeats t = 0
-    bank = coded_bank(steps, 6)
+    states = coded_states(steps, 6)
     index = tuples_of_steps(all_steps(60, 5), 6, torch.Generator().manual_seed(0))
-    x, t, eps, conditioning = bank.gather(index)
+    x, t, eps, conditioning = states.gather(index)
     assert torch.equal(x[:, :, 0, 0].long(), index)
     assert t.tolist() == [steps[k] for k in index[:, 0].tolist()]
     assert torch.equal(eps, -x)
     assert torch.equal(conditioning["y"], index[:, 1])
     seen = []
-    for x, t, conditioning in bank.by_timestep(limit=5, batch_size=2):
+    for x, t, conditioning in states.by_timestep(limit=5, batch_size=2):
         assert [steps[int(k)] for k in x[:, 0, 0, 0]] == [t] * len(x)
         assert torch.equal(x[:, 1, 0, 0].long(), conditioning["y"])
         seen += x[:, :, 0, 0].long().tolist()
@@ -145,13 +145,13 @@ def test_each_state_keeps_its_timestep_noise_and_conditioning() -> None:
     assert all(len(set(js)) == 5 for js in chosen)
     # All conditions come up, though those of the first trajectories may be alike.
     assert {j for js in chosen for j in js} == set(range(6)) and len(set(map(tuple, chosen))) > 1
-    again = [c["y"].tolist() for _, _, c in bank.by_timestep(limit=5, batch_size=5)]
+    again = [c["y"].tolist() for _, _, c in states.by_timestep(limit=5, batch_size=5)]
     assert again == chosen
-    plain = Bank(bank.x, bank.eps, steps)
+    plain = CalibrationStates(states.x, states.eps, steps)
     rows = [x[:, 1, 0, 0].tolist() for x, _, _ in plain.by_timestep(limit=4, batch_size=4)]
     assert rows == [[0, 1, 2, 3]] * 5
     seen = []
-    for x, t, conditioning in bank.at_step(3, 4):
+    for x, t, conditioning in states.at_step(3, 4):
         assert t == 0 and (x[:, 0] == 3).all()
         seen += conditioning["y"].tolist()
     assert seen == list(range(6))

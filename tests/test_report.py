@@ -199,8 +199,8 @@ def test_one_layer_alone_is_what_it_says(home: Path) -> None:
     full, empty = DDIMUNet(**PARAMS).eval(), DDIMUNet(**PARAMS).eval()
     full.load_state_dict(torch.load(home / "narrow.pt", weights_only=True))
     model = load_quantized(home / "run" / "quantized.safetensors", empty)
-    bank = Networks(report.read_run(home / "run"), torch.device("cpu"), 2, True).bank
-    x = torch.stack([bank.x[0, 0], bank.x[2, 1], bank.x[5, 0]])
+    states = Networks(report.read_run(home / "run"), torch.device("cpu"), 2, True).states
+    x = torch.stack([states.x[0, 0], states.x[2, 1], states.x[5, 0]])
     t = torch.tensor(layers["timesteps"])
     quantized, conv = model.denoiser.get_submodule(name), full.get_submodule(name)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Banks with guidance: two rows of a bank are one output of the sampler, and one trajectory."""
+"""Calibration states with guidance: two rows are one output of the sampler, and one trajectory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import Assembly, assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
 from tinydm.scripts.experiment.config import calls_per_image, load_config, parse_config
-from tinydm.scripts.experiment.trajectories import guided_rows, mean_of_halves, record_bank
+from tinydm.scripts.experiment.trajectories import guided_rows, mean_of_halves, record_states
 
 COUNT = 8  # two network calls, without and with the class
 
@@ -42,16 +42,16 @@ def sampled(assembly: Assembly, model: torch.nn.Module) -> torch.Tensor:
     for first in range(0, COUNT, assembly.pipeline.micro_batch):
         seen.clear()
         indices = range(first, first + assembly.pipeline.micro_batch)
-        assembly.pipeline.latents(model, indices, (1 << 62) + 3, adjust=keep)
+        assembly.pipeline.latents(model, indices, (1 << 62) + 3, on_output=keep)
         blocks.append(torch.stack(seen))
     return torch.cat(blocks, 1)
 
 
 def test_rows_of_a_bank_are_the_samplers_outputs(assembly: Assembly) -> None:
-    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
-    assert bank.trajectories == 2 * COUNT
+    states = record_states(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    assert states.trajectories == 2 * COUNT
     expected = sampled(assembly, assembly.denoiser)
-    for k, eps in enumerate(bank.eps):
+    for k, eps in enumerate(states.eps):
         torch.testing.assert_close(guided_rows(assembly.pipeline, eps), expected[k])
 
 
@@ -64,26 +64,26 @@ def test_a_short_chain_of_a_sampler_that_asks_twice(assembly: Assembly) -> None:
         def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             return torch.zeros_like(x) + (t + context.mean((1, 2))).view(-1, 1, 1, 1)
 
-    bank = record_bank(pipeline, Telltale(), COUNT, 3)
-    assert bank.timesteps == [timesteps[0], timesteps[1], timesteps[1]]
-    means = bank.conditioning["context"].mean((1, 2))
-    for t, eps in zip(bank.timesteps, bank.eps, strict=True):
+    states = record_states(pipeline, Telltale(), COUNT, 3)
+    assert states.timesteps == [timesteps[0], timesteps[1], timesteps[1]]
+    means = states.conditioning["context"].mean((1, 2))
+    for t, eps in zip(states.timesteps, states.eps, strict=True):
         torch.testing.assert_close(eps[:, 0, 0, 0], t + means)
 
 
 def test_an_error_is_of_a_trajectory(assembly: Assembly) -> None:
     """Else an interval over trajectories would be of twice as many as there are."""
-    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    states = record_states(assembly.pipeline, assembly.denoiser, COUNT, 3)
     model = assembly.denoiser
 
     def off(x: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
         return model(x, t, **conditioning) + x[:, :1, :1, :1]
 
-    steps, trajectories = eps_errors(off, bank, assembly.pipeline)
-    assert len(trajectories) == COUNT and len(steps) == len(bank.timesteps)
+    steps, trajectories = eps_errors(off, states, assembly.pipeline)
+    assert len(trajectories) == COUNT and len(steps) == len(states.timesteps)
     assert sum(trajectories) / COUNT == pytest.approx(sum(steps) / len(steps))
     # Both halves of a trajectory see the same state, so that their errors here are the same.
-    states = bank.x[:, :, 0, 0, 0].double().square()
+    states = states.x[:, :, 0, 0, 0].double().square()
     both = mean_of_halves(assembly.pipeline, states)
     assert trajectories == pytest.approx(both.mean(0).tolist(), rel=1e-4)
     assert both[:, 0].tolist() == pytest.approx(states[:, 0].tolist())
@@ -91,9 +91,9 @@ def test_an_error_is_of_a_trajectory(assembly: Assembly) -> None:
 
 def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly) -> None:
     """An error of the two halves that guidance takes away must not be corrected."""
-    bank = record_bank(assembly.pipeline, assembly.denoiser, COUNT, 3)
+    states = record_states(assembly.pipeline, assembly.denoiser, COUNT, 3)
     scale, size = assembly.pipeline.guidance_scale, assembly.pipeline.micro_batch
-    context = TimestepContext(sorted(set(bank.timesteps)), 1000)
+    context = TimestepContext(sorted(set(states.timesteps)), 1000)
 
     class Silent:
         def begin(self, phase: str, total: int) -> None: ...
@@ -113,9 +113,9 @@ def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly) -> None:
             return assembly.denoiser(x, t, **given) + 0.1 * added
 
     off = Off()
-    correct_noise(off, bank, size, Silent(), lambda eps: guided_rows(assembly.pipeline, eps))
+    correct_noise(off, states, size, Silent(), lambda eps: guided_rows(assembly.pipeline, eps))
     assert off.correction.mu.abs().max() < 1e-5 and off.correction.sigma.max() < 1e-5
-    correct_noise(off, bank, size, Silent(), lambda eps: eps)
+    correct_noise(off, states, size, Silent(), lambda eps: eps)
     assert off.correction.mu.abs().max() > 1e-3
 
 

@@ -22,13 +22,13 @@ from torch import nn
 
 from ..core.affine import QuantizerStep
 
-NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
-SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in NAMES)
+SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
+SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in SOURCE_NAMES)
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
-NATIVE = ("-O3", "-march=native", "-mprefer-vector-width=512")
-EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-LANGUAGE = ("-std=c++17", "-fopenmp", "-fPIC")
+SPEED_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512")
+EXACTNESS_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LANGUAGE_FLAGS = ("-std=c++17", "-fopenmp", "-fPIC")
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
@@ -325,7 +325,7 @@ def _compile() -> ctypes.CDLL:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
 
         def run(*arguments: str | Path) -> None:
-            command = [compiler, *LANGUAGE, *map(str, arguments)]
+            command = [compiler, *LANGUAGE_FLAGS, *map(str, arguments)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -333,7 +333,7 @@ def _compile() -> ctypes.CDLL:
                 raise CompileError(f"{compiler}: {line[:200]}")
 
         def translate(source: Path, result: Path) -> None:
-            run(*NATIVE, *EXACT, "-c", source, "-o", result)
+            run(*SPEED_FLAGS, *EXACTNESS_FLAGS, "-c", source, "-o", result)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(translate, SOURCES, objects))

@@ -22,7 +22,7 @@ from .onednn import Int8Layer, Int8MatMul, pair
 class CompiledLayer(Int8Layer):
     """A convolution without groups and dilation, or a linear layer; replaces a QuantLayer.
 
-    What a call needs beside its tensors is prepared once per shape and per bin of timesteps, and
+    What a call needs beside its tensors is prepared once per shape and per calibrated timestep, and
     kept, so that little is left for Python to do: a small layer takes some ten microseconds.
     """
 
@@ -46,7 +46,7 @@ class CompiledLayer(Int8Layer):
         return BlockedWeight(codes, scale, pair(op.stride), padding)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        index = self._quantizers[0].context.bins
+        index = self._quantizers[0].context.index
         if isinstance(index, int) and self.op.kind == "Conv2d":
             return self._of_map(x, index)
         return super().forward(x)
@@ -54,7 +54,7 @@ class CompiledLayer(Int8Layer):
     def after_norm_silu(
         self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        index = self._quantizers[0].context.bins
+        index = self._quantizers[0].context.index
         if isinstance(index, int) and not self.split and _stride(x) == x.shape[1]:
             return self._of_map(x, index, norm, plus)
         return super().after_norm_silu(norm, x, plus)
@@ -142,7 +142,7 @@ class CompiledMatMul(Int8MatMul):
         self, scores: torch.Tensor, score_scale: float, right: torch.Tensor
     ) -> torch.Tensor:
         """softmax(scores * score_scale) @ right."""
-        index = self.left.context.bins
+        index = self.left.context.index
         if isinstance(index, int):
             return self._shared(scores, right, index, score_scale)
         return self(torch.softmax(scores * score_scale, dim=-1), right)

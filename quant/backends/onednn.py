@@ -24,9 +24,11 @@ from ..runtime.layers import QuantLayer, QuantMatMul
 from ..runtime.quantizer import ActivationQuantizer
 from .native import Compiled, pixel_stride
 
-KEPT = 1 << 18  # values (1 MB) of a weight up to which a float copy is kept
-EXACT = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
-ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to even and leaves the integer in the low bits
+LARGEST_KEPT_WEIGHT = 1 << 18  # values (1 MB) of a weight up to which a float copy is kept
+LARGEST_UNSATURATED = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
+ROUNDING_OFFSET = (
+    12582912.0  # 1.5 * 2^23: adding it rounds to even and leaves the integer in the low bits
+)
 
 
 def shifted_codes(x: torch.Tensor, step: QuantizerStep) -> torch.Tensor:
@@ -34,8 +36,8 @@ def shifted_codes(x: torch.Tensor, step: QuantizerStep) -> torch.Tensor:
 
     Two passes fewer than rounding and converting one by one, and the same result bit by bit.
     """
-    low, high = ROUNDER + step.low, ROUNDER + step.high
-    q = torch.mul(x, step.inverse).add_(ROUNDER).clamp_(low, high)
+    low, high = ROUNDING_OFFSET + step.low, ROUNDING_OFFSET + step.high
+    q = torch.mul(x, step.inverse).add_(ROUNDING_OFFSET).clamp_(low, high)
     return q.view(torch.int32)
 
 
@@ -47,12 +49,12 @@ class CodeQuantizer(ActivationQuantizer):
             quantizer.context,
             quantizer.scale,
             quantizer.zero_point,
-            quantizer.group_of_bin,
+            quantizer.group_of_timestep,
             quantizer.bits,
         )
 
     def codes(self, x: torch.Tensor, index: int) -> list[tuple[torch.Tensor, float, int]]:
-        """uint8 codes shaped like x, their scale and their zero point, for a bin of timesteps.
+        """uint8 codes shaped like x, their scale and their zero point, for a calibrated timestep.
 
         More than 8 bits give two, of the low and the high byte: s (q - z) is the sum of both.
         """
@@ -110,7 +112,9 @@ class IntegerWeight(nn.Module):
     def _summands(self) -> list[torch.Tensor]:
         """The codes as one tensor, or as the sum of two that cannot saturate."""
         codes = self.codes.contiguous()
-        if self.vnni or (codes.amin() >= -EXACT and codes.amax() <= EXACT):
+        if self.vnni or (
+            codes.amin() >= -LARGEST_UNSATURATED and codes.amax() <= LARGEST_UNSATURATED
+        ):
             return [codes]
         half = codes >> 1
         return [half, codes - half]
@@ -192,21 +196,21 @@ class Int8Layer(nn.Module):
         return IntegerWeight(self.op, codes, scale, self.vnni)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bins = self.inputs[0].context.bins
-        if isinstance(bins, int):
-            return self._shared(x, bins)
-        rows = [(bins == b).nonzero().flatten() for b in bins.unique()]  # of a mixed batch
-        parts = [self._shared(x[r], int(bins[r[0]])) for r in rows]
+        index = self.inputs[0].context.index
+        if isinstance(index, int):
+            return self._shared(x, index)
+        rows = [(index == b).nonzero().flatten() for b in index.unique()]  # of a mixed batch
+        parts = [self._shared(x[r], int(index[r[0]])) for r in rows]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def after_norm_silu(
         self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The layer of silu(norm(x)), + plus. x (B, C, H, W)."""
-        bins = self.inputs[0].context.bins
-        whole = not self.split and self.op.kind == "Conv2d" and isinstance(bins, int)
+        index = self.inputs[0].context.index
+        whole = not self.split and self.op.kind == "Conv2d" and isinstance(index, int)
         if whole and self._one_pass(self.inputs[0]) and pixel_stride(x) == x.shape[1]:
-            return self._of_norm(norm, x, bins, plus)
+            return self._of_norm(norm, x, index, plus)
         out = self(F.silu(norm(x), inplace=True))
         return out if plus is None else out + plus
 
@@ -256,7 +260,7 @@ class Int8Layer(nn.Module):
         return quantizer.codes(x, index)
 
     def _shared(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """All rows share one bin of timesteps."""
+        """All rows share one calibrated timestep."""
         if self.op.kind == "Conv1d":
             return self._product(x.unsqueeze(2), index).squeeze(2)
         return self._product(x, index)
@@ -290,16 +294,16 @@ class Int8MatMul(QuantMatMul):
         super().__init__(left, right, product.by_row)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        bins = self.left.context.bins
-        if not isinstance(bins, int):
+        index = self.left.context.index
+        if not isinstance(index, int):
             return super().forward(left, right)
-        return self._shared(left, right, bins)
+        return self._shared(left, right, index)
 
     def _scales_after(self) -> bool:
         return False  # of the fake product alone
 
     def _shared(self, left: torch.Tensor, right: torch.Tensor, index: int) -> torch.Tensor:
-        """All rows share one bin of timesteps."""
+        """All rows share one calibrated timestep."""
         left, factor = self.left_operand(left)
         step, right_step = self.left.step(index), self.right.step(index)
         z, scale = step.zero_point, step.scale * right_step.scale
@@ -342,7 +346,7 @@ class TransientLayer(QuantLayer):
         )
 
     def weight(self) -> torch.Tensor:
-        if self.qweight.numel() <= KEPT:
+        if self.qweight.numel() <= LARGEST_KEPT_WEIGHT:
             return super().weight()
         return dequantize(self.qweight, self.w_scale, self.w_zero_point)
 

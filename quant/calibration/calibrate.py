@@ -1,7 +1,7 @@
 """The whole calibration: each phase in its order, each resumable.
 
-After each phase, each chunk of units and every learn.CHECKPOINT end-to-end steps, Task.save gets
-everything that a later run needs to go on from there.
+After each phase, each chunk of units and every learn.STEPS_PER_CHECKPOINT end-to-end steps,
+Task.save gets everything that a later run needs to go on from there.
 """
 
 import time
@@ -35,7 +35,7 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     phases.unfinished_phase(task.state) names.
     """
     state, progress = task.state, task.progress
-    timesteps = calibrated_timesteps(task.bank.timesteps, task.calibration.bins)
+    timesteps = calibrated_timesteps(task.states.timesteps, task.calibration.calibrated_timesteps)
     context = TimestepContext(timesteps, task.train_timesteps)
     policy = BitPolicy.of(task.settings)
     if state.tensors:  # which hold the scales that were found

@@ -18,7 +18,9 @@ import torch
 from ..core.context import TimestepContext
 from ..runtime.correction import OutputCorrection
 
-ALIKE = 1e-9  # of the product of the powers of x and eps: what is left of either beside the other
+SMALLEST_DETERMINANT = (
+    1e-9  # of the product of the powers of x and eps: what is left of either beside the other
+)
 LARGEST_GAIN = 0.1
 RIDGE = 1e-8  # keeps steps that do not depend on eps uncorrected
 
@@ -47,8 +49,9 @@ class CallRecorder:
 class DriftFit:
     """Fits a correction while a quantized sampler runs. calls: of full precision, same noise.
 
-    Each output that the sampler gets is corrected by what was fitted for its timestep's bin; the
-    first call of a bin fits, and removes of the drift so far the share of one of the bin's calls.
+    Each output that the sampler gets is corrected by what was fitted for the nearest calibrated
+    timestep; the first call there fits, and removes of the drift so far the share of one of its
+    calls.
     """
 
     def __init__(self, context: TimestepContext, calls: list[Call]):
@@ -56,7 +59,7 @@ class DriftFit:
         self.context = context
         self.scale = torch.ones(count, channels)  # of all output channels
         self.offset = torch.zeros(count, channels)
-        self.bins = [int(context.bin_of_t[call.timestep]) for call in calls]
+        self.indices = [int(context.nearest[call.timestep]) for call in calls]
         self.fitted: set[int] = set()
         self.drift: list[float] = []  # mean square of x_q - x at each call
         self._rest = zip_longest(calls, calls[1:])
@@ -65,7 +68,7 @@ class DriftFit:
         call, following = next(self._rest)
         if int(t[0]) != call.timestep:
             raise ValueError(f"the sampler is at timestep {int(t[0])}, not at {call.timestep}")
-        b = int(self.context.bin_of_t[call.timestep])
+        b = int(self.context.nearest[call.timestep])
         self.drift.append(float((x - call.x).square().mean()))
         if following is not None and b not in self.fitted:
             self._fit(b, call, following.x, x, eps)
@@ -80,7 +83,7 @@ class DriftFit:
         channels = x.shape[1]
         full, eps = call.eps[:, :channels], eps[:, :channels]
         of_x, of_eps = step_coefficients(call.x, full, following)  # (C, 1)
-        share = 1 / self.bins.count(b)
+        share = 1 / self.indices.count(b)
         # What the next state lacks without a correction, (C, N H W)
         lacks = share * of_x * _by_channel(call.x - x) + of_eps * _by_channel(full - eps)
         given = of_eps * _by_channel(eps)
@@ -117,7 +120,7 @@ def step_coefficients(
         for p, q in ((x, x), (x, eps), (eps, eps), (following, x), (following, eps))
     )
     determinant = xx * ee - xe * xe
-    apart = determinant > ALIKE * xx * ee
+    apart = determinant > SMALLEST_DETERMINANT * xx * ee
     determinant = torch.where(apart, determinant, 1.0)
     of_x = torch.where(apart, (fx * ee - fe * xe) / determinant, 1.0)
     return of_x, torch.where(apart, (fe * xx - fx * xe) / determinant, 0.0)

@@ -14,7 +14,7 @@ import torch
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .quantizer import rate_of_scale, scale_groups
-from .states import Bank
+from .states import CalibrationStates
 from .wrapping import activation_quantizers, weight_layers
 
 LR_LATENT = 0.006  # in codes: about a hundred steps move a weight from the middle to the next
@@ -56,7 +56,7 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
 
 def finetune(
     model: QuantDenoiser,
-    bank: Bank,
+    states: CalibrationStates,
     tuples: torch.Tensor,
     iterations: int,
     batch_size: int,
@@ -68,7 +68,7 @@ def finetune(
     progress: dict[str, Any] | None = None,
     accumulate: int = 1,
 ) -> None:
-    """Trains in place. tuples (n, 2) of the bank. on_iteration(i, loss) is for progress.
+    """Trains in place. tuples (n, 2) of the states. on_iteration(i, loss) is for progress.
 
     step_weight (S,) weighs the squared eps error of each sampling step: by its root a step is drawn
     more often, and by the root its error counts more. on_checkpoint(progress) comes after each
@@ -93,7 +93,7 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in index.chunk(accumulate):
-            loss = _loss(model, bank, part, root) * (len(part) / batch_size)
+            loss = _loss(model, states, part, root) * (len(part) / batch_size)
             value += finite_loss(loss, i, iterations)
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
         done = i / iterations
@@ -133,10 +133,13 @@ def _draw(
 
 
 def _loss(
-    model: QuantDenoiser, bank: Bank, index: torch.Tensor, step_weight: torch.Tensor | None
+    model: QuantDenoiser,
+    states: CalibrationStates,
+    index: torch.Tensor,
+    step_weight: torch.Tensor | None,
 ) -> torch.Tensor:
     """Mean error of the predicted noise at the samples `index` (n, 2)."""
-    x, t, eps, conditioning = bank.gather(index)
+    x, t, eps, conditioning = states.gather(index)
     error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)  # (n,)
     if step_weight is not None:
         error = error * step_weight[index[:, 0]].to(error.device)

@@ -22,13 +22,13 @@ from ..core.affine import dequantize, fake_quantize, range_to_scale, round_to_ne
 from ..core.operation import quantize_input, scale_channels
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
-from .states import Bank
+from .states import CalibrationStates
 from .weights import WeightQuantizer, minmax_scale, mse_scale
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
-LARGEST = 16.0  # of r and 1 / r
-COMPARED = 12  # weight ranges tried while candidates are compared
-RATIOS = (1.0, 0.85, 0.7, 0.55)  # of the largest value, tried as clipping ranges
+LARGEST_FACTOR = 16.0  # of r and 1 / r
+COMPARED_RANGES = 12  # weight ranges tried while candidates are compared
+CLIPPING_RATIOS = (1.0, 0.85, 0.7, 0.55)  # of the largest value, tried as clipping ranges
 
 
 class _DynamicQuantizer(nn.Module):
@@ -40,7 +40,7 @@ class _DynamicQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         best, best_error = x, float("inf")
-        for ratio in RATIOS:
+        for ratio in CLIPPING_RATIOS:
             scale, zero = range_to_scale(x.amin() * ratio, x.amax() * ratio, self.bits, False)
             x_hat = fake_quantize(x, scale, zero, 2**self.bits - 1)
             error = float((x_hat - x).square().mean())
@@ -54,7 +54,7 @@ def candidate(largest: torch.Tensor, weight: torch.Tensor, alpha: float) -> torc
     w_max = weight.detach().abs().transpose(0, 1).flatten(1).amax(1).clamp(min=1e-5)
     r = w_max.pow(1 - alpha) / largest.clamp(min=1e-5).pow(alpha)
     r = r / r.log().mean().exp()
-    return r.clamp(1 / LARGEST, LARGEST).half().float()
+    return r.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR).half().float()
 
 
 def scaled_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
@@ -73,14 +73,14 @@ def scaled_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
 def scale_equivalently(
     denoiser: nn.Module,
     model: QuantDenoiser,
-    bank: Bank,
+    states: CalibrationStates,
     tuples: torch.Tensor,
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Sets channel_scale of the layers of `model` and folds 1 / r into their weights.
 
-    tuples (n, 2) of the bank; the last batch judges, all batches give the largest values. Returns
+    tuples (n, 2) of the states; the last batch judges, all batches give the largest values. Returns
     the error of each layer's output relative to that without scaling (1.0: not scaled).
     """
     layers = scaled_layers(model)
@@ -113,7 +113,7 @@ def scale_equivalently(
                 handles.append(original.register_forward_hook(make(name)))
         try:
             for index in chosen:
-                x, t, _, conditioning = bank.gather(index)
+                x, t, _, conditioning = states.gather(index)
                 denoiser(x, t, **conditioning)
                 on_batch()
         finally:
@@ -127,7 +127,7 @@ def _choose(
 ) -> float:
     """Gives the layer its best r; returns the error relative to r = 1."""
     kind, bits = layer.weight_quantizer.scale_search, layer.weight_quantizer.bits
-    search = partial(mse_scale, ratios=COMPARED) if kind == "mse" else minmax_scale
+    search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
     quantizers = nn.ModuleList(_DynamicQuantizer(q.bits) for q in layer.inputs)
     candidates: list[torch.Tensor | None] = [None]
     candidates += [candidate(largest, layer.weight, alpha) for alpha in ALPHAS]

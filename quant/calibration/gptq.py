@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from ..core.affine import per_channel
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
-from .states import Bank
+from .states import CalibrationStates
 
 ROWS = 64  # output positions per sample that enter H, at most (a grid over the feature map)
 DAMPING = 0.01  # of the mean of H's diagonal
-BLOCK = 128  # columns whose update of the rest is delayed
-WIDEST = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
+DELAYED_COLUMNS = 128  # columns whose update of the rest is delayed
+WIDEST_HESSIAN = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
 
 
 def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
@@ -37,11 +37,11 @@ def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
 
 
 def column_blocks(layer: CalibLayer) -> list[slice]:
-    """Columns (I * kh * kw) in equal parts of whole input channels, none wider than WIDEST unless
-    one channel is."""
+    """Columns (I * kh * kw) in equal parts of whole input channels, none wider than WIDEST_HESSIAN
+    unless one channel is."""
     channels, columns = layer.weight.shape[1], layer.weight[0].numel()
     taps = columns // channels
-    parts = min(channels, -(-columns // WIDEST))
+    parts = min(channels, -(-columns // WIDEST_HESSIAN))
     edges = [round(i * channels / parts) * taps for i in range(parts + 1)]
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -88,20 +88,20 @@ def _two(value: tuple[int, ...]) -> tuple[int, int]:
 @torch.no_grad()
 def compensate(
     model: QuantDenoiser,
-    bank: Bank,
+    states: CalibrationStates,
     tuples: torch.Tensor,
     batch_size: int,
     memory_gb: float,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Rounds the weights of all layers in place. tuples (n, 2): samples of the bank for H, whose
+    """Rounds the weights of all layers in place. tuples (n, 2): samples of the states for H, whose
     blocks take at most half of memory_gb at a time (or one layer's).
 
     Returns tr(E H E^T) after, relative to rounding to nearest, by layer name.
     """
     gains = {}
     for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
-        hessians = _hessians(model, layers, bank, tuples, batch_size)
+        hessians = _hessians(model, layers, states, tuples, batch_size)
         for name, layer in layers.items():
             gains[name] = _round_layer(layer, hessians.pop(name))
             on_layer(name)
@@ -111,7 +111,7 @@ def compensate(
 def _hessians(
     model: QuantDenoiser,
     layers: dict[str, CalibLayer],
-    bank: Bank,
+    states: CalibrationStates,
     tuples: torch.Tensor,
     batch_size: int,
 ) -> dict[str, list[torch.Tensor]]:
@@ -133,7 +133,7 @@ def _hessians(
     handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in layers.items()]
     try:
         for start in range(0, len(tuples), batch_size):
-            x, t, _, conditioning = bank.gather(tuples[start : start + batch_size])
+            x, t, _, conditioning = states.gather(tuples[start : start + batch_size])
             model(x, t, **conditioning)
     finally:
         for handle in handles:
@@ -183,8 +183,8 @@ def second_order_codes(
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)  # H^-1 = U^T U
     w = weight[:, order].clone()
     codes = torch.empty_like(w)
-    for start in range(0, w.shape[1], BLOCK):
-        end = min(start + BLOCK, w.shape[1])
+    for start in range(0, w.shape[1], DELAYED_COLUMNS):
+        end = min(start + DELAYED_COLUMNS, w.shape[1])
         errors = torch.empty(len(w), end - start, dtype=w.dtype, device=w.device)
         for i in range(start, end):
             column = torch.clamp(w[:, i : i + 1].round(), low, high)

@@ -1,10 +1,10 @@
-"""Groups of timesteps that share one activation range (METHOD 5.2).
+"""Groups of timesteps that share one activation range (docs/method.md, section 3).
 
-`assign` solves the initial grouping exactly: a table of the quantization error of every bin under
-every candidate range turns it into a shortest path (contiguous groups) followed by k-medians
+`assign` solves the initial grouping exactly: a table of the quantization error of every timestep
+under every candidate range turns it into a shortest path (contiguous groups) followed by k-medians
 (free groups). The differentiable search then starts from it, see search.start.
 
-Legend: S bins (calibrated timesteps), C candidate ranges, G groups, N sampled values.
+Legend: S calibrated timesteps, C candidate ranges, G groups, N sampled values.
 """
 
 import torch
@@ -13,13 +13,13 @@ from ..core.affine import range_to_scale
 from .quantizer import LearnedQuantizer
 from .statistics import Statistics
 
-ROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
+HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
 
 
 def candidate_ranges(
     stats: Statistics, symmetric: bool, unsigned: bool, count: int = 20
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidate (low, high), each (C,): a grid between the tightest and the widest bin."""
+    """Candidate (low, high), each (C,): a grid between the tightest and the widest timestep."""
 
     def grid(extremes: torch.Tensor) -> torch.Tensor:
         """Geometric grid over magnitudes, from 0.3 times the smallest to the largest."""
@@ -49,7 +49,8 @@ def error_table(
     symmetric: bool,
     power: float = 2.0,
 ) -> torch.Tensor:
-    """Mean |x - x_hat|^power of each bin under each candidate range (S, C), really quantized."""
+    """Mean |x - x_hat|^power of each timestep under each candidate range (S, C), really
+    quantized."""
     scale, zero_point = range_to_scale(low, high, bits, symmetric)
     top = 2**bits - 1
     x = stats.values  # (S, N)
@@ -63,38 +64,39 @@ def error_table(
 
 
 def contiguous_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Optimal split of the bins into `groups` runs: (group of bin (S,), candidate of group (G,)).
+    """Optimal split of the timesteps into `groups` runs: (group of timestep (S,), candidate of
+    group (G,)).
 
     Minimises the summed error by dynamic programming over run ends; each run takes its best
     candidate.
     """
-    bins = len(table)
-    groups = min(groups, bins)
+    timesteps = len(table)
+    groups = min(groups, timesteps)
     prefix = torch.cat([torch.zeros(1, table.shape[1]), table.cumsum(0)])  # (S+1, C)
-    cost = torch.full((bins + 1, bins + 1), float("inf"))
-    choice = torch.zeros(bins + 1, bins + 1, dtype=torch.long)
-    for end in range(1, bins + 1):
+    cost = torch.full((timesteps + 1, timesteps + 1), float("inf"))
+    choice = torch.zeros(timesteps + 1, timesteps + 1, dtype=torch.long)
+    for end in range(1, timesteps + 1):
         run = prefix[end] - prefix[:end]  # (end, C): runs start..end-1
         cost[:end, end], choice[:end, end] = run.min(dim=1)
-    best = torch.full((groups + 1, bins + 1), float("inf"))
+    best = torch.full((groups + 1, timesteps + 1), float("inf"))
     best[0, 0] = 0.0
-    start_of = torch.zeros(groups + 1, bins + 1, dtype=torch.long)
+    start_of = torch.zeros(groups + 1, timesteps + 1, dtype=torch.long)
     for g in range(1, groups + 1):
         total = best[g - 1][:, None] + cost  # (start, end)
         best[g], start_of[g] = total.min(dim=0)
-    group_of_bin = torch.zeros(bins, dtype=torch.long)
+    group_of_timestep = torch.zeros(timesteps, dtype=torch.long)
     candidates = torch.zeros(groups, dtype=torch.long)
-    end = bins
+    end = timesteps
     for g in range(groups, 0, -1):
         start = int(start_of[g, end])
-        group_of_bin[start:end] = g - 1
+        group_of_timestep[start:end] = g - 1
         candidates[g - 1] = choice[start, end]
         end = start
-    return group_of_bin, candidates
+    return group_of_timestep, candidates
 
 
 def refine(
-    table: torch.Tensor, group_of_bin: torch.Tensor, candidates: torch.Tensor, rounds: int = 10
+    table: torch.Tensor, group_of_timestep: torch.Tensor, candidates: torch.Tensor, rounds: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k-medians over candidate ranges from a start: groups need not be contiguous any more."""
     candidates = candidates.clone()
@@ -104,19 +106,19 @@ def refine(
             members = table[new == g]
             if len(members):
                 candidates[g] = members.sum(0).argmin()
-        if torch.equal(new, group_of_bin):
+        if torch.equal(new, group_of_timestep):
             break
-        group_of_bin = new
-    return group_of_bin, candidates
+        group_of_timestep = new
+    return group_of_timestep, candidates
 
 
 def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equal runs of bins (the grouping of TFMQ-DM), each with its best candidate."""
-    bins = len(table)
-    groups = min(groups, bins)
-    group_of_bin = torch.arange(bins) * groups // bins
-    candidates = torch.stack([table[group_of_bin == g].sum(0).argmin() for g in range(groups)])
-    return group_of_bin, candidates
+    """Equal runs of timesteps (the grouping of TFMQ-DM), each with its best candidate."""
+    timesteps = len(table)
+    groups = min(groups, timesteps)
+    group_of_timestep = torch.arange(timesteps) * groups // timesteps
+    candidates = torch.stack([table[group_of_timestep == g].sum(0).argmin() for g in range(groups)])
+    return group_of_timestep, candidates
 
 
 def assign(
@@ -129,19 +131,19 @@ def assign(
     goes on from there). scale: mse | minmax (without a search of the clipping).
     """
     if quantizer.bits > 8:  # codes abound: one range with room to spare, so that nothing clips
-        bound = ROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
+        bound = HEADROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
         quantizer.set_ranges(-bound, bound, torch.zeros(len(stats.low)))
         return
     if scale == "minmax":
         low, high = stats.low, stats.high
         if search == "none":
             groups = 1
-        group_of_bin = torch.arange(len(low)) * min(groups, len(low)) // len(low)
-        count = int(group_of_bin.max()) + 1
+        group_of_timestep = torch.arange(len(low)) * min(groups, len(low)) // len(low)
+        count = int(group_of_timestep.max()) + 1
         quantizer.set_ranges(
-            torch.stack([low[group_of_bin == g].min() for g in range(count)]),
-            torch.stack([high[group_of_bin == g].max() for g in range(count)]),
-            group_of_bin,
+            torch.stack([low[group_of_timestep == g].min() for g in range(count)]),
+            torch.stack([high[group_of_timestep == g].max() for g in range(count)]),
+            group_of_timestep,
         )
         return
     symmetric = quantizer.symmetric
@@ -149,16 +151,16 @@ def assign(
     power = 2.4 if search == "none" else 2.0
     table = error_table(stats, low, high, quantizer.bits, symmetric, power)
     if search == "none":
-        group_of_bin = torch.zeros(len(table), dtype=torch.long)
+        group_of_timestep = torch.zeros(len(table), dtype=torch.long)
         chosen = (stats.weight @ table).argmin()[None]
     elif search == "uniform":
-        group_of_bin, chosen = uniform_groups(table, groups)
+        group_of_timestep, chosen = uniform_groups(table, groups)
     else:
-        # Relative to each bin's own best range: every timestep counts alike, however large its
+        # Relative to each timestep's own best range: every timestep counts alike, however large its
         # activations are.
         table = table / table.min(dim=1, keepdim=True).values.clamp(min=1e-20)
-        group_of_bin, chosen = contiguous_groups(table, groups)
+        group_of_timestep, chosen = contiguous_groups(table, groups)
         if search != "dp":
-            group_of_bin, chosen = refine(table, group_of_bin, chosen)
+            group_of_timestep, chosen = refine(table, group_of_timestep, chosen)
         quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
-    quantizer.set_ranges(low[chosen], high[chosen], group_of_bin)
+    quantizer.set_ranges(low[chosen], high[chosen], group_of_timestep)

@@ -98,8 +98,8 @@ class CalibMatMul(nn.Module):
         return relative_to_row(left)[0] if self.by_row else left
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        bins = self.left.context.bins
-        return attention_product(self.left, self.right, self.by_row, bins, (left, right))
+        index = self.left.context.index
+        return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def deploy(self) -> QuantMatMul:
         return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -10,18 +10,19 @@ def fit_tables(
     context: TimestepContext,
     eps: torch.Tensor,
     eps_q: torch.Tensor,
-    bins: torch.Tensor,
+    indices: torch.Tensor,
 ) -> OutputCorrection:
-    """Least squares per bin and channel, kept only where it lowers the error of held-out samples.
+    """Least squares per calibrated timestep and channel, kept only where it lowers the error of
+    held-out samples.
 
-    eps, eps_q (N, C, H, W): full-precision and quantized outputs; bins (N,). Odd samples fit, even
-    samples judge. Bins without at least four samples stay uncorrected.
+    eps, eps_q (N, C, H, W): full-precision and quantized outputs; indices (N,). Odd samples fit,
+    even samples judge. Timesteps without at least four samples stay uncorrected.
     """
     count, channels = len(context.timesteps), eps.shape[1]
     k, mu = torch.zeros(count, channels), torch.zeros(count, channels)
     sigma = torch.zeros(count)
     for b in range(count):
-        mine = (bins == b).nonzero().flatten()
+        mine = (indices == b).nonzero().flatten()
         if len(mine) < 4:
             continue
         x = eps[mine].transpose(0, 1).flatten(2).float()  # (C, n, HW)

@@ -101,8 +101,11 @@ class LearnedQuantizer(nn.Module):
         self.enabled = True
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=not (symmetric or unsigned))
-        self.register_buffer("group_of_bin", torch.zeros(len(context.timesteps), dtype=torch.long))
-        # Error of each bin under each group's range, relative to the bin's best; until the search.
+        self.register_buffer(
+            "group_of_timestep", torch.zeros(len(context.timesteps), dtype=torch.long)
+        )
+        # Error of each timestep under each group's range, relative to the timestep's best; until
+        # the search.
         self.register_buffer("group_error", None)  # (S, G)
         self.logits: nn.Parameter | None = None  # (S, G) during the search
         self.temperature = 1.0
@@ -111,8 +114,11 @@ class LearnedQuantizer(nn.Module):
     def groups(self) -> int:
         return len(self.log_scale)
 
-    def set_ranges(self, low: torch.Tensor, high: torch.Tensor, group_of_bin: torch.Tensor) -> None:
-        """low, high (G,): ranges of the groups; group_of_bin (S,): the group of each bin."""
+    def set_ranges(
+        self, low: torch.Tensor, high: torch.Tensor, group_of_timestep: torch.Tensor
+    ) -> None:
+        """low, high (G,): ranges of the groups; group_of_timestep (S,): the group of each
+        timestep."""
         scale, zero_point = range_to_scale(low, high, self.bits, self.symmetric)
         if self.unsigned:
             zero_point = torch.zeros_like(zero_point)
@@ -121,7 +127,7 @@ class LearnedQuantizer(nn.Module):
         self.zero_point = nn.Parameter(
             zero_point.float().to(device), requires_grad=self.zero_point.requires_grad
         )
-        self.group_of_bin = group_of_bin.long().to(device)
+        self.group_of_timestep = group_of_timestep.long().to(device)
 
     def _integral_zero_point(self) -> torch.Tensor:
         return round_ste(self.zero_point.clamp(0, 2**self.bits - 1))
@@ -135,13 +141,13 @@ class LearnedQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return x
-        bins = torch.as_tensor(self.context.bins, device=x.device)
+        index = torch.as_tensor(self.context.index, device=x.device)
         if self.logits is None:
-            return self._quantize(x, self.group_of_bin[bins])
-        weights = torch.softmax(self.logits[bins] / self.temperature, dim=-1)  # (..., G)
+            return self._quantize(x, self.group_of_timestep[index])
+        weights = torch.softmax(self.logits[index] / self.temperature, dim=-1)  # (..., G)
         best, group = weights.topk(min(2, self.groups), dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
-        shape = () if bins.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
+        shape = () if index.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
         return sum(
             best[..., i].reshape(shape) * self._quantize(x, group[..., i])
             for i in range(best.shape[-1])
@@ -153,7 +159,7 @@ class LearnedQuantizer(nn.Module):
             self.context,
             scale,
             self._integral_zero_point().round(),
-            self.group_of_bin,
+            self.group_of_timestep,
             self.bits,
         )
 

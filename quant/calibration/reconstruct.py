@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: AdaRound and learned activation scales (METHOD 5.4, BRECQ).
+"""Block-wise reconstruction: AdaRound and learned activation scales (docs/method.md, section 5).
 
 The residual units are taken in the order of execution, in chunks whose full-precision inputs and
 outputs, recorded in one pass, fit the memory limit. The inputs behind the quantized prefix are
@@ -20,9 +20,9 @@ from .finite import finite_loss
 from .layers import CalibLayer, CalibTimestepLayer
 from .prefix import Prefix
 from .quantizer import LearnedQuantizer
-from .states import Bank
+from .states import CalibrationStates
 
-HELD_OUT = 1 / 8  # share of the samples that judge instead of teach; 0: all of them do both
+HELD_OUT_SHARE = 1 / 8  # share of the samples that judge instead of teach; 0: all of them do both
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _chunks(names: list[str], sizes: dict[str, int], limit: int) -> Iterator[lis
 def reconstruct(
     denoiser: nn.Module,
     model: QuantDenoiser,
-    bank: Bank,
+    states: CalibrationStates,
     tuples: torch.Tensor,
     settings: ReconstructSettings,
     learn_scales: bool,
@@ -111,11 +111,11 @@ def reconstruct(
     on_chunk: Callable[[], None] = lambda: None,
     finished: frozenset[str] = frozenset(),
     apart: Sequence[str] = (),
-    held_out: float = HELD_OUT,
+    held_out: float = HELD_OUT_SHARE,
 ) -> None:
     """Reconstructs the units in place; on_unit(name, error before, error after) after each.
 
-    tuples (n, 2) of the bank. The random numbers of a unit depend on the seed and its name only.
+    tuples (n, 2) of the states. The random numbers of a unit depend on the seed and its name only.
     on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
     names of the units that are `finished`, and ends as an uninterrupted one. Layers `apart` keep
     what they have, though units hold them. Raises DivergenceError.
@@ -124,14 +124,14 @@ def reconstruct(
 
     def batches() -> Iterator:
         for start in range(0, len(order), settings.batch_size):
-            yield bank.gather(order[start : start + settings.batch_size])
+            yield states.gather(order[start : start + settings.batch_size])
 
-    one = [bank.gather(order[:1])]
+    one = [states.gather(order[:1])]
     probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one))
     sizes = {n: 4 * len(order) * probe[n].numel() for n in units}
     half = int(memory_gb * 2**29)  # of the memory, for these; the other for the prefix
     prefix = Prefix(model, half)
-    t_all = torch.tensor([bank.timesteps[k] for k in order[:, 0].tolist()])
+    t_all = torch.tensor([states.timesteps[k] for k in order[:, 0].tolist()])
     done = {id(model.denoiser.get_submodule(name)) for name in apart}
     for chunk in _chunks(units, sizes, half):
         inside = {n: model.denoiser.get_submodule(n) for n in chunk}
@@ -181,7 +181,7 @@ def _learn_unit(
 
     def call(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         model.context.set(t_all[index])
-        model.context.bins = _to(model.context.bins, device)
+        model.context.index = _to(model.context.index, device)
         arguments = [a[index].to(device) for a in record.inputs]
         return unit(*arguments), record.output[index].to(device)
 

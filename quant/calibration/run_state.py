@@ -14,7 +14,7 @@ from .weights import WeightQuantizer
 
 
 @dataclass
-class CalibrationState:
+class RunState:
     """done: finished phases; tensors: state of the model, empty but while it is saved or restored;
     tuples (n, 2); report: plain values; partial: what the phase after `done` has finished so far,
     its own business; before: copies of the tensors at that phase's start, if it has partials."""
@@ -36,7 +36,7 @@ class CalibrationState:
         return vars(self) | {"tensors": dict(self.tensors)}
 
     @classmethod
-    def from_plain(cls, value: dict[str, Any]) -> "CalibrationState":
+    def from_plain(cls, value: dict[str, Any]) -> "RunState":
         return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 
@@ -48,7 +48,9 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
                 old = getattr(module, key)
                 value = tensors[f"{name}.{key}"].to(old.device)
                 setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
-            module.group_of_bin = tensors[f"{name}.group_of_bin"].to(module.log_scale.device)
+            module.group_of_timestep = tensors[f"{name}.group_of_timestep"].to(
+                module.log_scale.device
+            )
             value = tensors.get(f"{name}.group_error")
             module.group_error = None if value is None else value.to(module.log_scale.device)
         elif isinstance(module, WeightQuantizer):

@@ -1,9 +1,11 @@
-"""Differentiable search of the timestep groups, with active timestep selection (METHOD 5.2, 5.3).
+"""Differentiable search of the timestep groups, with active timestep selection.
 
-Every activation quantizer holds a softmax sigma over its G groups for every bin; its output is the
-mixture of the two likeliest groups. Minimised are the eps error against full precision, relative to
-its start, and lambda times the mean entropy of sigma, while the temperature falls, so that the
-assignment ends hard and taking the arg max changes little (the gap is reported).
+See docs/method.md, sections 3 and 4; after APQ-DM (arXiv 2305.18723).
+
+Every activation quantizer holds a softmax sigma over its G groups for every timestep; its output is
+the mixture of the two likeliest groups. Minimised are the eps error against full precision,
+relative to its start, and lambda times the mean entropy of sigma, while the temperature falls, so
+that the assignment ends hard and taking the arg max changes little (the gap is reported).
 """
 
 import math
@@ -17,20 +19,20 @@ from ..core.settings import SearchSettings
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .quantizer import LearnedQuantizer, scale_groups
-from .states import Bank
+from .states import CalibrationStates
 from .timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 from .wrapping import activation_quantizers
 
-EXCESS, FAR = 10.0, 4.0
+LOGITS_PER_EXCESS, LOWEST_LOGIT = 10.0, 4.0
 SMALLEST_ERROR = 1e-20
-WIDEST = 8  # bits; the inputs of the first and last layer have more, and no groups
+MOST_GROUPED_BITS = 8  # bits; the inputs of the first and last layer have more, and no groups
 
 
 @dataclass
 class SearchResult:
     """tuples (n, 2): the samples that were used; selector: its final scores; decided: share of
-    (quantizer, bin) with max sigma > 0.95 before the arg max; moved: share whose group changed;
-    error_start, error_end: eps error at the first and last tenth of the rounds."""
+    (quantizer, timestep) with max sigma > 0.95 before the arg max; moved: share whose group
+    changed; error_start, error_end: eps error at the first and last tenth of the rounds."""
 
     tuples: torch.Tensor
     selector: ActiveSelector
@@ -43,50 +45,52 @@ class SearchResult:
 def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
     """Gives each quantizer its logits (S, G), from its error table.
 
-    A group whose range costs a bin a tenth more than its best one starts one unit of logit lower,
-    so that sigma is undecided just where groups are nearly as good. Without a table the assigned
-    group starts at FAR above the others.
+    A group whose range costs a timestep a tenth more than its best one starts one unit of logit
+    lower, so that sigma is undecided just where groups are nearly as good. Without a table the
+    assigned group starts at LOWEST_LOGIT above the others.
     """
     logits = []
     for q in quantizers:
         if q.group_error is None:
-            value = torch.full((len(q.group_of_bin), q.groups), -FAR, device=q.log_scale.device)
-            value.scatter_(1, q.group_of_bin[:, None], 0.0)
+            value = torch.full(
+                (len(q.group_of_timestep), q.groups), -LOWEST_LOGIT, device=q.log_scale.device
+            )
+            value.scatter_(1, q.group_of_timestep[:, None], 0.0)
         else:
             # Exact values have no error: the softmax over the one token of a class is always 1.
             error = q.group_error.clamp(min=SMALLEST_ERROR)
             best = error.amin(1, keepdim=True)
-            value = (EXCESS * (1 - error / best)).clamp(min=-FAR)
+            value = (LOGITS_PER_EXCESS * (1 - error / best)).clamp(min=-LOWEST_LOGIT)
         q.logits = nn.Parameter(value)
         logits.append(q.logits)
     return logits
 
 
-def harden(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
+def take_most_likely(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     """Takes the arg max of every sigma; returns (share decided, share moved), see SearchResult."""
     decided = moved = total = 0
     for q in quantizers:
         sigma = torch.softmax(q.logits.detach() / q.temperature, dim=-1)
         best, group = sigma.max(dim=-1)
         decided += int((best > 0.95).sum())
-        moved += int((group != q.group_of_bin).sum())
+        moved += int((group != q.group_of_timestep).sum())
         total += len(group)
-        q.group_of_bin, q.group_error, q.logits, q.temperature = group, None, None, 1.0
+        q.group_of_timestep, q.group_error, q.logits, q.temperature = group, None, None, 1.0
     return decided / max(total, 1), moved / max(total, 1)
 
 
 def _errors(
-    model: QuantDenoiser, bank: Bank, index: torch.Tensor, importance: torch.Tensor
+    model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor, importance: torch.Tensor
 ) -> torch.Tensor:
     """Mean squared eps error of each tuple (n, 2), times the importance of its step; (n,)."""
-    x, t, eps, conditioning = bank.gather(index)
+    x, t, eps, conditioning = states.gather(index)
     error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
     return error * importance[index[:, 0]].to(error.device)
 
 
 def search(
     model: QuantDenoiser,
-    bank: Bank,
+    states: CalibrationStates,
     settings: SearchSettings,
     generator: torch.Generator,
     importance: torch.Tensor,
@@ -100,9 +104,9 @@ def search(
     """
     every = [q for _, q in activation_quantizers(model)]
     quantizers = [q for q in every if q.groups > 1]
-    of_groups = [q for q in every if q.bits <= WIDEST]
+    of_groups = [q for q in every if q.bits <= MOST_GROUPED_BITS]
     learned = quantizers or of_groups  # those that would have more groups, were there more
-    count = len(bank.timesteps)
+    count = len(states.timesteps)
     selector = ActiveSelector(count, settings.exploration, settings.error_weight)
     if not learned:
         return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
@@ -115,23 +119,23 @@ def search(
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    bin_of_step = model.context.bin_of_t[torch.tensor(bank.timesteps)]
+    nearest_of_step = model.context.nearest[torch.tensor(states.timesteps)]
     tuples, errors, normaliser = [], [], None
     for i in range(settings.rounds):
         progress = i / settings.rounds
         temperature = settings.temperature**progress
         for q in quantizers:
             q.temperature = temperature
-        index = tuples_of_steps(selector.pick(settings.batch_size), bank.trajectories, generator)
+        index = tuples_of_steps(selector.pick(settings.batch_size), states.trajectories, generator)
         optimizer.zero_grad(set_to_none=True)
         parts = index.chunk(settings.accumulate)
         if normaliser is None:
             with torch.no_grad():
-                first = [_errors(model, bank, part, importance) for part in parts]
+                first = [_errors(model, states, part, importance) for part in parts]
             normaliser = torch.cat(first).mean().clamp(min=1e-12)
         error, value = [], 0.0
         for part in parts:
-            found = _errors(model, bank, part, importance)
+            found = _errors(model, states, part, importance)
             loss = found.sum() / len(index) / normaliser
             value += finite_loss(loss, i, settings.rounds)
             loss.backward()
@@ -142,7 +146,7 @@ def search(
             loss = settings.entropy * entropy.mean()
             value += finite_loss(loss, i, settings.rounds)
             loss.backward()
-            selector.entropy = entropy.detach().mean(0).cpu()[bin_of_step]
+            selector.entropy = entropy.detach().mean(0).cpu()[nearest_of_step]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.step()
@@ -151,7 +155,7 @@ def search(
         tuples.append(index)
         errors.append(float(error.mean()))
         on_round(i, value)
-    decided, moved = harden(quantizers) if quantizers else (1.0, 0.0)
+    decided, moved = take_most_likely(quantizers) if quantizers else (1.0, 0.0)
     tenth = max(1, len(errors) // 10)
     return SearchResult(
         torch.cat(tuples),

@@ -7,11 +7,11 @@ import torch
 
 
 @dataclass
-class Bank:
+class CalibrationStates:
     """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
     full-precision output there; timesteps (S,): t of each step, descending, may repeat.
 
-    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The bank
+    conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The states
     may lie on the CPU; what it gives out is on `device`.
     """
 
@@ -48,7 +48,7 @@ class Bank:
         """Batches of one timestep each: `limit` trajectories at every step.
 
         With a conditioning they are others at each step, drawn at random: neighbours may have the
-        same one (with guidance the first of a bank are all unconditional).
+        same one (with guidance the first ones are all unconditional).
         """
         limit = min(limit, self.trajectories)
         for k in range(len(self.timesteps)):

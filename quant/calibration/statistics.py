@@ -1,6 +1,7 @@
 """What each activation looks like at each calibrated timestep, from full-precision calls.
 
-For each activation quantizer and bin a random subset of values is kept, with the exact extremes.
+For each activation quantizer and calibrated timestep a random subset of values is kept, with the
+exact extremes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +17,8 @@ from .layers import CalibLayer, CalibMatMul
 
 Tensors = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, int, dict[str, Any]]  # x_t (B, C, H, W), t, conditioning
-VALUES = 1024  # per bin
-LARGEST = 2**27  # range up to which torch.randint takes equally many random numbers
+VALUES_PER_TIMESTEP = 1024  # per timestep
+LARGEST_DRAW_RANGE = 2**27  # range up to which torch.randint takes equally many random numbers
 
 
 class StatisticsError(ValueError):
@@ -26,8 +27,8 @@ class StatisticsError(ValueError):
 
 @dataclass
 class Statistics:
-    """values (S, N) float32: a sample of the activation per bin, extremes included;
-    low, high (S,): exact minimum and maximum; weight (S,): samples seen in the bin, 0 for a bin
+    """values (S, N) float32: a sample of the activation per timestep, extremes included;
+    low, high (S,): exact minimum and maximum; weight (S,): samples seen there, 0 for a timestep
     whose row is that of the nearest one which was reached."""
 
     values: torch.Tensor
@@ -76,29 +77,33 @@ def collect(
     denoiser: nn.Module,
     model: QuantDenoiser,
     batches: Iterable[Batch],
-    values_per_bin: int = VALUES,
+    values_per_timestep: int = VALUES_PER_TIMESTEP,
     seed: int = 0,
     in_turn: Callable[[int, Callable[[int], Tensors]], Iterator[Tensors]] = alone,
 ) -> dict[str, Statistics]:
     """Runs the full-precision denoiser on batches (x_t (B, C, H, W), t, conditioning).
 
-    Each batch shares one timestep. Returns the statistics of every activation quantizer of
-    `model`. Bins that no batch reached copy the nearest one that was. in_turn(count, make) gives
+    Each batch shares one timestep. Returns the statistics of every activation quantizer of `model`.
+    Timesteps that no batch reached copy the nearest one that was. in_turn(count, make) gives
     make(0), make(1), ... in this order, wherever they are made: by Draws of the same arguments.
     Raises StatisticsError on values that are not finite, naming the layer.
     """
     batches, context = list(batches), model.context
-    draws = Draws(denoiser, model, batches, values_per_bin, seed)
-    bins = len(context.timesteps)
-    kept: dict[str, list[list[torch.Tensor]]] = {n: [[] for _ in range(bins)] for n in draws.names}
-    seen = torch.zeros(bins)
+    draws = Draws(denoiser, model, batches, values_per_timestep, seed)
+    timesteps = len(context.timesteps)
+    kept: dict[str, list[list[torch.Tensor]]] = {
+        n: [[] for _ in range(timesteps)] for n in draws.names
+    }
+    seen = torch.zeros(timesteps)
     for (x, t, _), values in zip(batches, in_turn(len(batches), draws.make), strict=True):
-        current = int(context.bin_of_t[t])
+        current = int(context.nearest[t])
         seen[current] += len(x)
         for name, value in values.items():
             kept[name][current].append(value)
     generator = draws.at(len(batches))
-    return {name: _merge(lists, seen, values_per_bin, generator) for name, lists in kept.items()}
+    return {
+        name: _merge(lists, seen, values_per_timestep, generator) for name, lists in kept.items()
+    }
 
 
 class Draws:
@@ -113,10 +118,10 @@ class Draws:
         denoiser: nn.Module,
         model: QuantDenoiser,
         batches: Sequence[Batch],
-        values_per_bin: int,
+        values_per_timestep: int,
         seed: int,
     ):
-        self._denoiser, self._batches, self._count = denoiser, batches, values_per_bin
+        self._denoiser, self._batches, self._count = denoiser, batches, values_per_timestep
         operands = quantizer_operands(model)
         self.names = list(operands)
         self._by_layer: dict[str, list[tuple[str, Callable]]] = {}
@@ -134,7 +139,7 @@ class Draws:
 
     @torch.no_grad()
     def make(self, number: int) -> Tensors:
-        """Quantizer -> values_per_bin draws and the two extremes at a batch, on the CPU."""
+        """Quantizer -> values_per_timestep draws and the two extremes at a batch, on the CPU."""
         generator, values = self.at(number), {}
 
         def hook_of(layer: str) -> Callable:
@@ -162,7 +167,7 @@ class Draws:
         low, high = x.amin(), x.amax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise StatisticsError(f"layer {layer}: its input is NaN or infinite")
-        stride = -(-x.numel() // LARGEST)
+        stride = -(-x.numel() // LARGEST_DRAW_RANGE)
         places = -(-x.numel() // stride)
         index = torch.randint(places, (self._count,), generator=generator) * stride
         return torch.cat([x[index.to(x.device)], low[None], high[None]])
@@ -171,7 +176,7 @@ class Draws:
 def _merge(
     lists: list[list[torch.Tensor]], seen: torch.Tensor, count: int, generator: torch.Generator
 ) -> Statistics:
-    """Draws of all batches of a bin -> `count` values with the extremes among them."""
+    """Draws of all batches of a timestep -> `count` values with the extremes among them."""
     reached = [i for i, draws in enumerate(lists) if draws]
     if not reached:
         raise ValueError("no calibration batch reached a calibrated timestep")

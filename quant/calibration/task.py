@@ -10,8 +10,8 @@ from torch import nn
 from ..core.settings import CalibrationSettings, QuantSettings
 from ..runtime.denoiser import QuantDenoiser
 from . import statistics
-from .run_state import CalibrationState
-from .states import Bank
+from .run_state import RunState
+from .states import CalibrationStates
 
 # Streams of random numbers; fixed, so that a new phase leaves those of the others alone.
 STREAMS = {"equivalent": 0, "search": 3, "finetune": 5}
@@ -42,7 +42,7 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-def _save_nothing(state: CalibrationState) -> None:
+def _save_nothing(state: RunState) -> None:
     pass
 
 
@@ -50,22 +50,22 @@ def _save_nothing(state: CalibrationState) -> None:
 class Task:
     """A denoiser to be quantized, and how.
 
-    denoiser: full precision, not changed. bank: its trajectories. train_timesteps: T of the noise
+    denoiser: full precision, not changed. states: its trajectories. train_timesteps: T of the noise
     schedule. importance (S,): weight of an eps error at each sampling step. state continues an
     earlier run. save(state) gets everything that a later run needs to go on from there. collect
     stands for statistics.collect.
     """
 
     denoiser: nn.Module
-    bank: Bank
+    states: CalibrationStates
     settings: QuantSettings
     calibration: CalibrationSettings
     train_timesteps: int
     importance: torch.Tensor
     sampler: Sampler
     progress: Progress
-    state: CalibrationState = field(default_factory=CalibrationState)
-    save: Callable[[CalibrationState], None] = _save_nothing
+    state: RunState = field(default_factory=RunState)
+    save: Callable[[RunState], None] = _save_nothing
     collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect
 
 
@@ -74,7 +74,7 @@ class Job:
 
     def __init__(self, task: Task, model: QuantDenoiser):
         self.model, self._save = model, task.save
-        self.denoiser, self.bank, self.state = task.denoiser, task.bank, task.state
+        self.denoiser, self.states, self.state = task.denoiser, task.states, task.state
         self.settings, self.calibration = task.settings, task.calibration
         self.importance, self.sampler = task.importance, task.sampler
         self.progress, self.collect = task.progress, task.collect

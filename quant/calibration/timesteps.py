@@ -1,4 +1,4 @@
-"""Which (step, trajectory) tuples become calibration samples (METHOD 5.3 and 1.1 to 1.4).
+"""Which (step, trajectory) tuples become calibration samples (docs/method.md, section 4).
 
 uniform: evenly spaced steps (Q-Diffusion: 20 of them). normal: steps drawn from a normal
 distribution over the step index (PTQ4DM, NDTC). all: every step alike. active: the steps where the
@@ -30,7 +30,7 @@ def tuples_of_steps(
 
 
 def uniform_steps(samples: int, count: int, spaced: int = 20) -> torch.Tensor:
-    """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (METHOD 1.2)."""
+    """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (Q-Diffusion)."""
     chosen = torch.linspace(0, count - 1, min(spaced, count, samples)).round().long()
     return chosen[torch.arange(samples) % len(chosen)]
 
@@ -62,7 +62,7 @@ def spread(tuples: torch.Tensor, samples: int) -> torch.Tensor:
 
 
 class ActiveSelector:
-    """Scores the sampling steps and picks the most informative ones (METHOD 5.3).
+    """Scores the sampling steps and picks the most informative ones.
 
     s(k) = mean_l H(sigma_l^k) / ln G  +  (eta + rho L_k / max L) / (N_k + 1)
 

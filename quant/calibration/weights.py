@@ -10,9 +10,9 @@ from torch import nn
 from ..core.affine import SMALLEST_SCALE, dequantize, per_channel, range_to_scale, round_to_nearest
 
 LONGEST_ROW = 2304  # weights of a channel that the search of its scale looks at, about
-LARGEST = 32  # weights of such a channel that it looks at besides
-AT_ONCE = 1 << 16  # weights: the passes of the search stay in the cache
-WITHIN = 0.25  # of a code's cell, where its latent starts
+LARGEST_WEIGHTS = 32  # weights of such a channel that it looks at besides
+WEIGHTS_AT_ONCE = 1 << 16  # weights: the passes of the search stay in the cache
+LATENT_MARGIN = 0.25  # of a code's cell, where its latent starts
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid (Nagel et al. 2020, eq. 23)
 
 
@@ -33,14 +33,14 @@ def mse_scale(
     low, high = flat.amin(1), flat.amax(1)
     stride = -(-flat.shape[1] // LONGEST_ROW)
     stride += stride % 3 == 0  # all taps of a 3 x 3 kernel take part
-    rows = max(1, AT_ONCE // (flat.shape[1] // stride))
+    rows = max(1, WEIGHTS_AT_ONCE // (flat.shape[1] // stride))
     grid = torch.linspace(1.0, smallest, ratios).tolist()
     found = []
     for i in range(0, len(flat), rows):
         part = flat[i : i + rows]
         seen = [part[:, ::stride].contiguous()]
         if stride > 1:
-            size, place = part.abs().topk(LARGEST, dim=1, sorted=False)
+            size, place = part.abs().topk(LARGEST_WEIGHTS, dim=1, sorted=False)
             counted = seen[0].abs() >= size.amin(1, keepdim=True)
             seen = [seen[0].masked_fill(counted, 0.0), part.gather(1, place)]  # zero is exact
         found.append(
@@ -143,7 +143,9 @@ class WeightQuantizer(nn.Module):
             codes = self.codes(weight)
             exact = weight / per_channel(self.scale, weight)
             exact = exact + per_channel(self.zero_point, weight)
-            latent = torch.minimum(torch.maximum(exact, codes - WITHIN), codes + WITHIN)
+            latent = torch.minimum(
+                torch.maximum(exact, codes - LATENT_MARGIN), codes + LATENT_MARGIN
+            )
         self.latent = nn.Parameter(latent)
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         self.alpha = None

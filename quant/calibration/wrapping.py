@@ -21,7 +21,8 @@ from .weights import WeightQuantizer
 class BitPolicy:
     """Bits of each kind of layer. None leaves that operand in floating point.
 
-    edge: weights of the first and last layer, which see the image; edge_activation: their inputs
+    first_last: weights of the first and last layer, which see the image; first_last_activation:
+    their inputs
     (16 bits are two 8-bit products, on less than one percent of the MACs); time: layers of the
     timestep alone, whose activations are never quantized when `cache_timestep` is true; softmax:
     attention probabilities; symmetric: activation ranges around zero (queries, keys and values
@@ -30,8 +31,8 @@ class BitPolicy:
 
     weight: int = 4
     activation: int | None = 8
-    edge: int = 8
-    edge_activation: int = 16
+    first_last: int = 8
+    first_last_activation: int = 16
     time: int = 8
     softmax: int = 8
     split_skip: bool = True
@@ -48,8 +49,8 @@ class BitPolicy:
         return cls(
             weight=weight.bits,
             activation=activation.bits,
-            edge=max(settings.edge_bits, weight.bits),
-            edge_activation=settings.edge_activation_bits,
+            first_last=max(settings.first_last_bits, weight.bits),
+            first_last_activation=settings.first_last_activation_bits,
             time=max(settings.time_bits, weight.bits),
             softmax=max(activation.softmax_bits, activation.bits),
             split_skip=settings.split_skip,
@@ -79,14 +80,14 @@ def quantize(
     """
     roles = roles_of(denoiser) if roles is None else roles
     clone = copy.deepcopy(denoiser)
-    edge = set(roles.inputs) | set(roles.outputs)
+    first_last = set(roles.inputs) | set(roles.outputs)
     for name, layer in list(clone.named_modules()):
         if isinstance(layer, LAYER_TYPES):
             cached = policy.cache_timestep and name in roles.timestep_only
-            bits = policy.edge if name in edge else policy.weight
+            bits = policy.first_last if name in first_last else policy.weight
             act_bits = policy.activation
-            if act_bits is not None and name in edge:
-                act_bits = max(act_bits, policy.edge_activation)
+            if act_bits is not None and name in first_last:
+                act_bits = max(act_bits, policy.first_last_activation)
             if cached:
                 bits, act_bits = policy.time, None
             split = roles.concat_split.get(name, 0) if policy.split_skip else 0

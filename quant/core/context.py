@@ -6,9 +6,9 @@ import torch
 
 
 class TimestepContext:
-    """Maps any training timestep to the nearest calibrated one, called its bin.
+    """Maps any training timestep to the nearest calibrated one.
 
-    `bins` is an int when the whole batch shares one timestep (sampling), else an int64 tensor (B,)
+    `index` is an int when the whole batch shares one timestep (sampling), else an int64 tensor (B,)
     (calibration mixes timesteps). `t` is the shared timestep, or None for a mixed batch. There is
     no counter: a sampler may skip, repeat or reorder timesteps.
     """
@@ -22,9 +22,9 @@ class TimestepContext:
             raise ValueError(f"calibrated timesteps must lie within 0..{train_timesteps - 1}")
         centres = torch.tensor(self.timesteps)
         distance = (torch.arange(train_timesteps)[:, None] - centres[None, :]).abs()
-        self.bin_of_t = distance.argmin(dim=1)  # (T,) int64
+        self.nearest = distance.argmin(dim=1)  # (T,) int64
         self.t: int | None = None
-        self.bins: int | torch.Tensor = 0
+        self.index: int | torch.Tensor = 0
 
     def set(self, t: torch.Tensor) -> None:
         """t: (B,) timesteps of the coming call. Raises ValueError outside 0..T-1."""
@@ -33,6 +33,6 @@ class TimestepContext:
         if low < 0 or high >= self.train_timesteps:
             raise ValueError(f"timestep {low}..{high} is outside 0..{self.train_timesteps - 1}")
         if low == high:
-            self.t, self.bins = low, int(self.bin_of_t[low])
+            self.t, self.index = low, int(self.nearest[low])
         else:
-            self.t, self.bins = None, self.bin_of_t[steps].to(t.device)
+            self.t, self.index = None, self.nearest[steps].to(t.device)

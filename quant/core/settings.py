@@ -134,8 +134,10 @@ class QuantSettings:
     activation: ActivationSettings = ActivationSettings()
     search: SearchSettings = SearchSettings()
     reconstruct: ReconstructSettings = ReconstructSettings()
-    edge_bits: int = setting(8, "bits of the weights of the first and last layer", within=(2, 8))
-    edge_activation_bits: int = setting(
+    first_last_bits: int = setting(
+        8, "bits of the weights of the first and last layer", within=(2, 8)
+    )
+    first_last_activation_bits: int = setting(
         16, "bits of their inputs; 16 run as two 8-bit products", within=(2, 16)
     )
     time_bits: int = setting(
@@ -172,7 +174,7 @@ class CalibrationSettings:
         "(Q-Diffusion); normally distributed ones (PTQ4DM); all alike",
         choices=("active", "uniform", "normal", "all"),
     )
-    bins: int = setting(
+    calibrated_timesteps: int = setting(
         50, "calibrated timesteps at most; others use the nearest of them", within=(1, 255)
     )
     batch_size: int = setting(16, "rows of a call without gradients", within=(1, 4096))

@@ -1,4 +1,4 @@
-"""Correction of the predicted noise at sampling time (PTQD, Section 3; METHOD 5.5).
+"""Correction of the predicted noise at sampling time (PTQD, arXiv 2305.10657, Section 3).
 
 The quantization error of a step splits into a part correlated with the full-precision output and
 the rest:  eps_Q - eps = k eps + mu + residual.  The correction is  eps = (eps_Q - mu) / (1 + k).
@@ -15,7 +15,7 @@ LARGEST_K = 0.3
 
 
 class OutputCorrection(nn.Module):
-    """Per timestep bin and output channel. Buffers k, mu (S, C) and sigma (S,), float32."""
+    """Per calibrated timestep and output channel. Buffers k, mu (S, C) and sigma (S,), float32."""
 
     def __init__(
         self, context: TimestepContext, k: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor
@@ -42,13 +42,13 @@ class OutputCorrection(nn.Module):
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
         """See corrected_variance."""
-        sigma_q = float(self.sigma[int(self.context.bin_of_t[t])])
+        sigma_q = float(self.sigma[int(self.context.nearest[t])])
         return corrected_variance(sigma_t, direction, sigma_q)
 
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
-        bins = self.context.bins  # a number costs no transfer to the device
+        index = self.context.index  # a number costs no transfer to the device
         shape = (-1, eps.shape[1], 1, 1)
-        return (eps - self.mu[bins].view(shape)) / (1 + self.k[bins].view(shape))
+        return (eps - self.mu[index].view(shape)) / (1 + self.k[index].view(shape))
 
 
 def corrected_variance(sigma_t: float, direction: float, sigma_q: float) -> float:

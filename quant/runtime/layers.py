@@ -91,12 +91,12 @@ class QuantLayer(nn.Module):
         quantizer wants to see quantizers called: then they are.
         """
         first = self._quantizers[0] if self._quantizers else None
-        bins = None if first is None else first.context.bins
-        if not isinstance(bins, int) or first._forward_pre_hooks:
+        index = None if first is None else first.context.index
+        if not isinstance(index, int) or first._forward_pre_hooks:
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
         op = self.op
-        known = self._steps.get(bins) or self._step(bins, x.shape[op.channel_dim])
+        known = self._steps.get(index) or self._step(index, x.shape[op.channel_dim])
         step, scale, factor, bias = known
         q = fake_quantize_shared(x, step, op.channel_dim, inplace)
         out = op(q, self.weight(), bias)
@@ -178,17 +178,17 @@ def attention_product(
     left: nn.Module,
     right: nn.Module,
     by_row: bool,
-    bins: int | torch.Tensor,
+    index: int | torch.Tensor,
     operands: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """The product of both operands, each quantized by its quantizer; see QuantMatMul.
 
-    operands: (B*h, N, K) and (B*h, K, M); a batch of mixed timesteps has a bin for each sample.
+    operands: (B*h, N, K) and (B*h, K, M); a batch of mixed timesteps has an index for each sample.
     """
     a, b = operands
-    mixed = not isinstance(bins, int)
+    mixed = not isinstance(index, int)
     if mixed:
-        a, b = (value.unflatten(0, (len(bins), -1)) for value in (a, b))
+        a, b = (value.unflatten(0, (len(index), -1)) for value in (a, b))
     a, top = relative_to_row(a) if by_row else (a, None)
     out = torch.matmul(left(a), right(b))
     out = out if top is None else out * top
@@ -219,10 +219,10 @@ class QuantMatMul(nn.Module):
         return relative_to_row(left, inplace) if self.by_row else (left, None)
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        bins = self.left.context.bins
-        if isinstance(bins, int) and self._scales_after():
-            return self._scaled_after(left, right, bins)
-        return attention_product(self.left, self.right, self.by_row, bins, (left, right))
+        index = self.left.context.index
+        if isinstance(index, int) and self._scales_after():
+            return self._scaled_after(left, right, index)
+        return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def _scales_after(self) -> bool:
         """Without a hook that wants to see the quantizers called."""
@@ -232,10 +232,10 @@ class QuantMatMul(nn.Module):
         self, scores: torch.Tensor, scale: float, right: torch.Tensor
     ) -> torch.Tensor:
         """softmax(scores * scale) @ right."""
-        bins = self.left.context.bins
+        index = self.left.context.index
         probabilities = torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1)
-        if isinstance(bins, int) and self._scales_after():
-            return self._scaled_after(probabilities, right, bins, inplace=True)
+        if isinstance(index, int) and self._scales_after():
+            return self._scaled_after(probabilities, right, index, inplace=True)
         return self(probabilities, right)
 
     def _scaled_after(

@@ -121,15 +121,15 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     tensors["layers.w_zero_point"] = torch.cat(zero_points).cpu()
     tensors["layers.bias"] = torch.cat(biases).cpu() if biases else torch.zeros(0)
     tensors["layers.channel_scale"] = torch.cat(channel_scales).half()
-    bins = len(model.context.timesteps)
+    timesteps = len(model.context.timesteps)
     width = max((len(q.scale) for q in quantizers), default=1)
     scale = torch.ones(len(quantizers), width)
     zero = torch.zeros(len(quantizers), width, dtype=torch.int32)
-    group = torch.zeros(len(quantizers), bins, dtype=torch.uint8)
+    group = torch.zeros(len(quantizers), timesteps, dtype=torch.uint8)
     for row, q in enumerate(quantizers):
         scale[row, : len(q.scale)] = q.scale.cpu()
         zero[row, : len(q.scale)] = q.zero_point.cpu()
-        group[row] = q.group_of_bin.cpu()
+        group[row] = q.group_of_timestep.cpu()
     tensors |= {
         "activations.scale": scale,
         "activations.zero_point": zero,

@@ -16,7 +16,8 @@ from ..core.context import TimestepContext
 class ActivationQuantizer(nn.Module):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
-    bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_bin uint8 (S,).
+    bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_timestep
+    uint8 (S,).
     """
 
     def __init__(
@@ -24,15 +25,17 @@ class ActivationQuantizer(nn.Module):
         context: TimestepContext,
         scale: torch.Tensor,
         zero_point: torch.Tensor,
-        group_of_bin: torch.Tensor,
+        group_of_timestep: torch.Tensor,
         bits: int,
     ):
         super().__init__()
         self.context, self.bits = context, bits
         self.register_buffer("scale", scale.detach().float())
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
-        self.register_buffer("group_of_bin", group_of_bin.to(torch.uint8))
-        self._groups = [int(g) for g in self.group_of_bin]  # look-ups without a tensor per call
+        self.register_buffer("group_of_timestep", group_of_timestep.to(torch.uint8))
+        self._groups = [
+            int(g) for g in self.group_of_timestep
+        ]  # look-ups without a tensor per call
         self._forget()
 
     def _forget(self) -> None:
@@ -63,9 +66,9 @@ class ActivationQuantizer(nn.Module):
 
     def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""
-        bins = self.context.bins
-        one = isinstance(bins, int)
-        group = self._groups[bins] if one else self.group_of_bin[bins].long()
+        index = self.context.index
+        one = isinstance(index, int)
+        group = self._groups[index] if one else self.group_of_timestep[index].long()
         shape = () if one else (-1,) + (1,) * (dims - 1)
         return self.scale[group].view(shape), self.zero_point[group].view(shape)
 
@@ -79,9 +82,9 @@ class ActivationQuantizer(nn.Module):
         return fake_quantize_shared(x, step, inplace=inplace), scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bins = self.context.bins
-        if isinstance(bins, int):
-            return fake_quantize_shared(x, self.step(bins))
+        index = self.context.index
+        if isinstance(index, int):
+            return fake_quantize_shared(x, self.step(index))
         scale, zero_point = self.current(x.dim())
         return fake_quantize(x, scale, zero_point.to(x.dtype), 2**self.bits - 1)
 

@@ -1,4 +1,4 @@
-"""The parts of tinyDM and what each is compared with (METHOD 5.8).
+"""The parts of tinyDM and what each is compared with (docs/ablations.md).
 
 A variant is the preset with a few keys changed; a part that does not earn its place is dropped from
 the preset. Variants that equal the preset share its cell.
@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[Variant, ...]] = {
     "grouping": (
         *_each(GROUPS, 1, 2, 4, 8, 16, name="G = {}"),
         # As many groups as calibrated timesteps, to which the number is limited.
-        Variant("per step", (f"{GROUPS}=255", "calibration.bins=255")),
+        Variant("per step", (f"{GROUPS}=255", "calibration.calibrated_timesteps=255")),
     ),
     "assignment": _each("quant.activation.search", "uniform", "dp", "kmeans", "differentiable"),
     "entropy": (

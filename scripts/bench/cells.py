@@ -144,12 +144,12 @@ class Bench:
         return self.root / "cells" / f"{cell.name}-{self.digest(cell)[:8]}"
 
     def _calibrate(self, config: Config, folder: Path, base: Path | None) -> Row:
-        bank, seconds = self.full(config).calibration_bank(config)
+        states, seconds = self.full(config).calibration_states(config)
         assembly = assemble(config, device=self.device)
         run = CalibrationRun(config, assembly, folder, self.device)
         if base is not None and not (folder / RESULT).exists():
-            correct_run(run, base, bank)
-        calibrate_run(run, resume=True, bank=bank)
+            correct_run(run, base, states)
+        calibrate_run(run, resume=True, states=states)
         report = read_json(folder / "report.json", CalibrationReport)
         phases = report.get("phases", {})
         in_phases = sum(p.get("seconds", 0) for p in phases.values() if isinstance(p, dict))
@@ -181,10 +181,10 @@ class Bench:
             return {"image_mse": measure.image_errors(images, reference, self.count)}
 
         def errors() -> Row:
-            bank, quantized = full.fresh_bank(self.trajectories), assembly()
-            steps, trajectories = measure.eps_errors(quantized.denoiser, bank, quantized.pipeline)
+            states, quantized = full.fresh_states(self.trajectories), assembly()
+            steps, trajectories = measure.eps_errors(quantized.denoiser, states, quantized.pipeline)
             return {
-                "eps_timesteps": bank.timesteps,
+                "eps_timesteps": states.timesteps,
                 "eps_mse_of_steps": steps,
                 "eps_mse_of_trajectories": trajectories,
             }

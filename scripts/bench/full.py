@@ -13,18 +13,20 @@ from pathlib import Path
 import torch
 
 from ...models.checkpoint_files import unreadable_now
-from ...quant.calibration.states import Bank
+from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
 from ..common.files import save_tensors
 from ..experiment.assembly import Assembly, assemble
-from ..experiment.calibration_run import CalibrationRun, make_bank
+from ..experiment.calibration_run import CalibrationRun, make_states
 from ..experiment.config import Config
 from ..experiment.runs import claim, digest_of, missing_images
 from ..experiment.sampling_run import SamplingRun, identity_of, make_images
-from ..experiment.trajectories import record_bank
+from ..experiment.trajectories import record_states
 from .record import Record
 
-FRESH = 1 << 61  # added to the seed of the images: neither they nor calibration have this noise
+FRESH_SEED_DOMAIN = (
+    1 << 61
+)  # added to the seed of the images: neither they nor calibration have this noise
 
 
 def sample_images(
@@ -62,43 +64,47 @@ class FullPrecision:
             sample_images(self.config, self.assembly(), folder, None, self.device)
         return folder
 
-    def fresh_bank(self, trajectories: int) -> Bank:
+    def fresh_states(self, trajectories: int) -> CalibrationStates:
         sampling = self.config.sampling
 
-        def make() -> Bank:
+        def make() -> CalibrationStates:
             assembly = self.assembly()
-            return record_bank(
+            return record_states(
                 assembly.pipeline,
                 assembly.denoiser,
                 trajectories,
-                FRESH + sampling.seed,
+                FRESH_SEED_DOMAIN + sampling.seed,
                 classes=sampling.classes,
                 device=self.device,
             )
 
-        return self._bank(f"fresh-{trajectories}", make)[0]
+        return self._load_or_make(f"fresh-{trajectories}", make)[0]
 
-    def calibration_bank(self, config: Config) -> tuple[Bank, float]:
-        """The bank of a cell's configuration and the seconds that it took."""
+    def calibration_states(self, config: Config) -> tuple[CalibrationStates, float]:
+        """The states of a cell's configuration and the seconds that it took."""
         settings = config.calibration
         name = f"calibration-{settings.trajectories}-s{settings.seed}"
-        return self._bank(
+        return self._load_or_make(
             name,
-            lambda: make_bank(CalibrationRun(config, self.assembly(), self.folder, self.device)),
+            lambda: make_states(CalibrationRun(config, self.assembly(), self.folder, self.device)),
         )
 
-    def _bank(self, name: str, make: Callable[[], Bank]) -> tuple[Bank, float]:
+    def _load_or_make(
+        self, name: str, make: Callable[[], CalibrationStates]
+    ) -> tuple[CalibrationStates, float]:
         path = self.folder / f"{name}.pt"
         if not path.exists():
             began = time.perf_counter()
-            bank = make()
+            states = make()
             seconds = time.perf_counter() - began
-            save_tensors(path, {"bank": vars(bank), "seconds": seconds})
-            return bank, seconds
+            save_tensors(path, {"states": vars(states), "seconds": seconds})
+            return states, seconds
         try:
             saved = torch.load(path, weights_only=True)
         except Exception as error:  # torch has many exceptions for a damaged file
             if reason := unreadable_now(error, path):
                 raise RunError(f"{path}: {reason}; it is kept") from error
             raise RunError(f"{path}: damaged; delete it") from error
-        return Bank(**(saved["bank"] | {"device": str(self.device)})), saved["seconds"]
+        return CalibrationStates(**(saved["states"] | {"device": str(self.device)})), saved[
+            "seconds"
+        ]

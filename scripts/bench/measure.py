@@ -12,9 +12,9 @@ import numpy as np
 from torch import nn
 
 from ...models.pipeline import Pipeline
-from ...quant.calibration.states import Bank
+from ...quant.calibration.states import CalibrationStates
 from ..experiment.runs import png_name
-from ..experiment.trajectories import answer, mean_of_halves
+from ..experiment.trajectories import mean_of_halves, predicted_by
 from ..metrics.inputs import read_image
 from ..metrics.scores import PEAK
 
@@ -32,13 +32,15 @@ def image_errors(folder: Path, reference: Path, count: int) -> list[float]:
     return errors
 
 
-def eps_errors(model: nn.Module, bank: Bank, pipeline: Pipeline) -> tuple[list[float], list[float]]:
+def eps_errors(
+    model: nn.Module, states: CalibrationStates, pipeline: Pipeline
+) -> tuple[list[float], list[float]]:
     """Mean squared eps error on full-precision states: per sampling step (S,), per trajectory (N,).
 
-    bank: states with full-precision answers, recorded with this pipeline. With guidance the error
+    states: states with full-precision outputs, recorded with this pipeline. With guidance the error
     of a trajectory is the mean of its two halves.
     """
-    error = (answer(bank, model, pipeline.micro_batch).eps - bank.eps).double().square()
+    error = (predicted_by(states, model, pipeline.micro_batch).eps - states.eps).double().square()
     error = mean_of_halves(pipeline, error.flatten(2).mean(2))  # (S, N)
     return error.mean(1).tolist(), error.mean(0).tolist()
 

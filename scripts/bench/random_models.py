@@ -81,11 +81,11 @@ def deployed_alone(
             ones = torch.ones(calibrated.weight.shape[1])
             quantizer = calibrated.weight_quantizer
             calibrated.set_channel_scale(ones, calibrated.weight.detach(), quantizer)
-    groups, bins = settings.activation.groups, len(context.timesteps)
-    group_of_bin = torch.arange(bins) * min(groups, bins) // bins
-    high = torch.linspace(1.0, 4.0, min(groups, bins))
+    groups, timesteps = settings.activation.groups, len(context.timesteps)
+    group_of_timestep = torch.arange(timesteps) * min(groups, timesteps) // timesteps
+    high = torch.linspace(1.0, 4.0, min(groups, timesteps))
     for _, quantizer in activation_quantizers(model):
-        quantizer.set_ranges(-high, high, group_of_bin)
+        quantizer.set_ranges(-high, high, group_of_timestep)
     return deploy(model).denoiser.layer
 
 
@@ -108,7 +108,7 @@ def deployed_of(config: Config, settings: QuantSettings) -> QuantDenoiser:
     """The same with the bits, groups and timesteps that `settings` and `config` ask for."""
     sampler, schedule = config.sampler, config.schedule
     steps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
-    steps = calibrated_timesteps(steps, config.calibration.bins)
+    steps = calibrated_timesteps(steps, config.calibration.calibrated_timesteps)
     context = TimestepContext(steps, schedule.train_timesteps)
     policy = replace(BitPolicy.of(settings), weight_scale="minmax")  # random: nothing to search
     return random_deployed(config, policy, context)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-LARGEST = 2**31 - 1  # of an int
+LARGEST_INT = 2**31 - 1  # of an int
 
 
 def keep_freed_memory() -> None:
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
 
 
 def return_freed_memory() -> None:

@@ -20,8 +20,8 @@ from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
 from ...quant.calibration.phases.correct import correct_noise
-from ...quant.calibration.run_state import CalibrationState
-from ...quant.calibration.states import Bank
+from ...quant.calibration.run_state import RunState
+from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.errors import ConfigError, RunError
@@ -32,7 +32,7 @@ from .config import Config, resolved_yaml
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
-from .trajectories import FRESH, SEED_DOMAIN, guided_rows, record_bank
+from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
 
 RESULT, LOCK = "quantized.safetensors", ".lock"
 
@@ -83,11 +83,11 @@ class CalibrationRun:
         """See quant.calibration.task.Sampler."""
         self.assembly.pipeline.latents(
             model,
-            range(FRESH, FRESH + count),
+            range(FIRST_FRESH_TRAJECTORY, FIRST_FRESH_TRAJECTORY + count),
             SEED_DOMAIN + self.config.calibration.seed,
             self.config.sampling.classes,
             device=self.device,
-            adjust=on_output,
+            on_output=on_output,
         )
 
     def guided(self, eps: torch.Tensor) -> torch.Tensor:
@@ -112,13 +112,13 @@ def is_done(run: CalibrationRun) -> bool:
     return True
 
 
-def make_bank(run: CalibrationRun) -> Bank | None:
+def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
     total, size = config.calibration.trajectories, config.sampling.micro_batch
     title, whole = f"{'trajectories':20}", -(-total // size) * size
     with tqdm(total=whole, desc=title, unit="image", disable=run.team.rank != 0) as bar:
-        return record_bank(
+        return record_states(
             run.assembly.pipeline,
             run.assembly.denoiser,
             total,
@@ -130,18 +130,18 @@ def make_bank(run: CalibrationRun) -> Bank | None:
         )
 
 
-def step_importance(assembly: Assembly, bank: Bank) -> torch.Tensor:
-    """Per step of the bank, (S,) float32. PLMS calls twice in its first step."""
+def step_importance(assembly: Assembly, states: CalibrationStates) -> torch.Tensor:
+    """Per sampling step, (S,) float32. PLMS calls twice in its first step."""
     values = assembly.pipeline.step_importance().tolist()
-    values = values[:1] * (len(bank.timesteps) - len(values)) + values
+    values = values[:1] * (len(states.timesteps) - len(values)) + values
     return torch.tensor(values)
 
 
 def help_calibrate(run: CalibrationRun) -> None:
     """What the ranks above 0 do while rank 0 is in calibrate_run, which knows what is wanted."""
-    bank_wanted, statistics_wanted = run.team.agree(False), run.team.agree(False)
-    if bank_wanted:
-        make_bank(run)
+    states_wanted, statistics_wanted = run.team.broadcast(False), run.team.broadcast(False)
+    if states_wanted:
+        make_states(run)
     if statistics_wanted:
         seed = run.config.calibration.seed
         help_collect(run.team, run.assembly.denoiser, run.config.quant, seed, run.device)
@@ -152,12 +152,12 @@ def calibrate_run(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    bank: Bank | None = None,
+    states: CalibrationStates | None = None,
 ) -> list[str] | None:
     """Calibrate into run.folder and return the lines of its log; None if it is done already.
 
-    bank: what make_bank gives, if it is there already; the reported seconds are then those after
-    it. Raises RunError, ConfigError.
+    states: what make_states gives, if it is there already; the reported seconds are then those
+    after it. Raises RunError, ConfigError.
     """
     config, assembly, folder, team = run.config, run.assembly, run.folder, run.team
     began = time.perf_counter()
@@ -174,31 +174,31 @@ def calibrate_run(
             (folder / name).unlink(missing_ok=True)
     done = is_done(run)
     saved = None if done else load_state(folder, config, assembly.sources, resume, run.device)
-    wanted = team.agree(not done and saved is None and bank is None)
-    team.agree(not done and (saved is None or "ranges" not in saved[0].done))
+    wanted = team.broadcast(not done and saved is None and states is None)
+    team.broadcast(not done and (saved is None or "ranges" not in saved[0].done))
     if done:
         (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
     write_text(folder / "config.yaml", resolved_yaml(config))
-    state = CalibrationState()
+    state = RunState()
 
-    def save(state: CalibrationState) -> None:
-        save_state(folder, config, assembly.sources, state, bank)
+    def save(state: RunState) -> None:
+        save_state(folder, config, assembly.sources, state, states)
 
     if saved is not None:
-        state, bank = saved
+        state, states = saved
         print(f"resumed after: {', '.join(['trajectories', *state.done])}")
     elif wanted:
-        bank = make_bank(run)
+        states = make_states(run)
         save(state)
     with closing(Bars()) as bars:
         task = Task(
             assembly.denoiser,
-            bank,
+            states,
             config.quant,
             config.calibration,
             config.schedule.train_timesteps,
-            step_importance(assembly, bank),
+            step_importance(assembly, states),
             sampler=run,
             progress=bars,
             state=state,
@@ -209,12 +209,12 @@ def calibrate_run(
             deployed, phases = calibrate(task)
         except DivergenceError as error:
             raise RunError(advice(error, state, config)) from error
-    lines = write_result(run, bank, Outcome(deployed, phases, began))
+    lines = write_result(run, states, Outcome(deployed, phases, began))
     (folder / STATE).unlink(missing_ok=True)
     return lines
 
 
-def correct_run(run: CalibrationRun, base: Path, bank: Bank) -> list[str]:
+def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
     """What calibrate_run gives for a configuration that differs from that of the finished run
     `base` in the name of the method and in PTQD's correction alone: fits that to the model there.
 
@@ -225,14 +225,14 @@ def correct_run(run: CalibrationRun, base: Path, bank: Bank) -> list[str]:
     began = time.perf_counter() - report["seconds"]
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
-    model = model.to(bank.device).to(memory_format=torch.channels_last)
+    model = model.to(states.device).to(memory_format=torch.channels_last)
     with closing(Bars()) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, bank, config.calibration.batch_size, bars, run.guided)
+        fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.folder / "config.yaml", resolved_yaml(config))
-    return write_result(run, bank, Outcome(model, phases, began))
+    return write_result(run, states, Outcome(model, phases, began))
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,11 @@ class Outcome:
     began: float
 
 
-def write_result(run: CalibrationRun, bank: Bank, outcome: Outcome) -> list[str]:
+def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcome) -> list[str]:
     """The reports, then the quantized file, by which the run is done; the lines of the log."""
     assembly, config = run.assembly, run.config
     roles = roles_of(assembly.denoiser)
-    x, t, _, conditioning = bank.gather(torch.zeros(1, 2, dtype=torch.long))
+    x, t, _, conditioning = states.gather(torch.zeros(1, 2, dtype=torch.long))
     macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
     rows = layer_rows(assembly.denoiser, outcome.model, roles, macs)
     data = to_bytes(

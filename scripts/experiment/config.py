@@ -48,6 +48,12 @@ REMOVED = {
     ("quant", "reconstruct", "mixed_inputs"): False,
     ("quant", "reconstruct", "progressive"): False,
 }
+# Keys that have a better name now.
+RENAMED = {
+    ("calibration", "bins"): ("calibration", "calibrated_timesteps"),
+    ("quant", "edge_bits"): ("quant", "first_last_bits"),
+    ("quant", "edge_activation_bits"): ("quant", "first_last_activation_bits"),
+}
 # The baselines have no such steps, whatever a file of tinyDM says.
 END_TO_END = ("quant", "reconstruct", "finetune_iterations")
 
@@ -204,7 +210,7 @@ def parse_config(
     method = _checked_method(tree)
     if method != written and not any(END_TO_END[: len(key)] == key for key in given):
         tree.drop(END_TO_END)  # what the file says is for its own method
-    _drop_removed(tree)
+    _translate_old_keys(tree)
     quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
     config = build(Config, tree.values, tree.where, (), defaults)
@@ -224,19 +230,35 @@ def repository_path(text: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _drop_removed(tree: Tree) -> None:
-    """Forgets removed keys that a file has at the value which meant "off": quantized files hold the
-    configuration they were made with. Raises ConfigError where one asks for something."""
+def _translate_old_keys(tree: Tree) -> None:
+    """Takes the keys of earlier versions out of a file, since quantized files hold the
+    configuration they were made with: removed ones at the value that switched them off, and renamed
+    ones. Raises ConfigError for others, and for those of the command line."""
     for key, off in REMOVED.items():
-        values: Any = tree.values
-        for name in key:
-            values = values.get(name, MISSING) if isinstance(values, dict) else MISSING
-        if values is MISSING:
+        value = _value(tree, key)
+        if value is MISSING:
             continue
         where = tree.where(key)
-        if values != off or where.startswith("--"):
+        if value != off or where.startswith("--"):
             raise ConfigError(f"{where}: {'.'.join(key)} was removed (docs/ablations.md says why)")
         tree.drop(key)
+    for key, new in RENAMED.items():
+        value = _value(tree, key)
+        if value is MISSING:
+            continue
+        where = tree.where(key)
+        if where.startswith("--") or _value(tree, new) is not MISSING:
+            raise ConfigError(f"{where}: {'.'.join(key)} is called {'.'.join(new)} now")
+        tree.drop(key)
+        tree.set(new, value, where)
+
+
+def _value(tree: Tree, key: Key) -> Any:
+    """MISSING where the key is not there."""
+    value: Any = tree.values
+    for name in key:
+        value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+    return value
 
 
 def _method(tree: Tree) -> Any:

@@ -50,11 +50,11 @@ class Team:
             for other in range(1, min(self.world, count - i)):
                 yield self._receive(other)
 
-    def agree(self, answer: bool) -> bool:
-        """The answer of rank 0, on every rank."""
+    def broadcast(self, flag: bool) -> bool:
+        """The flag of rank 0, on every rank."""
         if self.world == 1:
-            return answer
-        value = torch.tensor([answer], dtype=torch.uint8)
+            return flag
+        value = torch.tensor([flag], dtype=torch.uint8)
         with self._with(0):
             dist.broadcast(value, src=0)
         return bool(value)

@@ -1,7 +1,7 @@
 """An unfinished calibration on the disk: whose it is, and what may still be changed in it.
 
 Everything that the result depends on is its identity. What only a later phase reads may change
-until that phase is done: a run whose end-to-end steps ran away goes on with a lower rate.
+until that phase is done: a run whose end-to-end steps diverged goes on with a lower rate.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import torch
 from ...models.checkpoint_files import unreadable_now
 from ...quant.calibration.finite import DivergenceError
 from ...quant.calibration.phases import PHASES, unfinished_phase
-from ...quant.calibration.run_state import CalibrationState
-from ...quant.calibration.states import Bank
+from ...quant.calibration.run_state import RunState
+from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
 from ..common.files import save_tensors
 from .config import Config
@@ -61,13 +61,17 @@ def identity_of_start(config: Config, sources: dict[str, str]) -> str:
 
 
 def save_state(
-    folder: Path, config: Config, sources: dict[str, str], state: CalibrationState, bank: Bank
+    folder: Path,
+    config: Config,
+    sources: dict[str, str],
+    state: RunState,
+    states: CalibrationStates,
 ) -> None:
     value = {
         "identity": identity_of_start(config, sources),
         "settings": settings_of_phases(config),
         "state": state.to_plain(),
-        "bank": vars(bank),
+        "states": vars(states),
     }
     save_tensors(folder / STATE, value)
 
@@ -78,7 +82,7 @@ def load_state(
     sources: dict[str, str],
     resume: bool,
     device: str | torch.device = "cpu",
-) -> tuple[CalibrationState, Bank] | None:
+) -> tuple[RunState, CalibrationStates] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError.
 
     device: of this run, which may be another than that of the interrupted one.
@@ -92,7 +96,7 @@ def load_state(
             if archive.testzip() is not None:
                 raise ValueError("a checksum does not match")
         value = torch.load(path, weights_only=True, map_location="cpu")
-        if not value.keys() >= {"identity", "settings", "state", "bank"}:
+        if not value.keys() >= {"identity", "settings", "state", "states"}:
             raise ValueError("it is not whole")
     except Exception as error:  # torch has many exceptions for a damaged file
         if reason := unreadable_now(error, path):
@@ -103,18 +107,18 @@ def load_state(
         raise RunError(foreign)
     if not resume:
         raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
-    state = CalibrationState.from_plain(value["state"])
+    state = RunState.from_plain(value["state"])
     now, saved = settings_of_phases(config), value["settings"]
     changed = {name for name in {*now, *saved} if now.get(name) != saved.get(name)}
     if changed.intersection(state.done):
         raise RunError(foreign)
     if unfinished_phase(state).name in changed:
         state.rewind()
-    return state, Bank(**(value["bank"] | {"device": str(device)}))
+    return state, CalibrationStates(**(value["states"] | {"device": str(device)}))
 
 
-def advice(error: DivergenceError, state: CalibrationState, config: Config) -> str:
-    """The line for a phase that ran away: what happened, and what to change."""
+def advice(error: DivergenceError, state: RunState, config: Config) -> str:
+    """The line for a phase that diverged: what happened, and what to change."""
     phase = unfinished_phase(state)
     line = f"calibration diverged, {phase.name}: {error}"
     if error.untouched:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...quant.calibration.layers import CalibLayer
-from ...quant.calibration.statistics import VALUES, Batch, Draws, Statistics, collect
+from ...quant.calibration.statistics import VALUES_PER_TIMESTEP, Batch, Draws, Statistics, collect
 from ...quant.calibration.wrapping import BitPolicy, quantize
 from ...quant.core.context import TimestepContext
 from ...quant.core.settings import QuantSettings
@@ -43,7 +43,7 @@ def help_collect(
         if isinstance(module, CalibLayer) and f"{name}{SCALE}" in values:
             module.channel_scale = values[f"{name}{SCALE}"].to(device)
     batches = _from_tensors(values, device)
-    draws = Draws(denoiser, model, batches, VALUES, seed)
+    draws = Draws(denoiser, model, batches, VALUES_PER_TIMESTEP, seed)
     for _ in team.in_turn(len(batches), draws.make):
         raise AssertionError("only rank 0 gets values")
 

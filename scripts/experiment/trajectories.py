@@ -1,4 +1,4 @@
-"""Calibration trajectories: what the denoiser sees and answers while the pipeline samples."""
+"""Calibration trajectories: what the denoiser sees and outputs while the pipeline samples."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ...models.pipeline import Pipeline
-from ...quant.calibration.states import Bank
+from ...quant.calibration.states import CalibrationStates
 from .processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
-FRESH = 1 << 24  # index of the first trajectory that no bank holds
+FIRST_FRESH_TRAJECTORY = 1 << 24  # index of the first trajectory that no states holds
 
 
 class _Recorder:
@@ -29,7 +29,7 @@ class _Recorder:
         return out
 
 
-def record_bank(
+def record_states(
     pipeline: Pipeline,
     denoiser: nn.Module,
     count: int,
@@ -39,12 +39,12 @@ def record_bank(
     device: str | torch.device = "cpu",
     on_images: Callable[[int], None] = lambda n: None,
     team: Team = ALONE,
-) -> Bank | None:
-    """The states of `count` trajectories first..first+count-1 and the denoiser's answers.
+) -> CalibrationStates | None:
+    """The states of `count` trajectories first..first+count-1 and the denoiser's outputs.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_images(n) reports progress. The calls are spread over the team; rank 0 gets the bank that
+    on_images(n) reports progress. The calls are spread over the team; rank 0 gets the states that
     one process would have made, the others None.
     """
     size = pipeline.micro_batch
@@ -55,18 +55,18 @@ def record_bank(
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
         return _to_tensors(_stack(recorder, 2 if pipeline.guided else 1, str(device)))
 
-    bank, blocks = None, -(-count // size)
+    states, blocks = None, -(-count // size)
     for number, value in enumerate(team.in_turn(blocks, make)):
         block = _from_tensors(value, str(device))
-        bank = _room_for(block, blocks) if bank is None else bank
-        _put(bank, number, block)
+        states = _room_for(block, blocks) if states is None else states
+        _put(states, number, block)
         on_images(size)
-    return bank
+    return states
 
 
-def _room_for(block: Bank, blocks: int) -> Bank:
-    """An empty bank of so many blocks like this one: joined one by one they would need three times
-    the memory."""
+def _room_for(block: CalibrationStates, blocks: int) -> CalibrationStates:
+    """Room for so many blocks like this one: joined one by one they would need three times the
+    memory."""
 
     def room(value: torch.Tensor, dim: int) -> torch.Tensor:
         shape = list(value.shape)
@@ -77,35 +77,37 @@ def _room_for(block: Bank, blocks: int) -> Bank:
     return replace(block, x=room(block.x, 1), eps=room(block.eps, 1), conditioning=conditioning)
 
 
-def _put(bank: Bank, number: int, block: Bank) -> None:
-    if block.timesteps != bank.timesteps:
-        raise ValueError("banks with different timesteps cannot be joined")
+def _put(states: CalibrationStates, number: int, block: CalibrationStates) -> None:
+    if block.timesteps != states.timesteps:
+        raise ValueError("states with different timesteps cannot be joined")
     rows = slice(number * block.trajectories, (number + 1) * block.trajectories)
-    bank.x[:, rows], bank.eps[:, rows] = block.x, block.eps
+    states.x[:, rows], states.eps[:, rows] = block.x, block.eps
     for name, value in block.conditioning.items():
-        bank.conditioning[name][rows] = value
+        states.conditioning[name][rows] = value
 
 
-def _to_tensors(bank: Bank) -> Tensors:
-    conditioning = {f"conditioning.{name}": v for name, v in bank.conditioning.items()}
-    parts = {"x": bank.x, "eps": bank.eps, "timesteps": torch.tensor(bank.timesteps)}
+def _to_tensors(states: CalibrationStates) -> Tensors:
+    conditioning = {f"conditioning.{name}": v for name, v in states.conditioning.items()}
+    parts = {"x": states.x, "eps": states.eps, "timesteps": torch.tensor(states.timesteps)}
     return parts | conditioning
 
 
-def _from_tensors(value: Tensors, device: str) -> Bank:
+def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
     prefix = "conditioning."
     conditioning = {n.removeprefix(prefix): v for n, v in value.items() if n.startswith(prefix)}
-    return Bank(value["x"], value["eps"], value["timesteps"].tolist(), conditioning, device)
+    return CalibrationStates(
+        value["x"], value["eps"], value["timesteps"].tolist(), conditioning, device
+    )
 
 
-def _stack(recorder: _Recorder, together: int, device: str) -> Bank:
+def _stack(recorder: _Recorder, together: int, device: str) -> CalibrationStates:
     """Calls in their order -> (S, N, ...). A step takes two together with guidance; PLMS calls once
     more in its first step, which then counts as a step of its own."""
     calls = recorder.rows
     x, eps = (torch.cat([c[i] for c in calls]) for i in (0, 3))
     count = len(calls) // together
     conditioning = {k: torch.cat([c[2][k] for c in calls[:together]]) for k in calls[0][2]}
-    return Bank(
+    return CalibrationStates(
         x.unflatten(0, (count, -1)),
         eps.unflatten(0, (count, -1)),
         [calls[i * together][1] for i in range(count)],
@@ -115,7 +117,7 @@ def _stack(recorder: _Recorder, together: int, device: str) -> Bank:
 
 
 def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of a bank's rows at one step (N, C, H, W) -> what the sampler makes of them.
+    """Outputs of all rows at one step (N, C, H, W) -> what the sampler makes of them.
 
     With guidance one of each pair of rows, (N / 2, C, H, W), without it the outputs themselves.
     """
@@ -126,25 +128,28 @@ def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
 
 
 def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:
-    """Numbers of a bank's rows (S, N) -> of its trajectories, (S, N / 2) with guidance."""
+    """Numbers of rows (S, N) -> of its trajectories, (S, N / 2) with guidance."""
     if not pipeline.guided:
         return values
     return _halves(values.T, pipeline.micro_batch).mean(1).flatten(0, 1).T
 
 
 def _halves(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, ...) -> (N / 2 size, 2, size, ...): record_bank's calls, without and with the class."""
+    """(N, ...) -> (N / 2 size, 2, size, ...): the calls of record_states, without and with the
+    class."""
     return rows.unflatten(0, (-1, 2, size))
 
 
 @torch.no_grad()
-def answer(bank: Bank, denoiser: nn.Module, batch_size: int) -> Bank:
-    """The same states with this denoiser's answers."""
-    eps = torch.empty_like(bank.eps)
-    for k in range(len(bank.timesteps)):
-        answers = []
-        for x, t, conditioning in bank.at_step(k, batch_size):
+def predicted_by(
+    states: CalibrationStates, denoiser: nn.Module, batch_size: int
+) -> CalibrationStates:
+    """The same states with this denoiser's outputs."""
+    eps = torch.empty_like(states.eps)
+    for k in range(len(states.timesteps)):
+        outputs = []
+        for x, t, conditioning in states.at_step(k, batch_size):
             steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-            answers.append(denoiser(x, steps, **conditioning).cpu())
-        eps[k] = torch.cat(answers)
-    return replace(bank, eps=eps)
+            outputs.append(denoiser(x, steps, **conditioning).cpu())
+        eps[k] = torch.cat(outputs)
+    return replace(states, eps=eps)

@@ -27,7 +27,7 @@ from ..common.files import atomic
 # What pytorch-fid counts as an image: these endings in lower case, not in sub-folders.
 IMAGE_SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ARRAY_KEYS = ("x", "arr_0")
-LARGEST = 1e100  # of a mean or a covariance, so that its distances are finite too
+LARGEST_STATISTIC = 1e100  # of a mean or a covariance, so that its distances are finite too
 MOST_INFLATED = 1100  # bytes that a byte of an archive can stand for, a little more than 1032
 
 
@@ -191,7 +191,7 @@ def _read_statistics(path: Path, data: np.lib.npyio.NpzFile) -> Statistics:
                 f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} do not fit together"
             )
         for name, array in ((mean, mu), (covariance, sigma)):
-            if array.dtype.kind != "f" or not np.abs(array).max() < LARGEST:
+            if array.dtype.kind != "f" or not np.abs(array).max() < LARGEST_STATISTIC:
                 raise MetricError(f"{path}: {name} is not finite real numbers; make it again")
         if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T):
             raise MetricError(f"{path}: {covariance} is not a covariance; make it again")

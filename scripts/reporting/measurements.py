@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from ...models.checkpoint import sha256_of
 from ...models.checkpoint_files import CheckpointError
-from ...quant.calibration.states import Bank
+from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.denoiser import QuantDenoiser, replace_module
 from ...quant.runtime.quantizer import quantizers_of
-from ..bench.full import FRESH
+from ..bench.full import FRESH_SEED_DOMAIN
 from ..bench.measure import eps_errors
 from ..bench.record import Record
 from ..common.errors import ConfigError, RunError
@@ -27,7 +27,7 @@ from ..common.json_files import DamagedJsonError, check_type
 from ..common.reports import LayersSection, Plain, StatesSection
 from ..experiment.assembly import Assembly, assemble
 from ..experiment.config import Config, repository_path
-from ..experiment.trajectories import record_bank
+from ..experiment.trajectories import record_states
 from .run_folder import Run
 
 FILE = "report-measurements.json"
@@ -91,10 +91,10 @@ def check_values(name: str, values: Plain, run: Run, has_full: bool) -> None:
     if name == "states":
         errors = values["eps_mse_of_steps"]
         fits = fits and len(errors or ()) == (len(values["timesteps"]) if has_full else 0)
-        bins = len(run.metadata["timesteps"])
+        timesteps = len(run.metadata["timesteps"])
         rows = sum(len(entry["inputs"]) for entry in run.metadata["layers"])
         for side in (values["low"], values["high"]):
-            fits = fits and [len(row) for row in side] == [bins] * rows
+            fits = fits and [len(row) for row in side] == [timesteps] * rows
     if not fits:
         raise RunError(f"{run.folder / FILE}: {name} does not fit the network; delete it")
 
@@ -128,22 +128,22 @@ class Networks:
     def quantized(self) -> Assembly:
         return assemble(self.config, self.run.file, device=self.device)
 
-    def _record(self, assembly: Assembly) -> Bank:
+    def _record(self, assembly: Assembly) -> CalibrationStates:
         sampling = self.config.sampling
         total = -(-self.trajectories // sampling.micro_batch) * sampling.micro_batch
         with tqdm(total=total, desc="fresh trajectories", unit="image") as bar:
-            return record_bank(
+            return record_states(
                 assembly.pipeline,
                 assembly.denoiser,
                 self.trajectories,
-                FRESH + sampling.seed,
+                FRESH_SEED_DOMAIN + sampling.seed,
                 classes=sampling.classes,
                 device=self.device,
                 on_images=bar.update,
             )
 
     @cached_property
-    def bank(self) -> Bank:
+    def states(self) -> CalibrationStates:
         return self._record(self.full)
 
     def _check(self, values: Iterable[float]) -> None:
@@ -151,7 +151,7 @@ class Networks:
             raise RunError(f"{self.run.file}: its network gives NaN or infinity; calibrate anew")
 
     def measure_states(self) -> Plain:
-        """eps-MSE of each step and trajectory, ranges of each activation quantizer and bin.
+        """eps-MSE of each step and trajectory, ranges of each activation quantizer and timestep.
 
         Without full precision the states are those of the quantized sampler, and there is no
         error to tell.
@@ -159,15 +159,15 @@ class Networks:
         model = self.quantized.denoiser
         with ranges_of(model) as (low, high):
             if self.has_full:
-                bank = self.bank
-                steps, trajectories = eps_errors(model, bank, self.quantized.pipeline)
+                states = self.states
+                steps, trajectories = eps_errors(model, states, self.quantized.pipeline)
             else:
-                bank, steps, trajectories = self._record(self.quantized), None, None
+                states, steps, trajectories = self._record(self.quantized), None, None
         seen = torch.stack([low, high])
         self._check([*(steps or []), *seen[~seen.isnan()].tolist()])
         return {
-            "timesteps": bank.timesteps,
-            "trajectories": bank.trajectories // (2 if self.quantized.pipeline.guided else 1),
+            "timesteps": states.timesteps,
+            "trajectories": states.trajectories // (2 if self.quantized.pipeline.guided else 1),
             "eps_mse_of_steps": steps,
             "eps_mse_of_trajectories": trajectories,
             "low": _plain(low),
@@ -176,10 +176,10 @@ class Networks:
 
     def measure_layers(self, states: int) -> Plain:
         """eps-MSE of the full-precision network with one layer after the other quantized."""
-        steps, count = len(self.bank.timesteps), self.bank.trajectories
+        steps, count = len(self.states.timesteps), self.states.trajectories
         chosen = torch.linspace(0, steps - 1, states).round().long()
         index = torch.stack([chosen, torch.arange(states) % count], dim=1)  # (states, 2)
-        x, t, eps, conditioning = self.bank.gather(index)
+        x, t, eps, conditioning = self.states.gather(index)
         quantized = self.quantized.denoiser
         host = QuantDenoiser(self.full.denoiser, quantized.context)
 
@@ -209,7 +209,7 @@ def ranges_of(model: QuantDenoiser) -> Iterator[tuple[torch.Tensor, torch.Tensor
     row_of = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
 
     def see(quantizer: nn.Module, x: torch.Tensor) -> None:
-        row, column = row_of[id(quantizer)], model.context.bins
+        row, column = row_of[id(quantizer)], model.context.index
         smallest, largest = (v.double().cpu() for v in torch.aminmax(x.detach()))
         low[row, column] = torch.fmin(low[row, column], smallest)
         high[row, column] = torch.fmax(high[row, column], largest)

@@ -5,7 +5,7 @@ from torch import nn
 
 from tests.helpers.toy import toy_model
 from tinydm.quant.calibration.reconstruct import reconstruct, unit_names
-from tinydm.quant.calibration.states import Bank
+from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.wrapping import BitPolicy
 from tinydm.quant.core.settings import ReconstructSettings
@@ -26,25 +26,27 @@ class Block(nn.Module):
         return self.conv(x)
 
 
-def block_bank(denoiser: nn.Module, trajectories: int, seed: int) -> Bank:
+def block_states(denoiser: nn.Module, trajectories: int, seed: int) -> CalibrationStates:
     mix = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(seed)
     x = torch.einsum("oc,ncij->noij", mix, torch.randn(2 * trajectories, 4, 6, 6, generator=g))
     x = x.contiguous().unflatten(0, (2, trajectories))
     with torch.no_grad():
         eps = torch.stack([denoiser(v, torch.zeros(1)) for v in x])
-    return Bank(x, eps, [50, 0])
+    return CalibrationStates(x, eps, [50, 0])
 
 
-def block_model(denoiser: nn.Module, bank: Bank, bits: int) -> QuantDenoiser:
-    return toy_model(denoiser, bank, 1, BitPolicy(weight=bits, activation=8))
+def block_model(denoiser: nn.Module, states: CalibrationStates, bits: int) -> QuantDenoiser:
+    return toy_model(denoiser, states, 1, BitPolicy(weight=bits, activation=8))
 
 
-def learn(denoiser: nn.Module, model: QuantDenoiser, bank: Bank, **changes: object) -> dict:
+def learn(
+    denoiser: nn.Module, model: QuantDenoiser, states: CalibrationStates, **changes: object
+) -> dict:
     """Reconstructs all units; name -> (before, after)."""
     errors: dict[str, tuple[float, float]] = {}
-    total = len(bank.timesteps) * bank.trajectories
-    steps = all_steps(total, len(bank.timesteps))
+    total = len(states.timesteps) * states.trajectories
+    steps = all_steps(total, len(states.timesteps))
     arguments = {
         "settings": FAST,
         "learn_scales": True,
@@ -55,8 +57,8 @@ def learn(denoiser: nn.Module, model: QuantDenoiser, bank: Bank, **changes: obje
     reconstruct(
         denoiser,
         model,
-        bank,
-        tuples_of_steps(steps, bank.trajectories, torch.Generator().manual_seed(0)),
+        states,
+        tuples_of_steps(steps, states.trajectories, torch.Generator().manual_seed(0)),
         **arguments,
         on_unit=lambda name, before, after: errors.update({name: (before, after)}),
     )

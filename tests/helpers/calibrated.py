@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tests.helpers.toy import STEPS, ToySampler, toy_bank
+from tests.helpers.toy import STEPS, ToySampler, toy_states
 from tinydm.quant.calibration.calibrate import calibrate
-from tinydm.quant.calibration.run_state import CalibrationState
+from tinydm.quant.calibration.run_state import RunState
 from tinydm.quant.calibration.task import Task
 from tinydm.quant.core.settings import QuantSettings, preset
 from tinydm.quant.runtime.denoiser import QuantDenoiser
@@ -49,23 +49,23 @@ def tiny(method: str = "tinydm", **calibration: object) -> tuple[QuantSettings, 
 def run(
     denoiser: nn.Module,
     method: str,
-    state: CalibrationState | None = None,
+    state: RunState | None = None,
     time_embedding: str = "cached",
     **calibration: object,
 ) -> tuple[QuantDenoiser, dict, Silent, list[dict]]:
     """The deployed model, the report, the progress and every state that was saved."""
-    bank, progress, saved = toy_bank(denoiser), Silent(), []
+    states, progress, saved = toy_states(denoiser), Silent(), []
     quant, calib = tiny(method, **calibration)
     task = Task(
         denoiser,
-        bank,
+        states,
         replace(quant, time_embedding=time_embedding),
         calib,
         train_timesteps=1000,
         importance=torch.ones(len(STEPS)),
         sampler=ToySampler(),
         progress=progress,
-        state=CalibrationState() if state is None else state,
+        state=RunState() if state is None else state,
         save=lambda state: saved.append(copy.deepcopy(state.to_plain())),
     )
     model, report = calibrate(task)

@@ -1,4 +1,4 @@
-"""A toy denoiser that notices wrong pairs of state and timestep, its bank and its sampler."""
+"""A toy denoiser that notices wrong pairs of state and timestep, its states and its sampler."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tinydm.quant.calibration.grouping import assign
-from tinydm.quant.calibration.states import Bank
+from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.statistics import collect
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers, quantize
 from tinydm.quant.core.context import TimestepContext
@@ -42,7 +42,9 @@ class Toy(nn.Module):
         return self.last(nn.functional.silu(self.second(h)))
 
 
-def toy_bank(denoiser: nn.Module, trajectories: int = 12, seed: int = 1, first: int = 0) -> Bank:
+def toy_states(
+    denoiser: nn.Module, trajectories: int = 12, seed: int = 1, first: int = 0
+) -> CalibrationStates:
     """Its states encode step and trajectory, see Toy."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(len(STEPS), trajectories, 4, 6, 6, generator=g)
@@ -50,7 +52,7 @@ def toy_bank(denoiser: nn.Module, trajectories: int = 12, seed: int = 1, first: 
     y = torch.arange(first, first + trajectories).float()
     x[:, :, 1] = y.view(1, -1, 1, 1)
     eps = [denoiser(x[k], torch.full((trajectories,), t), y).detach() for k, t in enumerate(STEPS)]
-    return Bank(x, torch.stack(eps), STEPS, {"y": y})
+    return CalibrationStates(x, torch.stack(eps), STEPS, {"y": y})
 
 
 class ToySampler:
@@ -69,23 +71,27 @@ class ToySampler:
         return eps
 
 
-def eps_error(model: nn.Module, bank: Bank) -> float:
-    """Mean squared error over the whole bank."""
+def eps_error(model: nn.Module, states: CalibrationStates) -> float:
+    """Mean squared error over the whole states."""
     total = 0.0
     with torch.no_grad():
-        for k, t in enumerate(bank.timesteps):
-            steps = torch.full((bank.trajectories,), t)
-            out = model(bank.x[k], steps, **bank.conditioning)
-            total += float((out - bank.eps[k]).square().mean())
-    return total / len(bank.timesteps)
+        for k, t in enumerate(states.timesteps):
+            steps = torch.full((states.trajectories,), t)
+            out = model(states.x[k], steps, **states.conditioning)
+            total += float((out - states.eps[k]).square().mean())
+    return total / len(states.timesteps)
 
 
 def toy_model(
-    denoiser: nn.Module, bank: Bank, groups: int, policy: BitPolicy, how: str = "kmeans"
+    denoiser: nn.Module,
+    states: CalibrationStates,
+    groups: int,
+    policy: BitPolicy,
+    how: str = "kmeans",
 ) -> QuantDenoiser:
-    """Under calibration, with ranges from the bank."""
-    model = quantize(denoiser, TimestepContext(bank.timesteps, 1000), policy)
-    stats = collect(denoiser, model, bank.by_timestep(bank.trajectories, 8))
+    """Under calibration, with ranges from the states."""
+    model = quantize(denoiser, TimestepContext(states.timesteps, 1000), policy)
+    stats = collect(denoiser, model, states.by_timestep(states.trajectories, 8))
     for name, quantizer in activation_quantizers(model):
         assign(quantizer, stats[name], groups, how, "mse")
     return model

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.settings import QuantSettings
-from ..run_state import CalibrationState
+from ..run_state import RunState
 from ..task import Job
 from . import correct, learn, prepare
 
@@ -80,6 +80,6 @@ PHASES = (
 )
 
 
-def unfinished_phase(state: CalibrationState) -> Phase:
+def unfinished_phase(state: RunState) -> Phase:
     """The first phase that is not finished, or the last one."""
     return next((p for p in PHASES if p.name not in state.done), PHASES[-1])

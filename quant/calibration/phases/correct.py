@@ -8,7 +8,7 @@ import torch
 from ...runtime.denoiser import QuantDenoiser
 from ..drift import CallRecorder, DriftFit
 from ..ptqd import fit_tables
-from ..states import Bank
+from ..states import CalibrationStates
 from ..task import Job, OnOutput, Progress
 from ..wrapping import deploy
 
@@ -24,33 +24,37 @@ def correction(job: Job) -> dict[str, Any] | None:
 
 def _noise_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
     size = job.calibration.batch_size
-    report = correct_noise(model, job.bank, size, job.progress, job.sampler.guided)
+    report = correct_noise(model, job.states, size, job.progress, job.sampler.guided)
     job.model.correction = model.correction
     return report
 
 
 @torch.no_grad()
 def correct_noise(
-    model: QuantDenoiser, bank: Bank, batch_size: int, progress: Progress, guided: Guided
+    model: QuantDenoiser,
+    states: CalibrationStates,
+    batch_size: int,
+    progress: Progress,
+    guided: Guided,
 ) -> dict[str, Any]:
     """Gives a deployed model PTQD's correction, in place; the report of the phase.
 
     The tables are those of guided outputs. Applied to each half of a guided one they are the same,
     since the halves' weights sum to 1.
     """
-    full, outputs, bins = [], [], []
-    progress.begin("noise correction", len(bank.timesteps))
-    for k, t in enumerate(bank.timesteps):
+    full, outputs, indices = [], [], []
+    progress.begin("noise correction", len(states.timesteps))
+    for k, t in enumerate(states.timesteps):
         rows = []
-        for x, _, conditioning in bank.at_step(k, batch_size):
+        for x, _, conditioning in states.at_step(k, batch_size):
             steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
             rows.append(model(x, steps, **conditioning).cpu())
-        full.append(guided(bank.eps[k]))
+        full.append(guided(states.eps[k]))
         outputs.append(guided(torch.cat(rows)))
-        bins += [int(model.context.bin_of_t[t])] * len(full[-1])
+        indices += [int(model.context.nearest[t])] * len(full[-1])
         progress.step(f"t = {t}")
     progress.end()
-    tables = fit_tables(model.context, torch.cat(full), torch.cat(outputs), torch.tensor(bins))
+    tables = fit_tables(model.context, torch.cat(full), torch.cat(outputs), torch.tensor(indices))
     model.correction = tables
     return {"largest_k": float(model.correction.k.abs().max())}
 
@@ -58,8 +62,8 @@ def correct_noise(
 @torch.no_grad()
 def _drift_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
     """On trajectories of their own: what the weights have learned on the others drifts less."""
-    count = min(DRIFT_TRAJECTORIES, job.bank.trajectories)
-    job.progress.begin("drift correction", 2 * len(job.bank.timesteps))
+    count = min(DRIFT_TRAJECTORIES, job.states.trajectories)
+    job.progress.begin("drift correction", 2 * len(job.states.timesteps))
 
     def with_progress(on_output: OnOutput) -> OnOutput:
         def call(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ import torch
 
 from ....models.protocols import roles_of
 from ..end_to_end import finetune as learn_end_to_end
-from ..reconstruct import HELD_OUT, unit_names
+from ..reconstruct import HELD_OUT_SHARE, unit_names
 from ..reconstruct import reconstruct as learn_units
 from ..task import Job
 
-CHECKPOINT = 100
+STEPS_PER_CHECKPOINT = 100
 MOST_VIEWS = 10  # of a sample by the end-to-end steps: more would learn a small set by heart
 
 
@@ -21,7 +21,7 @@ def temporal(job: Job) -> dict[str, Any] | None:
     names = _apart(job)
     if not names or job.settings.reconstruct.iterations == 0:
         return None
-    steps = torch.arange(len(job.bank.timesteps))
+    steps = torch.arange(len(job.states.timesteps))
     tuples = torch.stack([steps, torch.zeros_like(steps)], 1)
     return _learn_units(job, "temporal reconstruction", names, tuples, held_out=0.0)
 
@@ -50,7 +50,7 @@ def _learn_units(
     units: list[str],
     tuples: torch.Tensor,
     apart: Sequence[str] = (),
-    held_out: float = HELD_OUT,
+    held_out: float = HELD_OUT_SHARE,
 ) -> dict[str, Any]:
     errors: dict[str, tuple[float, float]] = dict(job.state.partial or {})
 
@@ -65,7 +65,7 @@ def _learn_units(
     learn_units(
         job.denoiser,
         job.model,
-        job.bank,
+        job.states,
         tuples,
         job.settings.reconstruct,
         job.settings.activation.learned,
@@ -97,12 +97,12 @@ def finetune(job: Job) -> dict[str, Any] | None:
         recent = losses[-20:]
         job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
 
-    resumable = iterations >= CHECKPOINT
+    resumable = iterations >= STEPS_PER_CHECKPOINT
     if resumable:
         job.mark_start()
 
     def on_checkpoint(progress: dict[str, Any]) -> None:
-        if resumable and len(losses) % CHECKPOINT == 0:
+        if resumable and len(losses) % STEPS_PER_CHECKPOINT == 0:
             job.save_partial({"losses": list(losses), "progress": progress})
 
     job.progress.begin("end-to-end steps", iterations)
@@ -110,7 +110,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
         job.progress.step("")
     learn_end_to_end(
         job.model,
-        job.bank,
+        job.states,
         job.state.tuples,
         iterations,
         settings.finetune_batch_size,

@@ -15,15 +15,15 @@ from ..wrapping import activation_quantizers
 
 STATISTICS_TRAJECTORIES = 8  # at each timestep
 STATISTICS_CONDITIONED = 32  # likewise: classes and texts have ranges of their own
-PROBES = 64  # samples, all steps alike, that a layer's own measures look at
+MOST_PROBES = 64  # samples, all steps alike, that a layer's own measures look at
 
 
 def _probes(job: Job) -> torch.Tensor:
     """Samples (n, 2) of all steps alike, in random order; no more than there are states."""
-    generator, count = job.generator("equivalent"), len(job.bank.timesteps)
-    number = min(PROBES, count * job.bank.trajectories)
+    generator, count = job.generator("equivalent"), len(job.states.timesteps)
+    number = min(MOST_PROBES, count * job.states.trajectories)
     steps = timesteps.all_steps(number, count)[torch.randperm(number, generator=generator)]
-    return timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
+    return timesteps.tuples_of_steps(steps, job.states.trajectories, generator)
 
 
 def equivalent(job: Job) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def equivalent(job: Job) -> dict[str, Any] | None:
     probes = _probes(job)
     job.progress.begin("equivalent scaling", -(-len(probes) // size) + 1)
     relative = scale_equivalently(
-        job.denoiser, job.model, job.bank, probes, size, lambda: job.progress.step("")
+        job.denoiser, job.model, job.states, probes, size, lambda: job.progress.step("")
     )
     job.progress.end()
     return {"relative_errors": relative}
@@ -58,12 +58,12 @@ def ranges(job: Job) -> dict[str, Any]:
 
 def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> dict[str, Statistics]:
     """Of every activation. collect: quant.statistics.collect, or what stands for it."""
-    bank, size = job.bank, job.calibration.batch_size
+    states, size = job.states, job.calibration.batch_size
     if job.settings.activation.search == "none":
-        batches = bank.tuples_by_timestep(job.state.tuples, size)
+        batches = states.tuples_by_timestep(job.state.tuples, size)
     else:
-        limit = STATISTICS_CONDITIONED if bank.conditioning else STATISTICS_TRAJECTORIES
-        batches = bank.by_timestep(limit, size)
+        limit = STATISTICS_CONDITIONED if states.conditioning else STATISTICS_TRAJECTORIES
+        batches = states.by_timestep(limit, size)
     return collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
 
 
@@ -73,7 +73,7 @@ def rounding(job: Job) -> dict[str, Any] | None:
     job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
     gains = gptq.compensate(
         job.model,
-        job.bank,
+        job.states,
         _probes(job),
         job.calibration.batch_size,
         job.calibration.memory_gb,
@@ -86,7 +86,7 @@ def rounding(job: Job) -> dict[str, Any] | None:
 def _select(job: Job, result: SearchResult | None) -> None:
     """Chooses the calibration tuples. result: of the search, for active selection."""
     calibration, generator = job.calibration, job.generator("search")
-    samples, count = calibration.samples, len(job.bank.timesteps)
+    samples, count = calibration.samples, len(job.states.timesteps)
     tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
         tuples = timesteps.spread(result.tuples, samples)
@@ -98,7 +98,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
     else:
         steps = timesteps.all_steps(samples, count)
     if len(steps):
-        more = timesteps.tuples_of_steps(steps, job.bank.trajectories, generator)
+        more = timesteps.tuples_of_steps(steps, job.states.trajectories, generator)
         tuples = torch.cat([tuples, more])
     job.state.tuples = tuples
     job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
@@ -115,7 +115,7 @@ def search(job: Job) -> dict[str, Any] | None:
     job.progress.begin("group search", settings.rounds)
     result = search_groups(
         job.model,
-        job.bank,
+        job.states,
         settings,
         job.generator("search"),
         job.importance.sqrt(),  # the other root is in how often the search chooses a step
