@@ -93,8 +93,11 @@ def sha256_of(path: str | Path) -> str:
     path = Path(path)
     path = diffusers_files(path)[1] if is_folder(path) else path
     size_of(path)
+    digest = hashlib.sha256()
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(path: Path, weights: str) -> State:

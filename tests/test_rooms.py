@@ -24,7 +24,7 @@ BACKENDS = (*RUNTIME, "quant.backends")
 CALIBRATION = (*RUNTIME, "quant.calibration")
 COMMON = ("scripts.common",)
 EXPERIMENT = (*COMMON, "models", "quant", "scripts.experiment")
-METRICS = (*COMMON, "scripts.experiment", "scripts.metrics")
+METRICS = (*COMMON, "models", "scripts.experiment", "scripts.metrics")
 BENCH = (*EXPERIMENT, *METRICS, "scripts.bench")
 # room -> rooms of ours that it may import; the longest name that fits a file is its room
 DOORS: dict[str, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "scripts.common": COMMON,
     "scripts.experiment": EXPERIMENT,
     "scripts.metrics": METRICS,
-    "scripts.train": (*METRICS, "models", "scripts.train"),
+    "scripts.train": (*METRICS, "scripts.train"),
     "scripts.bench": BENCH,
     "scripts.reporting": (*BENCH, "scripts.reporting"),
     "tinydm": ("tinydm", "models", "quant"),

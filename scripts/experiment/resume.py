@@ -5,7 +5,6 @@ until that phase is done: a run whose end-to-end steps diverged goes on with a l
 """
 
 import dataclasses
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
 from ..common.files import save_tensors
 from .config import Config
+from .runs import digest_of
 
 STATE = "calibration.pt"
 
@@ -43,13 +43,9 @@ def _parts(config: Config, sources: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _digest(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
-
-
 def identity_of(config: Config, sources: dict[str, str]) -> str:
     """Digest of everything the result depends on."""
-    return _digest(_parts(config, sources))
+    return digest_of(_parts(config, sources))
 
 
 def identity_of_start(config: Config, sources: dict[str, str]) -> str:
@@ -57,7 +53,7 @@ def identity_of_start(config: Config, sources: dict[str, str]) -> str:
     parts = _parts(config, sources)
     later = {"search", "reconstruct"}
     parts["quant"] = {k: v for k, v in parts["quant"].items() if k not in later}
-    return _digest(parts)
+    return digest_of(parts)
 
 
 def save_state(

