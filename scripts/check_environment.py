@@ -7,6 +7,7 @@
 Runs before anything is installed, on old Pythons too: nothing but the standard library.
 """
 
+import io
 import re
 import sys
 
@@ -38,18 +39,22 @@ def version_of(name):
 
 def problems(path):
     found = []
-    with open(path, encoding="utf-8") as handle:
+    with io.open(path, encoding="utf-8") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):
         name = re.match(r"[A-Za-z0-9_.-]+", line).group()
         have = version_of(name)
         if have is None:
-            found.append(f"{name} is not installed")
+            found.append(name + " is not installed")
             continue
         for operator, want in re.findall(r"(>=|==|<)([0-9.*]+)", line):
             if not satisfied(have, operator, want):
-                found.append(f"{name} {have} is not {operator}{want}")
+                found.append("{} {} is not {}{}".format(name, have, operator, want))
     return found
+
+
+def complain(line):
+    sys.stderr.write(line + "\n")
 
 
 def main(arguments):
@@ -57,10 +62,8 @@ def main(arguments):
         print(__doc__)
         return 0
     if sys.version_info < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        print(
-            f"this Python is {sys.version.split()[0]}, {oldest} or newer is needed", file=sys.stderr
-        )
+        have, oldest = sys.version.split()[0], ".".join(map(str, OLDEST))
+        complain("this Python is {}, {} or newer is needed".format(have, oldest))
         return 1
     if "--python" in arguments:
         return 0
@@ -68,13 +71,13 @@ def main(arguments):
     try:
         found = [problem for path in files for problem in problems(path)]
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        complain("error: {}: {}".format(error.filename, error.strerror))
         return 2
     for name in [CARRIER] + (["tinydm"] if "--installed" in arguments else []):
         if version_of(name) is None:
-            found.append(f"{name} is not installed")
+            found.append(name + " is not installed")
     if found:
-        print("; ".join(found), file=sys.stderr)
+        complain("; ".join(found))
     return 1 if found else 0
 
 
