@@ -25,8 +25,9 @@ from tinydm.scripts.experiment.calibration_run import (
     calibrate_run,
     help_calibrate,
 )
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, resolve_device, run
+from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, run
 from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.experiment.runs import locked
 

@@ -23,8 +23,9 @@ from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, resolve_device, run
+from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, run
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
 from tinydm.scripts.experiment.sampling_run import SamplingRun, fill, make_images

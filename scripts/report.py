@@ -22,7 +22,8 @@ import torch
 
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.common.files import write_text
-from tinydm.scripts.experiment.cli import make_parser, resolve_device, run
+from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.reporting import image_sections, sections
 from tinydm.scripts.reporting.contents import read_quantizers
 from tinydm.scripts.reporting.figures import group_map, map_size, write_png

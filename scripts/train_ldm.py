@@ -34,8 +34,9 @@ from tinydm.models.pipeline import build_pipeline, sampling_plan
 from tinydm.scripts.common.errors import ConfigError, ImageError
 from tinydm.scripts.common.files import save_tensors
 from tinydm.scripts.common.images import grid, load_images, to_uint8
-from tinydm.scripts.experiment.cli import add_config, make_parser, resolve_device, run
+from tinydm.scripts.experiment.cli import add_config, make_parser, run
 from tinydm.scripts.experiment.config import Config, load_config, number_of_classes
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
 from tinydm.scripts.train.first_stage import encode_all, train_first_stage
 from tinydm.scripts.train.loop import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.helpers.images import load_folder, needs_package
-from tinydm.scripts.common.errors import MetricError
+from tinydm.scripts.common.errors import ConfigError, MetricError
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.metrics import inception
 
 
@@ -88,7 +89,7 @@ def test_tf_resize_reads_without_half_pixel_centres():
 
 
 def test_device_words():
-    assert inception.choose_device("cpu").type == "cpu"
+    assert resolve_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
-        with pytest.raises(MetricError, match="cuda"):
-            inception.choose_device("cuda")
+        with pytest.raises(ConfigError, match="cuda"):
+            resolve_device("cuda")

