@@ -214,7 +214,8 @@ class VQAutoencoder(nn.Module):
         return self.quant_conv(self.encoder(image))
 
     def latent(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """As `encode`; the noise of the KL autoencoder has no counterpart here."""
+        """The latents of images, as `encode` gives them; the noise of the KL autoencoder has no
+        counterpart here."""
         return self.encode(image)
 
     def decode(self, z: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:

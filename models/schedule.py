@@ -18,7 +18,7 @@ def make_betas(
     beta_end: float = 0.02,
     train_timesteps: int = 1000,
 ) -> np.ndarray:
-    """betas (T,) float64.
+    """The noise schedule: betas (T,) float64.
 
     `quad` of DDIM and `scaled_linear` (called "linear" in latent diffusion) are the same formula:
     the square of a straight line between the roots. `cosine` is Nichol & Dhariwal 2021, eq. 17.

@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def page_of(found: Run, device: torch.device, trajectories: int, states: int) -> str:
-    """The HTML of a run."""
+    """The report of a run as one HTML page."""
     eps, ranges, layers = measure(found, device, trajectories, states)
     quantizers = None if found.metadata is None else read_quantizers(found.file)
     names = found.common_images()

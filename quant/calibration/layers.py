@@ -94,7 +94,7 @@ class CalibMatMul(nn.Module):
         self.left, self.right, self.by_row = left, right, by_row
 
     def left_operand(self, left: torch.Tensor) -> torch.Tensor:
-        """What the left quantizer sees."""
+        """The left operand as its quantizer gets it, (B, N, K)."""
         return relative_to_row(left)[0] if self.by_row else left
 
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ class ActiveSelector:
         self.chosen = torch.zeros(count, dtype=torch.long)
 
     def score(self) -> torch.Tensor:
-        """(count,) float32."""
+        """The score of each sampling step, (count,) float32."""
         error = self.error / self.error.max().clamp(min=1e-12)
         return self.entropy + (self.exploration + self.error_weight * error) / (self.chosen + 1)
 

@@ -41,7 +41,7 @@ class OutputCorrection(nn.Module):
         return cls(context, k, mu, sigma)
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
-        """See corrected_variance."""
+        """What is left of a sampler's noise, see corrected_variance."""
         sigma_q = float(self.sigma[int(self.context.nearest[t])])
         return corrected_variance(sigma_t, direction, sigma_q)
 

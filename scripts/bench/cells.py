@@ -36,7 +36,7 @@ Row = dict[str, Any]  # one cell with one sampler, plain values
 
 
 def code_digest() -> str:
-    """Of the sources that a quantized file depends on."""
+    """Digest of the source files that a quantized file depends on."""
     files = sorted(path for room in ("models", "quant") for path in (ROOT / room).rglob("*.py"))
     digest = sha256()
     for file in sorted(files):
@@ -80,7 +80,7 @@ class Bench:
         return self._full[key]
 
     def digest(self, cell: Cell) -> str:
-        """Of everything that the cell's images depend on but the code."""
+        """Digest of everything but the code that the cell's images depend on."""
         config = self.plan.config(cell)
         full = self.full(config)
         calibration = identity_of_calibration(config, full.sources)

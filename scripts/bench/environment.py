@@ -15,7 +15,8 @@ PACKAGES = ("torch", "numpy", "scipy", "pytorch-fid", "pillow")
 
 
 def environment() -> dict[str, Any]:
-    """Where this command ran; each row has the threads of its own calibration."""
+    """The machine and software that this command ran on; each row has the threads of its own
+    calibration."""
     commit = None
     try:
         command = ["git", "rev-parse", "HEAD"]

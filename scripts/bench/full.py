@@ -39,7 +39,10 @@ def sample_images(
 
 
 class FullPrecision:
-    """Of one sampler. The checkpoint is read anew by each part that is not there yet."""
+    """Images and states of the full-precision model with one sampler.
+
+    The checkpoint is read anew by each part that is not there yet.
+    """
 
     def __init__(self, root: Path, config: Config, device: torch.device):
         self.config, self.device = config, device

@@ -55,8 +55,8 @@ def pooled_psnr(errors: np.ndarray) -> float:
 
 
 def image_psnr(errors: np.ndarray) -> np.ndarray:
-    """Of each image. Images of 8 bits do not tell smaller errors than their rounding apart, and a
-    mean must not hang on the one that happens to be equal: there it is 58.9 dB."""
+    """PSNR of each image. Images of 8 bits do not tell smaller errors than their rounding apart,
+    and a mean must not hang on the one that happens to be equal: there it is 58.9 dB."""
     return psnr(np.maximum(errors, SMALLEST_SEEN))
 
 

@@ -95,7 +95,7 @@ def measure_all(args: argparse.Namespace, bench: Bench) -> list[Row]:
 
 
 def earlier_rows(path: Path) -> list[Row]:
-    """Of a results.json, as far as it can be read."""
+    """The rows of an earlier results.json, as far as they can be read."""
     try:
         rows = parse_json(path, dict[str, Any]).get("rows")
     except (OSError, DamagedJsonError):

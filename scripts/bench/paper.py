@@ -107,7 +107,7 @@ def _published() -> dict[str, Any]:
 
 
 def published_section(name: str) -> str:
-    """What others printed, with other settings and evaluation code."""
+    """Numbers that others published, with other settings and evaluation code."""
     data = _published()
     table, keys = [], []
     for entry in data["tables"][name]:

@@ -46,17 +46,17 @@ class Cell:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells cells of the tables apart."""
+        """The values that tell cells of the tables apart."""
         return (self.table, self.label, self.bits, self.steps, self.seed)
 
     @property
     def name(self) -> str:
-        """For folders, not unique: variants of an ablation that are alike share one."""
+        """The name of the cell's folder. Variants of an ablation that are alike share one."""
         return f"{self.steps}-w{self.bits[0]}a{self.bits[1]}-{self.method}-s{self.seed}"
 
     @property
     def title(self) -> str:
-        """For people."""
+        """A line that says which cell this is, for the progress output."""
         what = self.label if self.table == BENCHMARK else f"{self.table}: {self.label}"
         return f"{self.steps} steps, w{self.bits[0]}a{self.bits[1]}, seed {self.seed}, {what}"
 

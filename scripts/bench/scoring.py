@@ -13,7 +13,7 @@ from ..metrics.inputs import list_images, open_source
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of the images of a folder."""
+    """Digest of a file, or of all images of a folder."""
     digest = sha256()
     for file in list_images(path) if path.is_dir() else [path]:
         digest.update(file.read_bytes())
@@ -39,7 +39,7 @@ class Scorer:
         self.metrics = [name for name, there in possible.items() if there]
 
     def settings(self, count: int) -> dict[str, Any]:
-        """What the scores depend on besides the images."""
+        """The settings that the scores depend on besides the images."""
         return {"count": count, "reference_sha256": self.sha256, "metrics": self.metrics}
 
     def score(self, folder: Path, count: int) -> dict[str, Any]:

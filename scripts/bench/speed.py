@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def seconds_of(call: Call) -> tuple[float, float]:
-    """On the clock, and of CPU time (all threads together)."""
+    """Seconds of a call: on the clock, and of CPU time (all threads together)."""
     began, used = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - began, time.process_time() - used

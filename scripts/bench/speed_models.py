@@ -85,7 +85,7 @@ class Models:
         return path
 
     def bytes(self, variant: Variant) -> int:
-        """Of the file; full precision is that of its parameters."""
+        """Size of the quantized file; for full precision, of the float32 parameters."""
         if variant.bits is not None:
             return self.file(variant.bits).stat().st_size
         return (2 if variant.half else 4) * parameters_of(empty_denoiser(self.config))

@@ -198,7 +198,7 @@ def ablation_table(rows: list[Row]) -> str:
 
 
 def place_of(line: Line) -> tuple[Any, ...]:
-    """What lines that are compared have in common: bits, calibrated steps, sampler."""
+    """The key by which lines are compared: bits, calibrated steps, sampler."""
     return (line.cell.bits, line.cell.steps, *line.sampler)
 
 
@@ -247,7 +247,7 @@ def paired(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[
 
 
 def notes(rows: list[Row], ablations: bool) -> list[str]:
-    """What must be known to read a table."""
+    """Remarks that a reader of the tables needs, one line each."""
     lines = lines_of(rows, ablations)
     every = [row for line in lines for row in line.rows]
     seeds = sorted({row["cell"]["seed"] for row in every if row["cell"]["label"] != "fp"})

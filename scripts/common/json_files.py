@@ -20,7 +20,7 @@ DEEPEST_NESTING = 12
 
 
 class DamagedJsonError(ValueError):
-    """Where a value has another type, and which; one line."""
+    """A JSON file whose content has another type than expected; one line names the key."""
 
 
 def read_json(path: Path, kind: Any) -> Any:

@@ -273,7 +273,7 @@ def described(hint: Any, metadata: Mapping) -> str:
 
 
 def named(hint: Any) -> str:
-    """A type in words."""
+    """A type in words: "a whole number", "text or null"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     inner = without_none(hint)
     if typing.get_origin(inner) in (tuple, list, Sequence):

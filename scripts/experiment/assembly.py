@@ -28,7 +28,10 @@ LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's
 
 @dataclass(frozen=True)
 class Assembly:
-    """What samples. sources: file -> sha256 of everything that was read; bytes likewise."""
+    """A denoiser and the pipeline that samples with it.
+
+    sources: the sha256 of each file that was read, by its role; bytes: their sizes.
+    """
 
     denoiser: nn.Module
     pipeline: Pipeline
@@ -72,7 +75,7 @@ def assemble(
 def full_precision(
     config: Config, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Pipeline]:
-    """As `assemble`, in brief."""
+    """The full-precision denoiser and its pipeline, see `assemble`."""
     assembly = assemble(config, device=device)
     return assembly.denoiser, assembly.pipeline
 
@@ -191,7 +194,7 @@ def _found_scale_factor(
 
 
 def _scale_factor(value: torch.Tensor, source: Path) -> float:
-    """Of the latents. Raises CheckpointError unless it is one positive number."""
+    """The scale factor of the latents. Raises CheckpointError unless it is one positive number."""
     if value.numel() != 1 or not (torch.isfinite(value) & (value > 0)).all():
         raise CheckpointError(f"{source}: scale_factor is not one positive number; set it by hand")
     return float(value)

@@ -55,14 +55,14 @@ class Bars:
         return_freed_memory()  # phases want blocks of other sizes
 
     def close(self) -> None:
-        """Of a phase that failed: what is printed next begins a line."""
+        """Ends the bar of a phase that failed, so that what is printed next begins a line."""
         if self.bar is not None:
             self.bar.close()
 
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """What is calibrated, and where it goes.
+    """Everything that a calibration run is made of: model, run folder, device, processes.
 
     assembly: full precision, of the same configuration. team: processes that help to make the
     trajectories and statistics.
@@ -138,7 +138,8 @@ def step_importance(assembly: Assembly, states: CalibrationStates) -> torch.Tens
 
 
 def help_calibrate(run: CalibrationRun) -> None:
-    """What the ranks above 0 do while rank 0 is in calibrate_run, which knows what is wanted."""
+    """The part of the ranks above 0 while rank 0 is in calibrate_run, which tells them what to
+    do."""
     states_wanted, statistics_wanted = run.team.broadcast(False), run.team.broadcast(False)
     if states_wanted:
         make_states(run)
@@ -215,8 +216,8 @@ def calibrate_run(
 
 
 def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
-    """What calibrate_run gives for a configuration that differs from that of the finished run
-    `base` in the name of the method and in PTQD's correction alone: fits that to the model there.
+    """Makes a PTQD run out of the finished Q-Diffusion run in the folder `base`: only the
+    correction of the output is fitted, since the two methods differ in nothing else.
 
     The reported seconds count those of the base.
     """
@@ -266,7 +267,8 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
 
 
 def with_scale_factor(config: Config, assembly: Assembly) -> Config:
-    """What was found in a checkpoint stays known where that is not read any more."""
+    """The configuration with the scale factor of the latents that was found in the checkpoint,
+    which sampling from the quantized file does not read any more."""
     if config.model.first_stage is None or config.model.scale_factor is not None:
         return config
     scale_factor = assembly.pipeline.scale_factor

@@ -196,7 +196,9 @@ def parse_config(
     overrides: Sequence[str | Override] = (),
     folder: str | Path = ".",
 ) -> Config:
-    """As load_config, from YAML text; `source` names it, paths may be relative to `folder`.
+    """Reads a configuration from YAML text, as load_config does from a file.
+
+    source: name of the text in error messages; paths may be relative to `folder`.
 
     Where overrides name another method than the text, the text's end-to-end steps do not count.
     """
@@ -290,7 +292,7 @@ def _lists(value: Any) -> Any:
 
 
 def _check(config: Config, where: Where) -> None:
-    """What one key alone does not tell."""
+    """Checks what depends on several keys at once. Raises ConfigError."""
 
     def refuse(key: str, why: str) -> None:
         raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")

@@ -24,7 +24,10 @@ GRID_IMAGES, GRID_COLUMNS = 64, 8
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """What is sampled, and where it goes. backend: None for full precision."""
+    """Everything that a sampling run is made of: model, output folder, device, processes.
+
+    backend: None for full precision.
+    """
 
     config: Config
     assembly: Assembly
@@ -91,8 +94,10 @@ def write_grid(folder: Path, count: int, file: str) -> None:
 
 
 def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | None) -> None:
-    """What rank 0 does: its images, the log and the report. loaded: seconds that loading took;
-    notes: lines that the log begins with."""
+    """Makes the images of rank 0 and writes the log and the report.
+
+    loaded: seconds that loading took; notes: lines that the log begins with.
+    """
     config, folder, sampling = run.config, run.folder, run.config.sampling
     log: list[str] = []
 
@@ -136,7 +141,7 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
 
 
 def report_of(run: SamplingRun) -> dict[str, Any]:
-    """What was run; seconds and images are those of this process."""
+    """A description of the run as plain values; seconds and images are those of this process."""
     config, device = run.config, run.device
     return {
         "name": config.name,

@@ -258,7 +258,7 @@ def notes(
     network: net.InceptionFeatures | None,
     preprocess: str,
 ) -> list[str]:
-    """What must be known to read the numbers."""
+    """Remarks that a reader of the scores needs, one line each."""
     found = []
     for side, n in counts.items():
         if n is not None and n < FEW and {"fid", "sfid"} & set(metrics):

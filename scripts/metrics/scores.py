@@ -46,7 +46,7 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean (D,)."""
+        """The mean of all features added so far, (D,)."""
         return (self.shift + self.sum / self.count).numpy()
 
     @property

@@ -49,7 +49,7 @@ class Quantizers:
 
 
 def read_quantizers(path: Path) -> Quantizers:
-    """Of a file that read_metadata accepts."""
+    """The activation quantizers of a quantized file that read_metadata accepts."""
     rank, timesteps, layers = group_ranks(path)
     metadata = read_metadata(path)
     with safe_open(path, framework="np") as handle:

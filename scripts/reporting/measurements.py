@@ -226,5 +226,5 @@ def ranges_of(model: QuantDenoiser) -> Iterator[tuple[torch.Tensor, torch.Tensor
 
 
 def _plain(values: torch.Tensor) -> list[list[float | None]]:
-    """For JSON, which has no NaN."""
+    """Nested lists for JSON, with None in place of NaN, which JSON does not have."""
     return [[None if v != v else float(f"{v:.5g}") for v in row] for row in values.tolist()]

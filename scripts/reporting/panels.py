@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 150, 60
 
 
 def colours(groups: int) -> list[str]:
-    """As in the heat map."""
+    """One colour for each group, those of the heat map."""
     return [to_hex(c) for c in matplotlib.colormaps["viridis"].resampled(groups)(range(groups))]
 
 

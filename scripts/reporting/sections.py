@@ -117,7 +117,7 @@ def timesteps_section(run: Run) -> Section:
 
 
 def _timesteps(config: Config, steps: int) -> list[int] | None:
-    """In the order of sampling; None where steps and calls differ, as for PLMS."""
+    """Timesteps in the order of sampling; None where steps and calls differ, as for PLMS."""
     s = config.sampler
     calls, _ = sampling_plan(s.name, s.steps, s.skip, **vars(config.schedule))
     calls = sorted((int(t) for t in calls), reverse=True)

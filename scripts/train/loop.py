@@ -74,7 +74,7 @@ def _option(name: str) -> str:
 
 @dataclass
 class LoopState:
-    """What changes while a run goes on, besides the model and the optimizer."""
+    """The progress of a run, besides the model and the optimizer."""
 
     ema: State
     generator: torch.Generator

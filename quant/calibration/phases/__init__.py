@@ -30,7 +30,7 @@ def _block_settings(settings: QuantSettings) -> Values:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase.
+    """A step of the calibration, with what a run needs to know about it.
 
     run(job): works on job.model; its report, or None where the settings leave it out. settings:
     those that it alone reads, or it and later phases: they may change until it is done. lower: the

@@ -61,7 +61,8 @@ def correct_noise(
 
 @torch.no_grad()
 def _drift_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
-    """On trajectories of their own: what the weights have learned on the others drifts less."""
+    """Fits the drift correction on fresh trajectories: those that the weights learned from drift
+    less."""
     count = min(DRIFT_TRAJECTORIES, job.states.trajectories)
     job.progress.begin("drift correction", 2 * len(job.states.timesteps))
 

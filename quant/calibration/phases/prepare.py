@@ -57,7 +57,8 @@ def ranges(job: Job) -> dict[str, Any]:
 
 
 def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> dict[str, Statistics]:
-    """Of every activation. collect: quant.statistics.collect, or what stands for it."""
+    """Statistics of every activation quantizer. collect: statistics.collect, or a function that
+    spreads its work over several processes."""
     states, size = job.states, job.calibration.batch_size
     if job.settings.activation.search == "none":
         batches = states.tuples_by_timestep(job.state.tuples, size)
