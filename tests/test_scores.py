@@ -77,6 +77,13 @@ def test_moments_refuse_nan_and_single_images():
         moments.covariance  # noqa: B018
 
 
+def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
+    """Inception score of classifier outputs (N, K)."""
+    score = scores.InceptionScore(split_size)
+    score.update(logits)
+    return score.value
+
+
 def test_inception_score_against_its_definition():
     logits = torch.randn(23, 7, generator=torch.Generator().manual_seed(0)) * 3
     p = logits.double().softmax(1)
@@ -84,7 +91,7 @@ def test_inception_score_against_its_definition():
     for part in p.split(10):
         kl = (part * (part.log() - part.mean(0).log())).sum(1)
         expected.append(math.exp(kl.mean()))
-    assert scores.inception_score(logits, 10) == pytest.approx(np.mean(expected), rel=1e-12)
+    assert inception_score(logits, 10) == pytest.approx(np.mean(expected), rel=1e-12)
     stream = scores.InceptionScore(10)
     for batch in logits.split(4):
         stream.update(batch)
@@ -92,8 +99,8 @@ def test_inception_score_against_its_definition():
 
 
 def test_inception_score_of_sure_and_unsure_classifiers():
-    assert scores.inception_score(1000 * torch.eye(8)) == pytest.approx(8)
-    assert scores.inception_score(torch.zeros(8, 8)) == pytest.approx(1)
+    assert inception_score(1000 * torch.eye(8)) == pytest.approx(8)
+    assert inception_score(torch.zeros(8, 8)) == pytest.approx(1)
 
 
 def brute_precision_recall(ref: np.ndarray, gen: np.ndarray, k: int = 3) -> tuple[float, float]:

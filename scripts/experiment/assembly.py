@@ -72,14 +72,6 @@ def assemble(
     return Assembly(model, parts, files.digests, files.sizes)
 
 
-def full_precision(
-    config: Config, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Pipeline]:
-    """The full-precision denoiser and its pipeline, see `assemble`."""
-    assembly = assemble(config, device=device)
-    return assembly.denoiser, assembly.pipeline
-
-
 def empty_denoiser(config: Config) -> nn.Module:
     """The architecture on the meta device. Raises ConfigError for parameters that do not fit."""
     try:

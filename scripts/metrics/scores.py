@@ -144,13 +144,6 @@ class InceptionScore:
         return float(np.mean(self.splits))
 
 
-def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
-    """Inception score of classifier outputs (N, K)."""
-    score = InceptionScore(split_size)
-    score.update(logits)
-    return score.value
-
-
 def precision_recall(
     reference: torch.Tensor, generated: torch.Tensor, k: int = 3
 ) -> tuple[float, float]:
