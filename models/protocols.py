@@ -13,20 +13,20 @@ from torch import nn
 
 from .roles import LayerRoles
 
-M = TypeVar("M", bound=nn.Module)
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 
 if TYPE_CHECKING:
 
-    class ModuleList(nn.ModuleList, Generic[M]):
+    class ModuleList(nn.ModuleList, Generic[M_co]):
         """An nn.ModuleList of modules of one type, which PyTorch's own annotations forget. There is
         no such class when the program runs: it is nn.ModuleList itself."""
 
-        def __iter__(self) -> Iterator[M]: ...
+        def __iter__(self) -> Iterator[M_co]: ...
         @overload
-        def __getitem__(self, idx: slice) -> "ModuleList[M]": ...
+        def __getitem__(self, idx: slice) -> "ModuleList[M_co]": ...
         @overload
-        def __getitem__(self, idx: int) -> M: ...
-        def __getitem__(self, idx: int | slice) -> "M | ModuleList[M]": ...
+        def __getitem__(self, idx: int) -> M_co: ...
+        def __getitem__(self, idx: int | slice) -> "M_co | ModuleList[M_co]": ...
 
 else:
     ModuleList = nn.ModuleList
