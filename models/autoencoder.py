@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ddim_unet import AttnBlock, Downsample, Upsample
+from .ddim_unet import AttnBlock, Downsample, Stage, Upsample
+from .protocols import ModuleList
 
 # Keys of the public configurations that do not change what the network computes.
 TRAINING_ONLY = ("lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key")
@@ -72,10 +73,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         c = ch
-        self.down = nn.ModuleList()
+        self.down: ModuleList[Stage] = ModuleList()
         for level, multiplier in enumerate(ch_mult):
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for _ in range(num_res_blocks):
                 stage.block.append(ResnetBlock(c, ch * multiplier, dropout, norm_groups))
                 c = ch * multiplier
@@ -122,10 +122,9 @@ class Decoder(nn.Module):
         resolution //= 2 ** (len(ch_mult) - 1)
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         self.mid = _middle(c, dropout, norm_groups)
-        self.up = nn.ModuleList()
+        self.up: ModuleList[Stage] = ModuleList()
         for level in reversed(range(len(ch_mult))):
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for _ in range(num_res_blocks + 1):
                 stage.block.append(ResnetBlock(c, ch * ch_mult[level], dropout, norm_groups))
                 c = ch * ch_mult[level]

@@ -207,7 +207,9 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _read_torch(path: Path) -> object:
-    stand_ins = [(HarmlessClass, name) for name in HARMLESS_CLASSES]
+    stand_ins: list[Callable | tuple[Callable, str]] = [
+        (HarmlessClass, name) for name in HARMLESS_CLASSES
+    ]
     with open_file(path) as file, torch.serialization.safe_globals(stand_ins), _quiet():
         try:
             return torch.load(file, weights_only=True, map_location="cpu")

@@ -60,15 +60,15 @@ class CLIPTextTower(nn.Module):
         super().__init__()
         transformers = _transformers()
         tower = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
-        self.transformer = nn.Module()
         # Before version 5 the tower was wrapped in a model that added this level itself.
-        self.transformer.text_model = getattr(tower, "text_model", tower)
+        text_model = getattr(tower, "text_model", tower)
+        self.transformer = nn.ModuleDict({"text_model": text_model})
         # The checkpoints store the numbers of the positions, which newer versions do not.
-        embeddings = self.transformer.text_model.embeddings
+        embeddings = text_model.embeddings
         embeddings.register_buffer("position_ids", embeddings.position_ids, persistent=True)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, L) int64 -> (B, L, D)
-        return self.transformer.text_model(input_ids=tokens).last_hidden_state
+        return self.transformer["text_model"](input_ids=tokens).last_hidden_state
 
 
 def tokenize(texts: Sequence[str], source: str = "openai/clip-vit-large-patch14") -> torch.Tensor:
@@ -92,6 +92,8 @@ class PromptTable(nn.Module):
 
     contexts: (P + 1, L, D), the last row that of the empty text, which stands for "no text".
     """
+
+    contexts: torch.Tensor
 
     def __init__(self, contexts: torch.Tensor):
         super().__init__()
@@ -120,10 +122,11 @@ class GuidedDenoiser:
         uncond_context: torch.Tensor | None = None,
         scale: float = 1.0,
     ):
-        if scale != 1.0 and uncond_context is None:
-            raise ValueError("guidance needs the unconditional context")
-        self.model, self.scale = model, scale
-        self.context = context if scale == 1.0 else torch.cat([uncond_context, context])
+        self.model, self.scale, self.context = model, scale, context
+        if scale != 1.0:
+            if uncond_context is None:
+                raise ValueError("guidance needs the unconditional context")
+            self.context = torch.cat([uncond_context, context])
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.scale == 1.0:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .ops import MatMul, after_norm_silu, after_softmax
+from .protocols import ModuleList
 from .roles import LayerRoles
 
 
@@ -103,6 +104,38 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
+class TimestepMLP(nn.Module):
+    """The two linear layers of the timestep's embedding, C to E to E channels. Its owner runs
+    them."""
+
+    def __init__(self, channels: int, emb: int):
+        super().__init__()
+        self.dense = nn.ModuleList([nn.Linear(channels, emb), nn.Linear(emb, emb)])
+
+
+class Stage(nn.Module):
+    """The layers of one resolution: residual blocks, as many attentions or none, and but for the
+    last stage what leads to the next one, `downsample` or `upsample`. Its owner runs them."""
+
+    downsample: Downsample
+    upsample: Upsample
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+
+
+class Middle(nn.Module):
+    """The lowest resolution: a residual block on each side of one attention. Its owner runs
+    them."""
+
+    def __init__(self, channels: int, emb: int, dropout: float, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, emb, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, emb, dropout, groups)
+
+
 class DDIMUNet(nn.Module):
     """eps = model(x, t).  x (B, in_channels, R, R), t (B,) in 0..T-1; returns (B, out_ch, R, R).
 
@@ -133,17 +166,15 @@ class DDIMUNet(nn.Module):
         self.ch, self.image_size, self.in_channels = ch, image_size, in_channels
         self.num_res_blocks, self.num_levels = num_res_blocks, len(ch_mult)
         emb = 4 * ch
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([nn.Linear(ch, emb), nn.Linear(emb, emb)])
+        self.temb = TimestepMLP(ch, emb)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
 
         widths = [ch * m for m in ch_mult]
         resolution, c = image_size, ch
         skips = [ch]  # channels of every stored feature map
-        self.down = nn.ModuleList()
+        self.down: ModuleList[Stage] = ModuleList()
         for level, width in enumerate(widths):
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for _ in range(num_res_blocks):
                 stage.block.append(ResnetBlock(c, width, emb, dropout, norm_groups))
                 c = width
@@ -156,16 +187,12 @@ class DDIMUNet(nn.Module):
                 skips.append(c)
             self.down.append(stage)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(c, c, emb, dropout, norm_groups)
-        self.mid.attn_1 = AttnBlock(c, norm_groups)
-        self.mid.block_2 = ResnetBlock(c, c, emb, dropout, norm_groups)
+        self.mid = Middle(c, emb, dropout, norm_groups)
 
         self._concat_split: dict[str, int] = {}
-        self.up = nn.ModuleList()
+        self.up: ModuleList[Stage] = ModuleList()
         for level in reversed(range(self.num_levels)):
-            stage = nn.Module()
-            stage.block, stage.attn = nn.ModuleList(), nn.ModuleList()
+            stage = Stage()
             for i in range(num_res_blocks + 1):
                 name = f"up.{level}.block.{i}"
                 stage.block.append(

@@ -37,11 +37,11 @@ def space_timesteps(spacing: str, train_timesteps: int = 1000) -> list[int]:
         length = size + (section < longer)
         if count > length:
             raise ValueError(f"a section of {length} timesteps cannot give {count}")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        distance = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             taken.add(start + round(position))
-            position += stride  # summed, not multiplied: rounding of ties is the upstream's
+            position += distance  # summed, not multiplied: rounding of ties is the upstream's
         start += length
     return sorted(taken, reverse=True)
 

@@ -7,6 +7,7 @@ noise. Conventions (timesteps descending, noise(k), on_step) are those of models
 
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -88,6 +89,7 @@ def ldm_ddim(
         eps = model(x, _batch_t(x, t))
         x_prev, x0 = _step(x, eps, a_t, a_prev, sigma)
         if sigma > 0:
+            assert noise is not None  # eta > 0
             x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
         _check_finite(x_prev, t)
         if on_step is not None:
@@ -117,7 +119,8 @@ def plms(
         eps = model(x, _batch_t(x, t))
         if earlier:
             weights = ADAMS_BASHFORTH[len(earlier)]
-            direction = sum(w * e for w, e in zip(weights, [eps, *earlier], strict=True))
+            terms = (w * e for w, e in zip(weights, [eps, *earlier], strict=True))
+            direction = cast(torch.Tensor, sum(terms))  # never the 0 of an empty sum
         else:
             ahead, _ = _step(x, eps, a_t, a_prev, 0.0)
             t_next = timesteps[min(k + 1, len(timesteps) - 1)]

@@ -49,6 +49,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, with_conv: bool):
         super().__init__()
+        self.op: nn.Module
         if with_conv:
             self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         else:
@@ -108,7 +109,7 @@ class ResBlock(nn.Module):
         return after_norm_silu(conv, norm, h, dropout, plus=skip)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Layers between two skip connections; each receives what it takes besides x."""
 
     def forward(
@@ -204,21 +205,21 @@ class LDMUNet(nn.Module):
         widths = [int(m * model_channels) for m in channel_mult]
         c, factor = widths[0], 1
         skips = [c]  # channels of every stored feature map
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, c, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, c, 3, padding=1)])])
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers = [res_block(c, width)]
+                layers: list[nn.Module] = [res_block(c, width)]
                 c = width
                 if factor in attention_resolutions:
                     layers.append(attention(c, num_heads))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(Stage(layers))
                 skips.append(c)
             if level != len(widths) - 1:
-                self.input_blocks.append(Stage(downsample(c)))
+                self.input_blocks.append(Stage([downsample(c)]))
                 skips.append(c)
                 factor *= 2
 
-        self.middle_block = Stage(res_block(c, c), attention(c, num_heads), res_block(c, c))
+        self.middle_block = Stage([res_block(c, c), attention(c, num_heads), res_block(c, c)])
 
         # Only the plain attention of the decoder has a head count of its own.
         own = legacy and not use_spatial_transformer and num_heads_upsample != -1
@@ -238,7 +239,7 @@ class LDMUNet(nn.Module):
                 if level and i == num_res_blocks:
                     layers.append(upsample(c))
                     factor //= 2
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(Stage(layers))
 
         self.out = nn.Sequential(
             nn.GroupNorm(norm_groups, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1)

@@ -1,10 +1,10 @@
 """Small modules shared by the denoisers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from .protocols import FusedNormSilu, FusedSoftmax
 
 
 class MatMul(nn.Module):
@@ -22,11 +22,11 @@ def after_softmax(
 ) -> torch.Tensor:
     """softmax(scores * scale) @ right, by `product`. scores (B, N, K), right (B, K, M).
 
-    A product that is a FusedSoftmax takes them as one step.
+    A product that is a FusedSoftmax (protocols.py) takes them as one step.
     """
-    fused: FusedSoftmax | None = product if hasattr(product, "after_softmax") else None
+    fused: Callable[..., torch.Tensor] | None = getattr(product, "after_softmax", None)
     if fused is not None:
-        return fused.after_softmax(scores, scale, right)
+        return fused(scores, scale, right)
     return product(torch.softmax(scores if scale == 1.0 else scores * scale, dim=-1), right)
 
 
@@ -39,12 +39,12 @@ def after_norm_silu(
 ) -> torch.Tensor:
     """layer(dropout(silu(norm(x)))) + plus. x (B, C, H, W); plus (B, O, H, W) or (B, O, 1, 1).
 
-    A layer that is a FusedNormSilu takes them as one step; such layers are never trained, so that
-    they have no dropout.
+    A layer that is a FusedNormSilu (protocols.py) takes them as one step; such layers are never
+    trained, so that they have no dropout.
     """
-    fused: FusedNormSilu | None = layer if hasattr(layer, "after_norm_silu") else None
+    fused: Callable[..., torch.Tensor] | None = getattr(layer, "after_norm_silu", None)
     if fused is not None:
-        return fused.after_norm_silu(norm, x, plus)
+        return fused(norm, x, plus)
     h = F.silu(norm(x))
     h = layer(h if dropout is None else dropout(h))
     return h if plus is None else h + plus

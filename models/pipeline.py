@@ -253,7 +253,7 @@ class Pipeline:
             return draws.to(device, memory_format=torch.channels_last)
 
         labels = self.labels(indices, seed, classes)
-        model = FixedBatch(denoiser, self.micro_batch)
+        model: Denoiser = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
         if on_output is not None:
             model = _observed(model, on_output)
@@ -298,18 +298,24 @@ class Pipeline:
         on_step: StepHook | None,
     ) -> torch.Tensor:
         start = (model, x, self.timesteps, self.alphas_cumprod)
-        drawn = {"noise": noise, "on_step": on_step}
-        clip = {"clip_denoised": self.clip_denoised}
+        eta, clip = self.eta, self.clip_denoised
         if self.sampler == "ddim":
-            return ddim(*start, eta=self.eta, noise_scale=noise_scale, **clip, **drawn)
+            return ddim(
+                *start,
+                eta=eta,
+                clip_denoised=clip,
+                noise=noise,
+                noise_scale=noise_scale,
+                on_step=on_step,
+            )
         if self.sampler == "ddpm":
-            return ddpm(*start, noise_scale=noise_scale, **drawn)
+            return ddpm(*start, noise=noise, noise_scale=noise_scale, on_step=on_step)
         if self.sampler == "ldm_ddim":
-            return ldm_ddim(*start, eta=self.eta, noise_scale=noise_scale, **drawn)
+            return ldm_ddim(*start, eta=eta, noise=noise, noise_scale=noise_scale, on_step=on_step)
         if self.sampler == "plms":
             return plms(*start, on_step=on_step)
         if self.sampler == "dpmpp":
-            return dpmpp_2m(*start, **clip, on_step=on_step)
+            return dpmpp_2m(*start, clip_denoised=clip, on_step=on_step)
         if self.sampler == "guided_ddpm":
-            return guided_ddpm(*start, **clip, **drawn)
-        return guided_ddim(*start, eta=self.eta, **clip, **drawn)
+            return guided_ddpm(*start, noise=noise, clip_denoised=clip, on_step=on_step)
+        return guided_ddim(*start, eta=eta, clip_denoised=clip, noise=noise, on_step=on_step)

@@ -5,12 +5,31 @@ that where it is there; the other way round, an architecture tells the quantizer
 Neither side imports the other's classes: these protocols are all that both know.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import nn
 
 from .roles import LayerRoles
+
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+
+if TYPE_CHECKING:
+
+    class ModuleList(nn.ModuleList, Generic[M_co]):
+        """An nn.ModuleList of modules of one type, which PyTorch's own annotations forget. There is
+        no such class when the program runs: it is nn.ModuleList itself."""
+
+        def __iter__(self) -> Iterator[M_co]: ...
+        @overload
+        def __getitem__(self, idx: slice) -> "ModuleList[M_co]": ...
+        @overload
+        def __getitem__(self, idx: int) -> M_co: ...
+        def __getitem__(self, idx: int | slice) -> "M_co | ModuleList[M_co]": ...
+
+else:
+    ModuleList = nn.ModuleList
 
 
 class DeclaresRoles(Protocol):
@@ -63,8 +82,8 @@ class FusedSoftmax(Protocol):
 
 def roles_of(denoiser: nn.Module) -> LayerRoles:
     """The roles that a denoiser declares (DeclaresRoles), or none."""
-    declares: DeclaresRoles | None = denoiser if hasattr(denoiser, "layer_roles") else None
-    return LayerRoles() if declares is None else declares.layer_roles()
+    declared: Callable[[], LayerRoles] | None = getattr(denoiser, "layer_roles", None)
+    return LayerRoles() if declared is None else declared()
 
 
 def rows_are_independent(denoiser: object) -> bool:

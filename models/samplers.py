@@ -95,6 +95,7 @@ def ddim(
         sigma = eta * ((1 - a_t / a_prev) * (1 - a_prev) / (1 - a_t)) ** 0.5
         x_prev = a_prev**0.5 * x0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * direction
         if sigma > 0:
+            assert noise is not None  # eta > 0
             x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
         _check_finite(x_prev, t)
         if on_step is not None:

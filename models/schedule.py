@@ -5,6 +5,7 @@ returned in the order of use, descending, and may repeat: `quad` with S=100 call
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def sampling_timesteps(steps: int, skip: str = "uniform", train_timesteps: int =
     if not 1 <= steps <= train_timesteps:
         raise ValueError(f"steps must be within 1..{train_timesteps}, got {steps}")
     if skip == "uniform":
-        ascending = range(0, train_timesteps, train_timesteps // steps)
+        ascending: Sequence[int] = range(0, train_timesteps, train_timesteps // steps)
     elif skip == "quad":
         grid = np.linspace(0, np.sqrt(train_timesteps * 0.8), steps) ** 2
         ascending = [int(t) for t in grid]

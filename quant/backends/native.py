@@ -151,11 +151,11 @@ class Compiled:
         channels beside each other, and B of the output.
         """
         scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
-        of_norm = (None, None, 0, 0.0)
+        of_norm: tuple[int | None, int | None, int, float] = (None, None, 0, 0.0)
         if norm is not None:
             weights = norm.weight.data_ptr(), norm.bias.data_ptr()
             of_norm = (*weights, norm.num_groups, norm.eps)
-        added = (None, 0, 0)
+        added: tuple[int | None, int, int] = (None, 0, 0)
         if plus is not None:
             one = plus.shape[2:] == (1, 1)
             added = (plus.data_ptr(), plus.stride(0), 0 if one else plus.shape[1])
@@ -199,6 +199,10 @@ class BlockedWeight(nn.Module):
     Buffers: codes int8 (O / 16, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32 (O,)
     of an output's codes; scale float32 (O,).
     """
+
+    codes: torch.Tensor
+    sums: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(
         self, codes: torch.Tensor, scale: torch.Tensor, stride: list[int], padding: list[int]
@@ -257,7 +261,7 @@ class PreparedLayer:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, ...],
         weights: list[BlockedWeight],
         factors: list[torch.Tensor],
         bias: torch.Tensor | None,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models.protocols import is_exact_between_layers
+from ...models.protocols import ModuleList, is_exact_between_layers
 from ..core.operation import Operation
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from .native import BlockedWeight, Compiled, PartStep, PreparedLayer, part_step, pixel_stride
@@ -26,7 +26,10 @@ class CompiledLayer(Int8Layer):
     kept, so that little is left for Python to do: a small layer takes some ten microseconds.
     """
 
-    def __init__(self, layer: QuantLayer, vnni: bool = True, compiled: Compiled | None = None):
+    compiled: Compiled
+    weights: "ModuleList[BlockedWeight]"
+
+    def __init__(self, layer: QuantLayer, vnni: bool, compiled: Compiled):
         super().__init__(layer, vnni, compiled)
         self._quantizers = tuple(self.inputs)  # a look-up in a ModuleList takes longer
         self._prepared: dict[tuple[int, ...], PreparedLayer] = {}
@@ -36,7 +39,7 @@ class CompiledLayer(Int8Layer):
     def fits(op: Operation) -> bool:
         return not op.is_conv or (op.groups == 1 and set(op.dilation) == {1})
 
-    def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> nn.Module:
+    def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockedWeight:
         op = self.op
         if not op.is_conv:
             return BlockedWeight(codes[:, :, None, None], scale, [1, 1], [0, 0])
@@ -91,7 +94,7 @@ class CompiledLayer(Int8Layer):
         self.compiled.layer(prepared, self._step_of(index), x, stride, norm, plus, out)
         return out
 
-    def _prepare(self, key: tuple[int, ...], shape: tuple[int, int, int, int]) -> PreparedLayer:
+    def _prepare(self, key: tuple[int, ...], shape: tuple[int, ...]) -> PreparedLayer:
         """For inputs of this shape (B, C, H, W). Kept under `key`. Raises ValueError."""
         channels = sum(weight.in_channels for weight in self.weights)
         if shape[1] != channels:
@@ -122,7 +125,7 @@ def _stride(x: torch.Tensor) -> int | None:
     return x.shape[1] if last and x.device.type == "cpu" and x.numel() else pixel_stride(x)
 
 
-def _side_by_side(plus: torch.Tensor, output: tuple[int, int, int, int]) -> torch.Tensor:
+def _side_by_side(plus: torch.Tensor, output: tuple[int, ...]) -> torch.Tensor:
     """What is added to an output, (B, O, H, W) or (B, O, 1, 1), as layer.cpp reads it: float32 with
     its channels beside each other."""
     if plus.shape[2:] == (1, 1):

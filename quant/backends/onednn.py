@@ -12,17 +12,18 @@ Legend: B batch, C/O in/out channels, G groups of timesteps.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...models.protocols import ModuleList
 from ..core.affine import QuantizerStep, dequantize, per_channel
 from ..core.operation import Operation, scale_channels
 from ..runtime.layers import QuantLayer, QuantMatMul
 from ..runtime.quantizer import ActivationQuantizer
-from .native import Compiled, pixel_stride
+from .native import BlockedWeight, Compiled, pixel_stride
 
 LARGEST_KEPT_WEIGHT = 1 << 18  # values (1 MB) of a weight up to which a float copy is kept
 LARGEST_UNSATURATED = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
@@ -76,6 +77,11 @@ class IntegerWeight(nn.Module):
     load_state_dict restore the plain one first, and the next call packs again.
     """
 
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zeros: torch.Tensor
+    geometry: list[Any]  # of a convolution: stride, padding, dilation, groups
+
     def __init__(self, op: Operation, codes: torch.Tensor, scale: torch.Tensor, vnni: bool):
         super().__init__()
         self.op, self.vnni = op, vnni
@@ -93,7 +99,7 @@ class IntegerWeight(nn.Module):
     def unpack(self) -> None:
         """Back to the plain form."""
         if self._packed:
-            codes = sum(packed.to_dense() for packed in self._packed)
+            codes = cast(torch.Tensor, sum(packed.to_dense() for packed in self._packed))
             self.codes = codes.contiguous() if self.op.is_conv else codes.t().contiguous()
             self._packed, self._shape = [], None
 
@@ -162,10 +168,14 @@ class IntegerWeight(nn.Module):
         return super().__getstate__()
 
 
-def pair(value: int | tuple[int, ...]) -> list[int]:
-    """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first."""
-    value = [value] if isinstance(value, int) else list(value)
-    return value if len(value) == 2 else [1, *value]
+def pair(value: int | str | tuple[int, ...]) -> list[int]:
+    """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first.
+
+    Raises ValueError for a padding by name, which selection.py leaves simulated."""
+    if isinstance(value, str):
+        raise ValueError(f"padding '{value}' is not a number of pixels")
+    values = [value] if isinstance(value, int) else list(value)
+    return values if len(values) == 2 else [1, *values]
 
 
 class Int8Layer(nn.Module):
@@ -176,22 +186,26 @@ class Int8Layer(nn.Module):
     inputs of convolutions to 8 bits in one pass.
     """
 
+    bias: torch.Tensor | None
+    channel_scale: torch.Tensor | None
+    weights: "ModuleList[IntegerWeight | BlockedWeight]"
+
     def __init__(self, layer: QuantLayer, vnni: bool = True, compiled: Compiled | None = None):
         super().__init__()
         self.compiled = compiled
         self.op, self.split, self.bits = layer.op, layer.split, layer.bits
-        self.inputs = nn.ModuleList(CodeQuantizer(q) for q in layer.inputs)
+        self.inputs: ModuleList[CodeQuantizer] = ModuleList(CodeQuantizer(q) for q in layer.inputs)
         codes = integer_codes(layer)
         if self.op.kind == "Conv1d":
             codes = codes.unsqueeze(2)
         parts = [codes[:, : self.split], codes[:, self.split :]] if self.split else [codes]
         self.vnni = vnni
-        self.weights = nn.ModuleList(self._weight(p, layer.w_scale) for p in parts)
+        self.weights = ModuleList(self._weight(p, layer.w_scale) for p in parts)
         self.register_buffer("bias", layer.bias)
         self.register_buffer("channel_scale", layer.channel_scale)
         self._factors: list[torch.Tensor] | None = None  # of each part's channels, see factors
 
-    def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> nn.Module:
+    def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> IntegerWeight | BlockedWeight:
         """Of one part of the input channels; codes int8 (O, C, ...), Conv1d with a unit height."""
         return IntegerWeight(self.op, codes, scale, self.vnni)
 
@@ -207,18 +221,25 @@ class Int8Layer(nn.Module):
         self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The layer of silu(norm(x)), + plus. x (B, C, H, W)."""
-        index = self.inputs[0].context.index
-        whole = not self.split and self.op.kind == "Conv2d" and isinstance(index, int)
-        if whole and self._one_pass(self.inputs[0]) and pixel_stride(x) == x.shape[1]:
-            return self._of_norm(norm, x, index, plus)
+        first, compiled = self.inputs[0], self.compiled
+        index = first.context.index
+        whole = not self.split and self.op.kind == "Conv2d" and first.bits <= 8
+        if whole and isinstance(index, int) and compiled is not None:
+            if pixel_stride(x) == x.shape[1]:
+                return self._of_norm(compiled, norm, x, index, plus)
         out = self(F.silu(norm(x), inplace=True))
         return out if plus is None else out + plus
 
     def _of_norm(
-        self, norm: nn.GroupNorm, x: torch.Tensor, index: int, plus: torch.Tensor | None
+        self,
+        compiled: Compiled,
+        norm: nn.GroupNorm,
+        x: torch.Tensor,
+        index: int,
+        plus: torch.Tensor | None,
     ) -> torch.Tensor:
         (factors,), quantizer = self.factors(), self.inputs[0]
-        (codes,) = self.compiled.norm_silu_codes(x, norm, factors, quantizer.step(index))
+        (codes,) = compiled.norm_silu_codes(x, norm, factors, quantizer.step(index))
         out = self.weights[0](*codes, self.bias)
         return out if plus is None else out.add_(plus)
 
@@ -245,16 +266,14 @@ class Int8Layer(nn.Module):
         self._forget()
         super()._load_from_state_dict(*args)
 
-    def _one_pass(self, quantizer: CodeQuantizer) -> bool:
-        return self.compiled is not None and quantizer.bits <= 8
-
     def _codes(
         self, x: torch.Tensor, part: int, index: int
     ) -> list[tuple[torch.Tensor, float, int]]:
         """See CodeQuantizer.codes. x: a part of the input channels, not yet scaled."""
-        quantizer = self.inputs[part]
-        if self.op.is_conv and self._one_pass(quantizer) and pixel_stride(x) is not None:
-            return self.compiled.codes(x, self.factors()[part], quantizer.step(index))
+        quantizer, compiled = self.inputs[part], self.compiled
+        one_pass = self.op.is_conv and quantizer.bits <= 8
+        if one_pass and compiled is not None and pixel_stride(x) is not None:
+            return compiled.codes(x, self.factors()[part], quantizer.step(index))
         if self.channel_scale is not None:
             x = scale_channels(x, self.factors()[part], self.op.channel_dim)
         return quantizer.codes(x, index)
@@ -270,7 +289,7 @@ class Int8Layer(nn.Module):
         if self.split:
             dim = self.op.channel_dim
             parts = x.split([self.split, x.shape[dim] - self.split], dim=dim)
-        out = None
+        out: Any = None  # a tensor from the first product on
         for i, (part, weight) in enumerate(zip(parts, self.weights, strict=True)):
             for codes in self._codes(part, i, index):
                 if out is None:

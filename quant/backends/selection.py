@@ -54,12 +54,14 @@ def to_int8(
     modules = sorted(model.denoiser.named_modules(), key=lambda item: -_size(item[1]))
     for name, module in modules:
         if isinstance(module, TimestepLayer):
+            assert isinstance(module.layer, QuantLayer)  # not under calibration
             module.layer = TransientLayer(module.layer)
         elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
             replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
             _free(module)
-        elif type(module) is nn.GroupNorm and module.affine and _products(vnni, compiled):
-            replace_module(model.denoiser, name, CompiledNorm(module, compiled))
+        elif type(module) is nn.GroupNorm and module.affine:
+            if compiled is not None and _products(vnni, compiled):
+                replace_module(model.denoiser, name, CompiledNorm(module, compiled))
     model.independent_rows = layers_are_independent(model.denoiser)
     return model.eval().requires_grad_(False)
 
@@ -78,11 +80,11 @@ def integer_module(
     module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
 ) -> nn.Module:
     """The integer form of a deployed module that has one, see `fake_layers`."""
-    products = _products(vnni, compiled)
+    products = compiled if _products(vnni, compiled) else None  # what multiplies
     if isinstance(module, QuantMatMul):
-        return CompiledMatMul(module, compiled) if products else Int8MatMul(module)
-    if products and CompiledLayer.fits(module.op):
-        return CompiledLayer(module, vnni, compiled)
+        return Int8MatMul(module) if products is None else CompiledMatMul(module, products)
+    if products is not None and CompiledLayer.fits(module.op):
+        return CompiledLayer(module, vnni, products)
     return Int8Layer(module, vnni, compiled)
 
 

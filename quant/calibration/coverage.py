@@ -68,7 +68,8 @@ def layer_rows(
         if isinstance(replaced, TimestepLayer):
             replaced, note = replaced.layer, "once per timestep, kept"
         weights = module.weight.numel() if isinstance(module, LAYER_TYPES) else 0
-        bits, inputs = None, ()
+        bits: int | None = None
+        inputs: tuple[int, ...] = ()
         if isinstance(replaced, QuantLayer):
             bits, inputs = replaced.bits, tuple(q.bits for q in replaced.inputs)
             if replaced.split:

@@ -29,13 +29,15 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     taken = set()
     layers = [layer for _, layer in weight_layers(model)]
     for layer in layers:
-        quantizer = layer.weight_quantizer
+        quantizer = layer.quantizer
         if quantizer.log_gain is None:
             quantizer.start_latent(layer.weight.detach())
-        layer.weight.data = quantizer.latent.data  # has no use from here on: frees its memory
-        groups.append({"params": [quantizer.latent], "lr": LR_LATENT})
+        latent, log_gain = quantizer.latent, quantizer.log_gain
+        assert latent is not None and log_gain is not None  # of start_latent
+        layer.weight.data = latent.data  # has no use from here on: frees its memory
+        groups.append({"params": [latent], "lr": LR_LATENT})
         rate = rate_of_scale(lr_scale, quantizer.bits)
-        groups.append({"params": [quantizer.log_gain], "lr": rate})
+        groups.append({"params": [log_gain], "lr": rate})
         taken.add(id(layer.weight))
     quantizers = [q for _, q in activation_quantizers(model)]
     groups += scale_groups(quantizers, lr_scale)
@@ -44,7 +46,7 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     taken |= {id(p) for q in quantizers for p in q.parameters()}
     taken |= {id(p) for group in groups for p in group["params"]}
     floats = [p for p in model.parameters() if id(p) not in taken]
-    fewest = min(module.bits for module in [*quantizers, *(v.weight_quantizer for v in layers)])
+    fewest = min([q.bits for q in quantizers] + [layer.quantizer.bits for layer in layers])
     groups.append({"params": floats, "lr": rate_of_scale(LR_FLOAT, fewest)})
     for p in model.parameters():
         p.requires_grad_(False)
@@ -102,7 +104,7 @@ def finetune(
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.step()
         for _, layer in weight_layers(model):
-            layer.weight_quantizer.clamp_latent()
+            layer.quantizer.clamp_latent()
         on_iteration(i, value)
         on_checkpoint(
             {
@@ -113,7 +115,7 @@ def finetune(
         )
     optimizer.zero_grad(set_to_none=True)
     for _, layer in weight_layers(model):
-        layer.weight_quantizer.fix_scale()
+        layer.quantizer.fix_scale()
 
 
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ def _choose(
     layer: CalibLayer, x: torch.Tensor, target: torch.Tensor, largest: torch.Tensor
 ) -> float:
     """Gives the layer its best r; returns the error relative to r = 1."""
-    kind, bits = layer.weight_quantizer.scale_search, layer.weight_quantizer.bits
+    kind, bits = layer.quantizer.scale_search, layer.quantizer.bits
     search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
     quantizers = nn.ModuleList(_DynamicQuantizer(q.bits) for q in layer.inputs)
     candidates: list[torch.Tensor | None] = [None]

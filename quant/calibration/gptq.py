@@ -66,6 +66,8 @@ def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
     if not op.is_conv:
         flat = x.reshape(-1, x.shape[-1])
         return flat[:: max(1, len(flat) // (ROWS * len(x)))]
+    if isinstance(op.padding, str):
+        raise ValueError(f"second-order rounding needs numbers as padding, not '{op.padding}'")
     kernel, stride, padding, dilation = (
         _two(v) for v in (layer.weight.shape[2:], op.stride, op.padding, op.dilation)
     )
@@ -82,7 +84,7 @@ def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 def _two(value: tuple[int, ...]) -> tuple[int, int]:
-    return tuple(value) if len(value) == 2 else (1, *value)
+    return (value[0], value[1]) if len(value) == 2 else (1, value[0])
 
 
 @torch.no_grad()
@@ -142,7 +144,7 @@ def _hessians(
 
 
 def _round_layer(layer: CalibLayer, hessians: list[torch.Tensor]) -> float:
-    quantizer = layer.weight_quantizer
+    quantizer = layer.quantizer
     weight = layer.weight.detach()
     flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes
     zero, top = quantizer.zero_point[:, None], 2**quantizer.bits - 1

@@ -4,9 +4,12 @@
 y = conv(Q(x), W_hat) + b with the per-tensor activation quantizer of the current timestep.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from ...models.protocols import ModuleList
 from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer, attention_product
 from .quantizer import LearnedQuantizer
@@ -21,11 +24,13 @@ class CalibLayer(nn.Module):
     (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
     """
 
+    channel_scale: torch.Tensor | None
+
     def __init__(
         self,
-        layer: nn.Module,
+        layer: nn.Conv2d | nn.Conv1d | nn.Linear,
         weight_quantizer: WeightQuantizer | None,
-        inputs: list[nn.Module],
+        inputs: Sequence[LearnedQuantizer],
         split: int,
     ):
         super().__init__()
@@ -33,9 +38,17 @@ class CalibLayer(nn.Module):
         self.weight = nn.Parameter(layer.weight.detach().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.weight_quantizer = weight_quantizer
-        self.inputs = nn.ModuleList(inputs)
+        self.inputs: ModuleList[LearnedQuantizer] = ModuleList(inputs)
         self.split = split
         self.register_buffer("channel_scale", None)
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """weight_quantizer, of a layer that has one. Raises ValueError."""
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            raise ValueError("a layer without a weight quantizer has no codes")
+        return quantizer
 
     def set_channel_scale(
         self, channel_scale: torch.Tensor, weight: torch.Tensor, quantizer: WeightQuantizer
@@ -59,9 +72,7 @@ class CalibLayer(nn.Module):
         return self.op(x, weight, self.bias)
 
     def deploy(self) -> QuantLayer:
-        quantizer = self.weight_quantizer
-        if quantizer is None:
-            raise ValueError("a layer without a weight quantizer cannot be deployed")
+        quantizer = self.quantizer
         with torch.no_grad():
             codes = quantizer.codes(self.weight).round().to(torch.uint8)
         return QuantLayer(
@@ -80,6 +91,7 @@ class CalibLayer(nn.Module):
 class CalibTimestepLayer(TimestepLayer):
     """A TimestepLayer around a CalibLayer: its weights may still learn, so no value is kept."""
 
+    layer: CalibLayer
     keeps_values = False
 
     def deploy(self) -> TimestepLayer:

@@ -60,11 +60,11 @@ class Prefix:
     def _recall(self, name: str, number: int, unit: nn.Module) -> Callable:
         """Stands for unit.forward in a batch: gives the kept output, or computes it."""
 
-        def forward(*args: torch.Tensor | None) -> torch.Tensor:
+        def forward(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
             kept = self._outputs.get((name, number))
             if kept is not None:
-                return kept.to(args[0].device)
-            out = type(unit).forward(unit, *args)
+                return kept.to(x.device)
+            out = type(unit).forward(unit, x, *others)
             size = out.numel() * out.element_size()
             if size <= self.room:
                 self.room -= size

@@ -3,6 +3,8 @@
 Legend: B batch, G groups of timesteps, S calibrated timesteps.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -59,9 +61,9 @@ def _backward_by_row(
     grad, x_hat = (v.contiguous(memory_format=layout) for v in (grad, x_hat))
     products, clipped = [], []
     bounds = zip(numbers_per_sample(low, len(x)), numbers_per_sample(high, len(x)), strict=True)
-    for g, v, q, out, (a, b) in zip(
-        *map(sample_rows, (grad, x, x_hat, grad_x)), bounds, strict=True
-    ):
+    # Each has rows as x has, whose layout all share.
+    rows = cast(list[torch.Tensor], [sample_rows(v) for v in (grad, x, x_hat, grad_x)])
+    for g, v, q, out, (a, b) in zip(*rows, bounds, strict=True):
         torch.ops.aten.hardtanh_backward.grad_input(g, v, a, b, grad_input=out)
         products.append(torch.dot(g, q) - torch.dot(out, v))
         clipped.append(g.sum() - out.sum())
@@ -93,6 +95,9 @@ class LearnedQuantizer(nn.Module):
     During the search (search.py) every calibrated timestep also holds a softmax over the groups,
     and the output is the mixture of the two likeliest quantizers.
     """
+
+    group_of_timestep: torch.Tensor
+    group_error: torch.Tensor | None
 
     def __init__(self, context: TimestepContext, bits: int, symmetric: bool, unsigned: bool):
         super().__init__()
@@ -148,10 +153,11 @@ class LearnedQuantizer(nn.Module):
         best, group = weights.topk(min(2, self.groups), dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
         shape = () if index.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
-        return sum(
+        parts = (
             best[..., i].reshape(shape) * self._quantize(x, group[..., i])
             for i in range(best.shape[-1])
         )
+        return cast(torch.Tensor, sum(parts))  # never the 0 of an empty sum
 
     def deploy(self) -> ActivationQuantizer:
         scale = self.log_scale.exp().clamp(min=SMALLEST_SCALE)

@@ -86,7 +86,8 @@ def _record(
 
 
 def _chunks(names: list[str], sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    chunk, total = [], 0
+    chunk: list[str] = []
+    total = 0
     for name in names:
         if chunk and total + sizes[name] > limit:
             yield chunk
@@ -199,10 +200,8 @@ def _learn_unit(
     saved = {k: v.clone() for k, v in unit.state_dict().items()}
     for p in model.parameters():
         p.requires_grad_(False)
-    latents = [layer.weight_quantizer.latent for layer in layers]
-    for layer in layers:
-        layer.weight_quantizer.start_rounding(layer.weight.detach())
-    alphas = [layer.weight_quantizer.alpha for layer in layers]
+    latents = [layer.quantizer.latent for layer in layers]
+    alphas = [layer.quantizer.start_rounding(layer.weight.detach()) for layer in layers]
     groups = [{"params": alphas, "lr": settings.lr_rounding}]
     if learn_scales:
         still = {id(m) for layer in unit.modules() if id(layer) in done for m in layer.modules()}
@@ -222,7 +221,7 @@ def _learn_unit(
         if progress >= 0.2:
             beta = 20 - 18 * (progress - 0.2) / 0.8
             loss = loss + settings.regulariser * 100 / weights * sum(
-                layer.weight_quantizer.regulariser(beta) for layer in layers
+                layer.quantizer.regulariser(beta) for layer in layers
             )
         finite_loss(loss, i, settings.iterations, f"{name}, ")
         optimizer.zero_grad(set_to_none=True)
@@ -233,11 +232,11 @@ def _learn_unit(
         ):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
     for layer in layers:
-        layer.weight_quantizer.soft = False
+        layer.quantizer.soft = False
     after = judge()
     if not after < before:
         for layer, latent in zip(layers, latents, strict=True):
-            layer.weight_quantizer.alpha, layer.weight_quantizer.latent = None, latent
+            layer.quantizer.alpha, layer.quantizer.latent = None, latent
         unit.load_state_dict(saved)
         return before, before
     return before, after

@@ -46,8 +46,8 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
         if isinstance(module, LearnedQuantizer):
             for key in ("log_scale", "zero_point"):
                 old = getattr(module, key)
-                value = tensors[f"{name}.{key}"].to(old.device)
-                setattr(module, key, nn.Parameter(value, requires_grad=old.requires_grad))
+                learned = tensors[f"{name}.{key}"].to(old.device)
+                setattr(module, key, nn.Parameter(learned, requires_grad=old.requires_grad))
             module.group_of_timestep = tensors[f"{name}.group_of_timestep"].to(
                 module.log_scale.device
             )

@@ -70,6 +70,7 @@ def take_most_likely(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     """Takes the arg max of every sigma; returns (share decided, share moved), see SearchResult."""
     decided = moved = total = 0
     for q in quantizers:
+        assert q.logits is not None  # of start
         sigma = torch.softmax(q.logits.detach() / q.temperature, dim=-1)
         best, group = sigma.max(dim=-1)
         decided += int((best > 0.95).sum())
@@ -133,13 +134,13 @@ def search(
             with torch.no_grad():
                 first = [_errors(model, states, part, importance) for part in parts]
             normaliser = torch.cat(first).mean().clamp(min=1e-12)
-        error, value = [], 0.0
+        of_parts, value = [], 0.0
         for part in parts:
             found = _errors(model, states, part, importance)
             loss = found.sum() / len(index) / normaliser
             value += finite_loss(loss, i, settings.rounds)
             loss.backward()
-            error.append(found.detach())
+            of_parts.append(found.detach())
         if logits:
             sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
             entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
@@ -150,7 +151,7 @@ def search(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.step()
-        error = torch.cat(error)
+        error = torch.cat(of_parts)
         selector.observe_error(index[:, 0], error.cpu())
         tuples.append(index)
         errors.append(float(error.mean()))

@@ -79,6 +79,12 @@ class Job:
         self.importance, self.sampler = task.importance, task.sampler
         self.progress, self.collect = task.progress, task.collect
 
+    @property
+    def tuples(self) -> torch.Tensor:
+        """The calibration samples (n, 2), for the phases after their choice."""
+        assert self.state.tuples is not None
+        return self.state.tuples
+
     def generator(self, phase: str) -> torch.Generator:
         """Random numbers of a phase, independent of the phases before it."""
         seed = (self.calibration.seed * 1009 + STREAMS[phase]) % 2**64

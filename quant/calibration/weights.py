@@ -111,6 +111,9 @@ class WeightQuantizer(nn.Module):
     All are clamped to 0..2^b-1.
     """
 
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bits: int, scale_search: str):
         super().__init__()
         self.bits, self.scale_search = bits, scale_search
@@ -123,13 +126,15 @@ class WeightQuantizer(nn.Module):
         self.latent: nn.Parameter | None = None
         self.log_gain: nn.Parameter | None = None  # (O,) learned factor of the scale
 
-    def start_rounding(self, weight: torch.Tensor) -> None:
-        """Starts at the weight itself; codes that were fixed are given up."""
+    def start_rounding(self, weight: torch.Tensor) -> nn.Parameter:
+        """Starts at the weight itself; codes that were fixed are given up. Returns alpha."""
         fraction = weight / per_channel(self.scale, weight)
         fraction = (fraction - fraction.floor()).clamp(1e-3, 1 - 1e-3)
         stretched = (fraction - GAMMA) / (ZETA - GAMMA)
-        self.alpha, self.latent = nn.Parameter(torch.logit(stretched)), None
+        alpha = nn.Parameter(torch.logit(stretched))
+        self.alpha, self.latent = alpha, None
         self.soft = True
+        return alpha
 
     def fix_codes(self, codes: torch.Tensor) -> None:
         """Codes 0..2^b-1 chosen elsewhere, as floats shaped like the weight."""
@@ -154,16 +159,20 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def fix_scale(self) -> None:
         """Folds what was learned of the scale into it."""
+        assert self.log_gain is not None  # of start_latent
         self.scale.mul_(self.log_gain.exp())
         self.log_gain = None
 
     @torch.no_grad()
     def clamp_latent(self) -> None:
         """Back into 0..2^b-1: outside, a latent gets no gradient and would never move again."""
+        assert self.latent is not None  # of start_latent
         self.latent.clamp_(0, 2**self.bits - 1)
 
     def h(self) -> torch.Tensor:
-        return (torch.sigmoid(self.alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        alpha = self.alpha
+        assert alpha is not None  # of start_rounding
+        return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def regulariser(self, beta: float) -> torch.Tensor:
         """Sum of 1 - |2h - 1|^beta: drives every h to 0 or 1 (Nagel et al. 2020, eq. 24)."""

@@ -91,7 +91,7 @@ def quantize(
             if cached:
                 bits, act_bits = policy.time, None
             split = roles.concat_split.get(name, 0) if policy.split_skip else 0
-            inputs = []
+            inputs: list[LearnedQuantizer] = []
             if act_bits is not None:
                 count = 2 if split else 1
                 inputs = [

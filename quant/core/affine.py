@@ -31,9 +31,11 @@ def fake_quantize(
     if rows is None:
         return torch.clamp(torch.mul(x, inverse).round_(), low, high).mul_(scale)
     out = torch.empty_like(x)
+    out_rows = sample_rows(out)
+    assert out_rows is not None  # out has the layout of x
     parts = zip(
         rows,
-        sample_rows(out),
+        out_rows,
         *(numbers_per_sample(v, len(x)) for v in (inverse, low, high, scale)),
         strict=True,
     )
@@ -68,9 +70,29 @@ Number = float | torch.Tensor
 class QuantizerStep(NamedTuple):
     """A quantizer at one timestep, as every kernel takes it, from PyTorch to C++.
 
-    inverse: what x is multiplied by, 1 / scale, perhaps times factors of the channels; scale: None
-    where the result stays q - z; low, high: lowest and highest q - z. Each is a number, a 0-d
-    tensor or a tensor for each channel.
+    inverse: what x is multiplied by, 1 / scale; low, high: lowest and highest q - z.
+    """
+
+    inverse: float
+    scale: float
+    low: float
+    high: float
+
+    @property
+    def zero_point(self) -> int:
+        return int(-self.low)
+
+    @property
+    def top(self) -> int:
+        """The highest code, 2^b - 1."""
+        return int(self.high - self.low)
+
+
+class BroadcastStep(NamedTuple):
+    """A QuantizerStep of which each value is a number, a 0-d tensor or a tensor for each channel.
+
+    inverse: perhaps times factors of the channels; scale: None where the result stays q - z; low,
+    high: both numbers or both tensors.
     """
 
     inverse: Number
@@ -78,19 +100,12 @@ class QuantizerStep(NamedTuple):
     low: Number
     high: Number
 
-    @property
-    def zero_point(self) -> int:
-        """z, of a step of numbers."""
-        return int(-self.low)
-
-    @property
-    def top(self) -> int:
-        """The highest code, 2^b - 1, of a step of numbers."""
-        return int(self.high - self.low)
-
 
 def fake_quantize_shared(
-    x: torch.Tensor, step: QuantizerStep, channel_dim: int = -1, inplace: bool = False
+    x: torch.Tensor,
+    step: QuantizerStep | BroadcastStep,
+    channel_dim: int = -1,
+    inplace: bool = False,
 ) -> torch.Tensor:
     """fake_quantize of a batch that shares its timestep, the same bit by bit, but for factors.
 
@@ -107,9 +122,12 @@ def fake_quantize_shared(
     return out
 
 
-def _chain(x: torch.Tensor, step: QuantizerStep, out: torch.Tensor | None) -> torch.Tensor:
+def _chain(
+    x: torch.Tensor, step: QuantizerStep | BroadcastStep, out: torch.Tensor | None
+) -> torch.Tensor:
     inverse, scale, low, high = step
-    q = torch.mul(x, inverse, out=out).round_().clamp_(low, high)
+    # PyTorch declares clamp_ for two numbers and for two tensors, not for "two of either kind".
+    q = torch.mul(x, inverse, out=out).round_().clamp_(low, high)  # type: ignore[arg-type]
     return q if scale is None else q.mul_(scale)
 
 

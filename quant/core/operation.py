@@ -1,5 +1,8 @@
 """The geometry of a layer, without its parameters, and what happens to its input channels."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,18 +14,24 @@ CHANNEL_PLACE = {"Linear": 0, "Conv1d": 1, "Conv2d": 2}  # dimensions behind the
 class Operation:
     """The geometry of an nn.Conv2d, nn.Conv1d or nn.Linear, without its parameters."""
 
-    def __init__(self, layer: nn.Module):
+    # Of convolutions alone, one value for each dimension.
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __init__(self, layer: nn.Conv2d | nn.Conv1d | nn.Linear):
         self.kind = type(layer).__name__
         self.is_conv = not isinstance(layer, nn.Linear)
-        if self.is_conv:
+        self._call: Callable[..., torch.Tensor] = F.linear
+        self._geometry: tuple[Any, ...] = ()
+        if not isinstance(layer, nn.Linear):
             if layer.padding_mode != "zeros":
                 raise ValueError(f"padding_mode '{layer.padding_mode}' is not supported")
             self.stride, self.padding = layer.stride, layer.padding
             self.dilation, self.groups = layer.dilation, layer.groups
             self._call = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
             self._geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        else:
-            self._call, self._geometry = F.linear, ()
         self.channel_dim = 1 if self.is_conv else -1  # of the input
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ LARGEST_K = 0.3
 class OutputCorrection(nn.Module):
     """Per calibrated timestep and output channel. Buffers k, mu (S, C) and sigma (S,), float32."""
 
+    k: torch.Tensor
+    mu: torch.Tensor
+    sigma: torch.Tensor
+
     def __init__(
         self, context: TimestepContext, k: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor
     ):

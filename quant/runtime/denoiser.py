@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..core.context import TimestepContext
+from .correction import OutputCorrection
 
 
 class QuantDenoiser(nn.Module):
@@ -18,7 +19,7 @@ class QuantDenoiser(nn.Module):
     def __init__(self, denoiser: nn.Module, context: TimestepContext):
         super().__init__()
         self.denoiser, self.context = denoiser, context
-        self.correction: nn.Module | None = None
+        self.correction: OutputCorrection | None = None
         self.independent_rows = False
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.affine import QuantizerStep, dequantize, fake_quantize_shared
+from ...models.protocols import ModuleList
+from ..core.affine import BroadcastStep, dequantize, fake_quantize_shared
 from ..core.context import TimestepContext
 from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
 from .quantizer import ActivationQuantizer
@@ -25,7 +26,7 @@ class SharedStep(NamedTuple):
     tensor, which multiplies faster than a number (None: 1); bias divided by it, or None.
     """
 
-    step: QuantizerStep
+    step: BroadcastStep
     scale: float
     factor: torch.Tensor | None
     bias: torch.Tensor | None
@@ -38,6 +39,12 @@ class QuantLayer(nn.Module):
     bias float32 (O,) or None; `inputs` are ActivationQuantizers; channel_scale float32 (C,), exact
     in float16, multiplies the input channels before they are quantized, or None.
     """
+
+    qweight: torch.Tensor
+    w_scale: torch.Tensor
+    w_zero_point: torch.Tensor
+    bias: torch.Tensor | None
+    channel_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -58,7 +65,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("w_scale", w_scale.float())
         self.register_buffer("w_zero_point", w_zero_point)
         self.register_buffer("bias", bias)
-        self.inputs = nn.ModuleList(inputs)
+        self.inputs: ModuleList[ActivationQuantizer] = ModuleList(inputs)
         self._quantizers = tuple(self.inputs)  # a look-up in a ModuleList takes longer
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
         self._steps: dict[int, SharedStep] = {}  # likewise, see _step
@@ -91,8 +98,11 @@ class QuantLayer(nn.Module):
         quantizer wants to see quantizers called: then they are.
         """
         first = self._quantizers[0] if self._quantizers else None
-        index = None if first is None else first.context.index
-        if not isinstance(index, int) or first._forward_pre_hooks:
+        if (
+            first is None
+            or not isinstance(index := first.context.index, int)
+            or first._forward_pre_hooks
+        ):
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
         op = self.op
@@ -121,7 +131,7 @@ class QuantLayer(nn.Module):
             values = [v[second] for v in pairs]
             if factors is not None:
                 values[0] = values[0] * factors
-            known = SharedStep(QuantizerStep(*map(self.op.beside, values)), 1.0, None, self.bias)
+            known = SharedStep(BroadcastStep(*map(self.op.beside, values)), 1.0, None, self.bias)
         else:  # a multiplication by a tensor starts faster than one by a number
             inverse, scale, low, high = steps[0]
             multiplier = torch.tensor(inverse, device=device)
@@ -129,7 +139,7 @@ class QuantLayer(nn.Module):
                 multiplier = self.op.beside(factors * multiplier)
             factor = torch.tensor(scale, device=device)
             bias = None if self.bias is None else self.bias / scale
-            known = SharedStep(QuantizerStep(multiplier, None, low, high), scale, factor, bias)
+            known = SharedStep(BroadcastStep(multiplier, None, low, high), scale, factor, bias)
         self._steps[index] = known
         return known
 
@@ -186,13 +196,13 @@ def attention_product(
     operands: (B*h, N, K) and (B*h, K, M); a batch of mixed timesteps has an index for each sample.
     """
     a, b = operands
-    mixed = not isinstance(index, int)
-    if mixed:
-        a, b = (value.unflatten(0, (len(index), -1)) for value in (a, b))
+    samples = None if isinstance(index, int) else len(index)  # of a mixed batch
+    if samples is not None:
+        a, b = (value.unflatten(0, (samples, -1)) for value in (a, b))
     a, top = relative_to_row(a) if by_row else (a, None)
     out = torch.matmul(left(a), right(b))
     out = out if top is None else out * top
-    return out.flatten(0, 1) if mixed else out
+    return out if samples is None else out.flatten(0, 1)
 
 
 class QuantMatMul(nn.Module):
@@ -207,7 +217,7 @@ class QuantMatMul(nn.Module):
     small as one code of a scale for all rows. The integer product stays as it is.
     """
 
-    def __init__(self, left: nn.Module, right: nn.Module, by_row: bool = False):
+    def __init__(self, left: ActivationQuantizer, right: ActivationQuantizer, by_row: bool = False):
         super().__init__()
         self.left, self.right, self.by_row = left, right, by_row
 

@@ -45,16 +45,17 @@ class PackedFileError(ValueError):
     """A quantized file that cannot be used; the message names the file and what is wrong."""
 
 
-def _layer_quantizers(module: nn.Module) -> list[ActivationQuantizer]:
+def _layer_quantizers(module: QuantLayer | QuantMatMul) -> list[ActivationQuantizer]:
     if isinstance(module, QuantMatMul):
         return [module.left, module.right]
     return list(module.inputs)
 
 
-def _deployed(model: QuantDenoiser) -> Iterator[tuple[str, bool, nn.Module]]:
+def _deployed(model: QuantDenoiser) -> Iterator[tuple[str, bool, QuantLayer | QuantMatMul]]:
     """(name in the denoiser, depends on the timestep alone, QuantLayer or QuantMatMul)."""
     for name, module in model.denoiser.named_modules():
         if isinstance(module, TimestepLayer):
+            assert isinstance(module.layer, QuantLayer)  # not under calibration
             yield name, True, module.layer
         elif isinstance(module, QuantMatMul):
             yield name, False, module
@@ -310,7 +311,8 @@ class _Builder:
 
     def _layer(self, entry: dict[str, Any], layer: nn.Module) -> QuantLayer:
         name, bits, shape = entry["name"], entry["bits"], entry["shape"]
-        self._check(isinstance(layer, LAYER_TYPES), f"{name} is not a convolution or linear layer")
+        if not isinstance(layer, LAYER_TYPES):
+            raise ValueError(f"damaged: {name} is not a convolution or linear layer")
         self._check(list(layer.weight.shape) == shape, f"{name} has shape {shape}")
         self._check(isinstance(bits, int) and 2 <= bits <= 8, f"{name} has {bits} bits")
         split, inputs = int(entry["split"]), entry["inputs"]

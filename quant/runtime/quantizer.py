@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.affine import QuantizerStep, fake_quantize, fake_quantize_shared
+from ..core.affine import BroadcastStep, QuantizerStep, fake_quantize, fake_quantize_shared
 from ..core.context import TimestepContext
 
 
@@ -19,6 +19,10 @@ class ActivationQuantizer(nn.Module):
     bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_timestep
     uint8 (S,).
     """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    group_of_timestep: torch.Tensor
 
     def __init__(
         self,
@@ -41,7 +45,7 @@ class ActivationQuantizer(nn.Module):
     def _forget(self) -> None:
         """Drops what is made from the buffers: the steps of the groups, and those without scale."""
         self._steps: list[QuantizerStep] | None = None
-        self._unscaled: list[QuantizerStep] = []
+        self._unscaled: list[BroadcastStep] = []
 
     def step(self, index: int) -> QuantizerStep:
         """The numbers of the calibrated timestep `index`."""
@@ -53,7 +57,7 @@ class ActivationQuantizer(nn.Module):
             self._steps = [QuantizerStep(*values) for values in numbers]
             # 0-d tensors multiply faster than numbers.
             tensors = zip(inverses, *ends, strict=True)
-            self._unscaled = [QuantizerStep(v, None, low, high) for v, low, high in tensors]
+            self._unscaled = [BroadcastStep(v, None, low, high) for v, low, high in tensors]
         return self._steps[self._groups[index]]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ActivationQuantizer":

@@ -41,7 +41,7 @@ def reconstruct(job: Job) -> dict[str, Any] | None:
     inside = tuple(f"{unit}." for unit in roles.units)
     first = [n for n in roles.timestep_only if not n.startswith(inside) and n not in apart]
     units = unit_names(job.model, (*first, *roles.units), apart)
-    return _learn_units(job, "block reconstruction", units, job.state.tuples, apart)
+    return _learn_units(job, "block reconstruction", units, job.tuples, apart)
 
 
 def _learn_units(
@@ -87,7 +87,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None
-    enough = -(-MOST_VIEWS * len(job.state.tuples) // settings.finetune_batch_size)
+    enough = -(-MOST_VIEWS * len(job.tuples) // settings.finetune_batch_size)
     iterations = min(settings.finetune_iterations, enough)
     partial = job.state.partial or {}
     losses: list[float] = list(partial.get("losses", ()))
@@ -111,7 +111,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
     learn_end_to_end(
         job.model,
         job.states,
-        job.state.tuples,
+        job.tuples,
         iterations,
         settings.finetune_batch_size,
         settings.lr_scale,

@@ -61,7 +61,7 @@ def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> di
     spreads its work over several processes."""
     states, size = job.states, job.calibration.batch_size
     if job.settings.activation.search == "none":
-        batches = states.tuples_by_timestep(job.state.tuples, size)
+        batches = states.tuples_by_timestep(job.tuples, size)
     else:
         limit = STATISTICS_CONDITIONED if states.conditioning else STATISTICS_TRAJECTORIES
         batches = states.by_timestep(limit, size)
