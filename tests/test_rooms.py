@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
     path
     for path in ROOT.rglob("*.py")
-    if not any(p.startswith(".") or p == "runs" for p in path.relative_to(ROOT).parts)
+    if not any(p.startswith(".") or p in ("runs", "build") for p in path.relative_to(ROOT).parts)
 )
 MODELS = ("models",)
 ROLES = ("models.protocols", "models.roles")  # what the models and the quantizer tell each other
