@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     parser.add_argument("--save-stats", metavar="FILE.npz", help="keep the statistics of REF")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=50)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     parser.add_argument(
         "--preprocess",
         choices=("pytorch-fid", "tf"),

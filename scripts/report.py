@@ -44,7 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--states", type=int, default=4, metavar="N", help="for the layers' sensitivity (4)"
     )
     parser.add_argument("--figures", metavar="DIR", help="also write NAME-groups.png there")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     args = parser.parse_args(argv)
     for name in ("trajectories", "states"):
         if not 0 <= getattr(args, name) <= 10_000:

@@ -24,6 +24,7 @@ from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, printable, read_value
 from tinydm.scripts.experiment.cli import make_parser, run
 from tinydm.scripts.experiment.config import check_image_size
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
 from tinydm.scripts.train.loop import (
     add_loop_options,
@@ -72,13 +73,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-flip", action="store_true", help="no random horizontal flips")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    device, settings = torch.device(args.device), settings_of(args)
+    device, settings = resolve_device(args.device), settings_of(args)
     params = read_params(args.set)
     torch.manual_seed(args.seed)
     model = build(params).to(device, memory_format=torch.channels_last)

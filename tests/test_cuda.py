@@ -19,6 +19,7 @@ from tinydm.models.autoencoder import first_stage_from_upstream
 from tinydm.models.conditioning import ClassEmbedder
 from tinydm.models.pipeline import build_denoiser
 from tinydm.quant.calibration.run_state import RunState
+from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment import resume, shared_statistics
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import (
@@ -28,6 +29,9 @@ from tinydm.scripts.experiment.calibration_run import (
     make_states,
 )
 from tinydm.scripts.experiment.config import Config, load_config
+from tinydm.scripts.experiment.devices import resolve_device
+from tinydm.scripts.experiment.runs import claim
+from tinydm.scripts.experiment.sampling_run import SamplingRun, make_images
 
 QUICK = (
     "sampler.steps=4",
@@ -230,3 +234,35 @@ def latent_room(folder: Path) -> Config:
     }
     (folder / "ldm.yaml").write_text(yaml.safe_dump(values))
     return load_config(folder / "ldm.yaml", [*QUICK, "quant.method=minmax"])
+
+
+@pytest.mark.parametrize("word", ["cuda:", "gpu", "cuda:-1", "cuda:x", "CUDA"])
+def test_a_device_that_is_none_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device {word}: must be auto, cpu, cuda or cuda:N"):
+        resolve_device(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "rank", "index"), [("cuda", "0", 0), ("auto", "3", 1), ("cuda:1", "0", 1)]
+)
+def test_devices_of_two_gpus(
+    word: str, rank: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert resolve_device(word) == torch.device("cuda", index) and chosen == [index]
+    with pytest.raises(ConfigError, match="there are 2 CUDA devices, 0 to 1"):
+        resolve_device("cuda:2")
+
+
+def test_a_folder_belongs_to_a_kind_of_device(room: Path, tmp_path: Path) -> None:
+    """Images of another device differ in their last bits: they do not continue a folder."""
+    config = config_of(room)
+    run = SamplingRun(config, assemble(config), tmp_path / "images", torch.device("cpu"))
+    claim(run.folder, run.identity)
+    make_images(run, [0])
+    with pytest.raises(RunError, match="device is cpu, asked NVIDIA A100"):
+        claim(run.folder, run.identity | {"device": "NVIDIA A100"})

@@ -51,7 +51,7 @@ class FullPrecision:
         self.calls = assembly.pipeline.timesteps
         self.guided = assembly.pipeline.guided
         self.parameters = sum(p.numel() for p in assembly.denoiser.parameters())
-        self.identity = identity_of(config, assembly, None)
+        self.identity = identity_of(config, assembly, None, device)
         self.digest = digest_of(self.identity)
         sampler = config.sampler
         self.folder = root / f"full-{sampler.name}-{sampler.steps}-{self.digest[:8]}"

@@ -129,7 +129,7 @@ def add_config(
         metavar="key.sub=value",
         help="override keys of the configuration",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     for names, key, form, metavar, text in options:
         parser.add_argument(
             *spellings(*names),

@@ -1,6 +1,7 @@
 """The device that a command runs on."""
 
 import os
+import re
 
 import torch
 
@@ -8,13 +9,29 @@ from ..common.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto is CUDA where there is one. Kernels are made repeatable. Raises ConfigError."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    """The device of a --device word: auto, cpu, cuda or cuda:1. Kernels are made repeatable.
+
+    auto is CUDA where there is one. Of several processes (torchrun) each takes the GPU of its own
+    local rank, unless the word names one. Raises ConfigError.
+    """
+    if name != "auto" and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise ConfigError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    count = torch.cuda.device_count()
+    _, _, number = name.partition(":")
+    index = int(number) if number else int(os.environ.get("LOCAL_RANK", "0")) % count
+    if index >= count:
+        raise ConfigError(f"--device {name}: there are {count} CUDA devices, 0 to {count - 1}")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    return torch.device("cuda", local)
+    torch.cuda.set_device(index)  # what is made without a device is made there
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the model of the GPU. Images of another kind of device differ in the last bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,6 +17,7 @@ from ..common.files import write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from .assembly import Assembly
 from .config import Config, calls_per_image, resolved_yaml
+from .devices import device_name
 from .runs import beside, missing_images, png_name, surplus_images
 
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -40,7 +41,7 @@ class SamplingRun:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that an image depends on besides its number."""
-        return identity_of(self.config, self.assembly, self.backend)
+        return identity_of(self.config, self.assembly, self.backend, self.device)
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not there yet, of all ranks."""
@@ -52,7 +53,9 @@ class SamplingRun:
         return [index for index in missing if index % self.world == self.rank]
 
 
-def identity_of(config: Config, assembly: Assembly, backend: str | None) -> dict[str, Any]:
+def identity_of(
+    config: Config, assembly: Assembly, backend: str | None, device: torch.device
+) -> dict[str, Any]:
     """Everything that an image depends on besides its number."""
     model, sampling = dataclasses.asdict(config.model), config.sampling
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
@@ -67,6 +70,7 @@ def identity_of(config: Config, assembly: Assembly, backend: str | None) -> dict
         "classes": None if sampling.classes is None else list(sampling.classes),
         "micro_batch": sampling.micro_batch,
         "backend": backend,
+        "device": device_name(device),
     }
 
 
@@ -152,7 +156,7 @@ def report_of(run: SamplingRun) -> dict[str, Any]:
         "files_bytes": run.assembly.bytes,
         "batch_size": config.sampling.batch_size,
         "micro_batch": config.sampling.micro_batch,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": run.world,
         "versions": {
