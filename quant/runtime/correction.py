@@ -42,7 +42,7 @@ class OutputCorrection(nn.Module):
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
         """See corrected_variance."""
-        sigma_q = float(self.sigma[int(self.context.nearest[t])])
+        sigma_q = float(self.sigma[int(self.context.nearest(t))])
         return corrected_variance(sigma_t, direction, sigma_q)
 
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)
