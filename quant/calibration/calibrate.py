@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core.context import TimestepContext
+from ..core.context import Timestep, TimestepContext
 from ..runtime.denoiser import QuantDenoiser
 from .finite import check_finite
 from .phases import PHASES
@@ -19,7 +19,7 @@ from .task import Job, Task
 from .wrapping import BitPolicy, count_layers, deploy, quantize
 
 
-def calibrated_timesteps(sampling: list[int], limit: int) -> list[int]:
+def calibrated_timesteps(sampling: list[Timestep], limit: int) -> list[Timestep]:
     """At most `limit` distinct timesteps of a sampling schedule, evenly by rank, ascending."""
     distinct = sorted(set(sampling))
     if len(distinct) <= limit:

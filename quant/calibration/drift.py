@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 import torch
 
-from ..core.context import TimestepContext
+from ..core.context import Timestep, TimestepContext, plain_timestep
 from ..runtime.correction import OutputCorrection
 
 SMALLEST_DETERMINANT = (
@@ -30,7 +30,7 @@ class Call:
     """One call of a sampler: x (N, C, H, W) and the output eps, whose channels may be followed by
     others (a learned variance)."""
 
-    timestep: int
+    timestep: Timestep
     x: torch.Tensor
     eps: torch.Tensor
 
@@ -42,7 +42,7 @@ class CallRecorder:
         self.calls: list[Call] = []
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        self.calls.append(Call(int(t[0]), x, eps))
+        self.calls.append(Call(plain_timestep(t[0]), x, eps))
         return eps
 
 
@@ -59,16 +59,16 @@ class DriftFit:
         self.context = context
         self.scale = torch.ones(count, channels)  # of all output channels
         self.offset = torch.zeros(count, channels)
-        self.indices = [int(context.nearest[call.timestep]) for call in calls]
+        self.indices = [int(context.nearest(call.timestep)) for call in calls]
         self.fitted: set[int] = set()
         self.drift: list[float] = []  # mean square of x_q - x at each call
         self._rest = zip_longest(calls, calls[1:])
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         call, following = next(self._rest)
-        if int(t[0]) != call.timestep:
+        if plain_timestep(t[0]) != call.timestep:
             raise ValueError(f"the sampler is at timestep {int(t[0])}, not at {call.timestep}")
-        b = int(self.context.nearest[call.timestep])
+        b = int(self.context.nearest(call.timestep))
         self.drift.append(float((x - call.x).square().mean()))
         if following is not None and b not in self.fitted:
             self._fit(b, call, following.x, x, eps)

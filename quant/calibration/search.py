@@ -120,7 +120,7 @@ def search(
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    nearest_of_step = model.context.nearest[torch.tensor(states.timesteps)]
+    nearest_of_step = model.context.nearest(torch.tensor(states.timesteps))
     tuples, errors, normaliser = [], [], None
     for i in range(settings.rounds):
         progress = i / settings.rounds

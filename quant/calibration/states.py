@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..core.context import Timestep
+
 
 @dataclass
 class CalibrationStates:
@@ -17,7 +19,7 @@ class CalibrationStates:
 
     x: torch.Tensor
     eps: torch.Tensor
-    timesteps: list[int]
+    timesteps: list[Timestep]
     conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
     device: str = "cpu"
 
@@ -38,13 +40,13 @@ class CalibrationStates:
         x = x.to(self.device)
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-    def _part(self, k: int, part: slice) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    def _part(self, k: int, part: slice) -> tuple[torch.Tensor, Timestep, dict[str, torch.Tensor]]:
         conditioning = {n: v[part].to(self.device) for n, v in self.conditioning.items()}
         return self._given(self.x[k, part]), self.timesteps[k], conditioning
 
     def by_timestep(
         self, limit: int, batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+    ) -> Iterator[tuple[torch.Tensor, Timestep, dict[str, torch.Tensor]]]:
         """Batches of one timestep each: `limit` trajectories at every step.
 
         With a conditioning they are others at each step, drawn at random: neighbours may have the
@@ -62,7 +64,7 @@ class CalibrationStates:
 
     def tuples_by_timestep(
         self, tuples: torch.Tensor, batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+    ) -> Iterator[tuple[torch.Tensor, Timestep, dict[str, torch.Tensor]]]:
         """Batches of one timestep each: the samples tuples (n, 2), in the order of the steps."""
         for k in tuples[:, 0].unique().tolist():
             for part in tuples[tuples[:, 0] == k].split(batch_size):
@@ -71,7 +73,7 @@ class CalibrationStates:
 
     def at_step(
         self, k: int, batch_size: int
-    ) -> Iterator[tuple[torch.Tensor, int, dict[str, torch.Tensor]]]:
+    ) -> Iterator[tuple[torch.Tensor, Timestep, dict[str, torch.Tensor]]]:
         """Batches of all trajectories at sampling step k."""
         for start in range(0, self.trajectories, batch_size):
             yield self._part(k, slice(start, start + batch_size))

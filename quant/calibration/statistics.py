@@ -96,7 +96,7 @@ def collect(
     }
     seen = torch.zeros(timesteps)
     for (x, t, _), values in zip(batches, in_turn(len(batches), draws.make), strict=True):
-        current = int(context.nearest[t])
+        current = int(context.nearest(t))
         seen[current] += len(x)
         for name, value in values.items():
             kept[name][current].append(value)
@@ -155,7 +155,7 @@ class Draws:
         handles = [m.register_forward_pre_hook(hook_of(layer)) for layer, m in modules.items()]
         x, t, conditioning = self._batches[number]
         try:
-            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            steps = torch.full((len(x),), t, device=x.device)
             self._denoiser(x, steps, **conditioning)
         finally:
             for handle in handles:

@@ -46,7 +46,7 @@ class OutputCorrection(nn.Module):
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
         """What is left of a sampler's noise, see corrected_variance."""
-        sigma_q = float(self.sigma[int(self.context.nearest[t])])
+        sigma_q = float(self.sigma[int(self.context.nearest(t))])
         return corrected_variance(sigma_t, direction, sigma_q)
 
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)

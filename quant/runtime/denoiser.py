@@ -22,7 +22,12 @@ class QuantDenoiser(nn.Module):
         self.correction: OutputCorrection | None = None
         self.independent_rows = False
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """x (B, C, H, W); t (B,), or one timestep of all: a number, 0-d or (1,)."""
+        t = torch.as_tensor(t, device=x.device)
+        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
         self.context.set(t)
         if self.independent_rows and self.context.t is not None:
             t = t[:1]  # its embedding, too, must not depend on the batch

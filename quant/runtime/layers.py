@@ -13,7 +13,7 @@ from torch import nn
 
 from ...models.protocols import ModuleList
 from ..core.affine import BroadcastStep, dequantize, fake_quantize_shared
-from ..core.context import TimestepContext
+from ..core.context import Timestep, TimestepContext
 from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
 from .quantizer import ActivationQuantizer
 
@@ -169,7 +169,7 @@ class TimestepLayer(nn.Module):
     def __init__(self, context: TimestepContext, layer: nn.Module):
         super().__init__()
         self.context, self.layer = context, layer
-        self._values: dict[int, torch.Tensor] = {}
+        self._values: dict[Timestep, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, E) -> (B, O)
         t = self.context.t

@@ -19,6 +19,7 @@ caller adds (config, source checkpoint, versions).
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..core.context import TimestepContext
+from ..core.context import TimestepContext, plain_timestep
 from ..core.operation import LAYER_TYPES, Operation
 from .correction import OutputCorrection
 from .denoiser import QuantDenoiser, replace_module
@@ -38,6 +39,7 @@ from .quantizer import ActivationQuantizer
 
 FORMAT = "tinydm-quantized"
 VERSION = "2"
+ANY = "any"  # train_timesteps where timesteps are any real numbers
 MOST_TRAIN_TIMESTEPS, MOST_CALIBRATED = 100_000, 255  # as the configuration allows them
 
 
@@ -138,13 +140,14 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     }
     if model.correction is not None:
         tensors |= {f"correction.{k}": v.cpu() for k, v in model.correction.state_dict().items()}
+    limit = model.context.train_timesteps
     metadata = metadata | {
         "format": FORMAT,
         "version": VERSION,
         "architecture": architecture_hash(shapes),
         "layers": json.dumps(layer_table(model), separators=(",", ":")),
         "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
-        "train_timesteps": str(model.context.train_timesteps),
+        "train_timesteps": ANY if limit is None else str(limit),
     }
     metadata["digest"] = digest_of(tensors, metadata)
     return _sorted_header(save({name: tensors[name] for name in sorted(tensors)}, metadata))
@@ -204,9 +207,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         )
     try:
         metadata["layers"] = json.loads(metadata["layers"])
-        metadata["timesteps"] = [int(t) for t in json.loads(metadata["timesteps"])]
-        metadata["train_timesteps"] = int(metadata["train_timesteps"])
-        if not 1 <= metadata["train_timesteps"] <= MOST_TRAIN_TIMESTEPS:
+        metadata["timesteps"] = [plain_timestep(t) for t in json.loads(metadata["timesteps"])]
+        if not all(map(math.isfinite, metadata["timesteps"])):
+            raise ValueError("a timestep is not finite")
+        any_number = metadata["train_timesteps"] == ANY
+        limit = None if any_number else int(metadata["train_timesteps"])
+        metadata["train_timesteps"] = limit
+        if limit is not None and not 1 <= limit <= MOST_TRAIN_TIMESTEPS:
             raise ValueError(f"train_timesteps is not within 1..{MOST_TRAIN_TIMESTEPS}")
         if not 1 <= len(metadata["timesteps"]) <= MOST_CALIBRATED:
             raise ValueError(f"not 1..{MOST_CALIBRATED} timesteps")

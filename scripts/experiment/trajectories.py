@@ -9,6 +9,7 @@ from torch import nn
 
 from ...models.pipeline import Pipeline
 from ...quant.calibration.states import CalibrationStates
+from ...quant.core.context import Timestep, plain_timestep
 from .processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
@@ -20,12 +21,12 @@ class _Recorder:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.rows: list[tuple[torch.Tensor, int, dict[str, torch.Tensor], torch.Tensor]] = []
+        self.rows: list[tuple[torch.Tensor, Timestep, dict[str, torch.Tensor], torch.Tensor]] = []
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, **conditioning: Any) -> torch.Tensor:
         out = self.model(x, t, **conditioning)
         kept = {k: v.detach().cpu() for k, v in conditioning.items() if v is not None}
-        self.rows.append((x.detach().cpu(), int(t[0]), kept, out.detach().cpu()))
+        self.rows.append((x.detach().cpu(), plain_timestep(t[0]), kept, out.detach().cpu()))
         return out
 
 
@@ -88,16 +89,16 @@ def _put(states: CalibrationStates, number: int, block: CalibrationStates) -> No
 
 def _to_tensors(states: CalibrationStates) -> Tensors:
     conditioning = {f"conditioning.{name}": v for name, v in states.conditioning.items()}
-    parts = {"x": states.x, "eps": states.eps, "timesteps": torch.tensor(states.timesteps)}
+    timesteps = torch.tensor(states.timesteps, dtype=torch.float64)
+    parts = {"x": states.x, "eps": states.eps, "timesteps": timesteps}
     return parts | conditioning
 
 
 def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
     prefix = "conditioning."
     conditioning = {n.removeprefix(prefix): v for n, v in value.items() if n.startswith(prefix)}
-    return CalibrationStates(
-        value["x"], value["eps"], value["timesteps"].tolist(), conditioning, device
-    )
+    timesteps = [plain_timestep(t) for t in value["timesteps"]]
+    return CalibrationStates(value["x"], value["eps"], timesteps, conditioning, device)
 
 
 def _stack(recorder: _Recorder, together: int, device: str) -> CalibrationStates:
@@ -123,8 +124,8 @@ def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
     """
     if not pipeline.guided:
         return rows
-    without, given = _halves(rows, pipeline.micro_batch).unbind(1)
-    return (without + pipeline.guidance_scale * (given - without)).flatten(0, 1)
+    first, second = _halves(rows, pipeline.micro_batch).unbind(1)
+    return pipeline.guide(first, second).flatten(0, 1)
 
 
 def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,7 @@ def predicted_by(
     for k in range(len(states.timesteps)):
         outputs = []
         for x, t, conditioning in states.at_step(k, batch_size):
-            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            steps = torch.full((len(x),), t, device=x.device)
             outputs.append(denoiser(x, steps, **conditioning).cpu())
         eps[k] = torch.cat(outputs)
     return replace(states, eps=eps)

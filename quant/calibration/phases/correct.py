@@ -47,11 +47,11 @@ def correct_noise(
     for k, t in enumerate(states.timesteps):
         rows = []
         for x, _, conditioning in states.at_step(k, batch_size):
-            steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            steps = torch.full((len(x),), t, device=x.device)
             rows.append(model(x, steps, **conditioning).cpu())
         full.append(guided(states.eps[k]))
         outputs.append(guided(torch.cat(rows)))
-        indices += [int(model.context.nearest[t])] * len(full[-1])
+        indices += [int(model.context.nearest(t))] * len(full[-1])
         progress.step(f"t = {t}")
     progress.end()
     tables = fit_tables(model.context, torch.cat(full), torch.cat(outputs), torch.tensor(indices))
