@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .samplers import Denoiser, StepHook, _batch_t, _check_finite
+from .samplers import Denoiser, FiniteCheck, StepHook, _batch_t
 
 SPACINGS = ("uniform", "logsnr")
 
@@ -62,6 +62,7 @@ def dpmpp_2m(
     table = np.asarray(alphas_cumprod, dtype=np.float64)
     ratio = half_log_snr(table)
     earlier_x0, earlier_h = None, math.inf
+    check = FiniteCheck()
     for k, t in enumerate(timesteps):
         a_t = float(table[t])
         eps = model(x, _batch_t(x, t))
@@ -78,8 +79,9 @@ def dpmpp_2m(
             x_prev = ((1 - a_next) / (1 - a_t)) ** 0.5 * x - a_next**0.5 * math.expm1(-h) * d
             earlier_h = h
         earlier_x0 = x0
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         x = x_prev
+    check.end()
     return x

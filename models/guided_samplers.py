@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .samplers import Denoiser, Noise, StepHook, _batch_t, _check_finite, ddim
+from .samplers import Denoiser, FiniteCheck, Noise, StepHook, _batch_t, ddim
 
 
 def space_timesteps(spacing: str, train_timesteps: int = 1000) -> list[int]:
@@ -102,6 +102,7 @@ def guided_ddpm(
     """
     table = posterior(timesteps, alphas_cumprod)
     channels = x.shape[1]
+    check = FiniteCheck()
     for k, t in enumerate(timesteps):
         i = len(timesteps) - 1 - k
         out = model(x, _batch_t(x, t))
@@ -118,10 +119,11 @@ def guided_ddpm(
             log_variance = share * float(table.log_beta[i])
             log_variance = log_variance + (1 - share) * float(table.log_variance[i])
             x_prev = x_prev + torch.exp(0.5 * log_variance) * noise(k)
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         x = x_prev
+    check.end()
     return x
 
 

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from .samplers import Denoiser, Noise, NoiseScale, StepHook, _batch_t, _check_finite, scaled_sigma
+from .samplers import Denoiser, FiniteCheck, Noise, NoiseScale, StepHook, _batch_t, scaled_sigma
 
 # Adams-Bashforth weights of eps, newest first, by the number of earlier predictions.
 ADAMS_BASHFORTH = {
@@ -84,6 +84,7 @@ def ldm_ddim(
     if eta > 0 and noise is None:
         raise ValueError("eta > 0 needs a noise function")
     tables = zip(*ldm_tables(timesteps, alphas_cumprod, eta), strict=True)
+    check = FiniteCheck()
     for k, (t, row) in enumerate(zip(timesteps, tables, strict=True)):
         a_t, a_prev, sigma = map(float, row)
         eps = model(x, _batch_t(x, t))
@@ -91,10 +92,11 @@ def ldm_ddim(
         if sigma > 0:
             assert noise is not None  # eta > 0
             x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         x = x_prev
+    check.end()
     return x
 
 
@@ -114,6 +116,7 @@ def plms(
     """
     alphas, alphas_prev, _ = ldm_tables(timesteps, alphas_cumprod, eta=0.0)
     earlier: deque[torch.Tensor] = deque(maxlen=3)  # newest first
+    check = FiniteCheck()
     for k, t in enumerate(timesteps):
         a_t, a_prev = float(alphas[k]), float(alphas_prev[k])
         eps = model(x, _batch_t(x, t))
@@ -126,9 +129,10 @@ def plms(
             t_next = timesteps[min(k + 1, len(timesteps) - 1)]
             direction = (eps + model(ahead, _batch_t(x, t_next))) / 2
         x_prev, x0 = _step(x, direction, a_t, a_prev, 0.0)
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         earlier.appendleft(eps)
         x = x_prev
+    check.end()
     return x

@@ -43,12 +43,41 @@ def _alpha_bar(table: np.ndarray, t: int) -> np.floating:
 
 
 def _batch_t(x: torch.Tensor, t: int) -> torch.Tensor:
-    return torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+    """The timestep of each sample, (B,), on the host: who needs it as a number (a quantizer that
+    chooses its group) need not wait for the device; the denoiser copies it there."""
+    return torch.full((x.shape[0],), t, dtype=torch.long)
 
 
-def _check_finite(x: torch.Tensor, t: int) -> None:
-    if not torch.isfinite(x).all():
-        raise SamplingError(f"the sample is not finite after timestep {t}: NaN or infinity")
+class FiniteCheck:
+    """Finds the first step after which a sample is not finite.
+
+    On the CPU that ends the run at once. On other devices a look at the values would wait for all
+    that was asked of the device, so that one flag stays there until `end`.
+    """
+
+    def __init__(self) -> None:
+        self._first: torch.Tensor | None = None  # its timestep, or -1
+
+    def __call__(self, x: torch.Tensor, t: int) -> None:
+        """After the step from timestep t. Raises SamplingError."""
+        finite = torch.isfinite(x).all()
+        if x.device.type == "cpu":
+            self._refuse(-1 if finite else t)
+            return
+        step = torch.where(finite, -1, t)
+        self._first = (
+            step if self._first is None else torch.where(self._first < 0, step, self._first)
+        )
+
+    def end(self) -> None:
+        """Raises SamplingError if there was such a step."""
+        if self._first is not None:
+            self._refuse(int(self._first))
+
+    @staticmethod
+    def _refuse(t: int) -> None:
+        if t >= 0:
+            raise SamplingError(f"the sample is not finite after timestep {t}: NaN or infinity")
 
 
 def scaled_sigma(
@@ -81,6 +110,7 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError("eta > 0 needs a noise function")
     following = [*timesteps[1:], -1]
+    check = FiniteCheck()
     for k, (t, t_prev) in enumerate(zip(timesteps, following, strict=True)):
         a_t, a_prev = (
             float(_alpha_bar(alphas_cumprod, t)),
@@ -97,10 +127,11 @@ def ddim(
         if sigma > 0:
             assert noise is not None  # eta > 0
             x_prev = x_prev + scaled_sigma(noise_scale, t, sigma, a_t, a_prev) * noise(k)
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         x = x_prev
+    check.end()
     return x
 
 
@@ -120,6 +151,7 @@ def ddpm(
     1 - abar_t / abar_prev. No noise is added at t = 0.
     """
     following = [*timesteps[1:], -1]
+    check = FiniteCheck()
     for k, (t, t_prev) in enumerate(zip(timesteps, following, strict=True)):
         a_t, a_prev = _alpha_bar(alphas_cumprod, t), _alpha_bar(alphas_cumprod, t_prev)
         # In the table's own precision: the public samplers use float32, and at small t the
@@ -135,8 +167,9 @@ def ddpm(
             if noise_scale is not None:
                 sigma = noise_scale(t, sigma, -mean_x0 * float((1 / a_t - 1) ** 0.5))
             x_prev = x_prev + sigma * noise(k)
-        _check_finite(x_prev, t)
+        check(x_prev, t)
         if on_step is not None:
             on_step(k=k, t=t, x_t=x, eps=eps, x_prev=x_prev, pred_x0=x0)
         x = x_prev
+    check.end()
     return x

@@ -266,3 +266,22 @@ def test_a_folder_belongs_to_a_kind_of_device(room: Path, tmp_path: Path) -> Non
     make_images(run, [0])
     with pytest.raises(RunError, match="device is cpu, asked NVIDIA A100"):
         claim(run.folder, run.identity | {"device": "NVIDIA A100"})
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: float) -> None:
+    """Timesteps stay on the host and values are looked at once, at the end, so that the device has
+    work queued all the time: the number of waits does not grow with the steps."""
+    waits = []
+    for steps in (3, 6):
+        keys = ("quant.method=minmax", f"sampler.eta={eta}", f"sampler.steps={steps}")
+        config = config_of(room, *keys)
+        folder = tmp_path / str(steps)
+        calibrate_run(CalibrationRun(config, assemble(config), folder, torch.device("cpu")))
+        with fake_cuda() as mode:
+            assembly = assemble(config, folder / RESULT, device=CUDA)
+            assembly.pipeline.sample(assembly.denoiser, range(2), 1, device=CUDA)  # fills look-ups
+            before = mode.waits
+            assembly.pipeline.sample(assembly.denoiser, range(2), 1, device=CUDA)
+            waits.append(mode.waits - before)
+    assert waits[0] == waits[1] <= 2

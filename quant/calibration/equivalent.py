@@ -114,7 +114,7 @@ def scale_equivalently(
         try:
             for index in chosen:
                 x, t, _, conditioning = states.gather(index)
-                denoiser(x, t, **conditioning)
+                denoiser(x, t.to(x.device), **conditioning)
                 on_batch()
         finally:
             for handle in handles:

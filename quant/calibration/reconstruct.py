@@ -9,7 +9,6 @@ output from those inputs. It keeps what it learned only if the error of held-out
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +77,7 @@ def _record(
     handles = [unit.register_forward_hook(hook_of(name)) for name, unit in roots.items()]
     try:
         for x, t, _, conditioning in batches:
-            run(x, t, **conditioning)
+            run(x, t.to(x.device), **conditioning)
     finally:
         for handle in handles:
             handle.remove()
@@ -181,8 +180,7 @@ def _learn_unit(
     first = teach if judges else 0  # of those that judge
 
     def call(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        model.context.set(t_all[index])
-        model.context.index = _to(model.context.index, device)
+        model.context.set(t_all[index], device)
         arguments = [a[index].to(device) for a in record.inputs]
         return unit(*arguments), record.output[index].to(device)
 
@@ -240,7 +238,3 @@ def _learn_unit(
         unit.load_state_dict(saved)
         return before, before
     return before, after
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

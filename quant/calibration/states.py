@@ -30,9 +30,10 @@ class CalibrationStates:
     def gather(
         self, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """index (n, 2): pairs (step k, trajectory j). Returns x_t, t (n,), eps, conditioning."""
+        """index (n, 2): pairs (step k, trajectory j). Returns x_t, t (n,) on the CPU, where
+        quantizers look their groups up, eps, conditioning."""
         k, j = index[:, 0], index[:, 1]
-        t = torch.tensor([self.timesteps[i] for i in k.tolist()], device=self.device)
+        t = torch.tensor([self.timesteps[i] for i in k.tolist()])
         conditioning = {n: v[j].to(self.device) for n, v in self.conditioning.items()}
         return self._given(self.x[k, j]), t, self.eps[k, j].to(self.device), conditioning
 

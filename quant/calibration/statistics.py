@@ -155,8 +155,8 @@ class Draws:
         handles = [m.register_forward_pre_hook(hook_of(layer)) for layer, m in modules.items()]
         x, t, conditioning = self._batches[number]
         try:
-            steps = torch.full((len(x),), t, device=x.device)
-            self._denoiser(x, steps, **conditioning)
+            steps = torch.full((len(x),), t)
+            self._denoiser(x, steps.to(x.device), **conditioning)
         finally:
             for handle in handles:
                 handle.remove()

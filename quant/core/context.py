@@ -40,8 +40,10 @@ class TimestepContext:
         t = torch.as_tensor(t)
         return torch.bucketize(t.double(), self.borders.to(t.device))
 
-    def set(self, t: torch.Tensor) -> None:
-        """t: (B,) timesteps of the coming call. Raises ValueError outside 0..T-1.
+    def set(self, t: torch.Tensor, device: torch.device | None = None) -> None:
+        """t: (B,) timesteps of the coming call, best on the CPU: elsewhere they are fetched, which
+        waits for the device. device: where the indices of a mixed batch are needed, else that of t.
+        Raises ValueError outside 0..T-1.
 
         While torch.export traces, t is an input whose values nobody knows: the quantizers then look
         their groups up by tensor. torch.jit.trace would take its values for constants, which is
@@ -58,7 +60,10 @@ class TimestepContext:
         if low == high:
             self.t, self.index = low, int(self.nearest(low))
         else:
-            self.t, self.index = None, self.nearest(steps).to(t.device)
+            self.t, self.index = (
+                None,
+                self.nearest(steps).to(t.device if device is None else device),
+            )
 
     def _check(self, low: Timestep, high: Timestep, what: str) -> None:
         if self.train_timesteps is not None and (low < 0 or high >= self.train_timesteps):

@@ -25,13 +25,14 @@ class QuantDenoiser(nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """x (B, C, H, W); t (B,), or one timestep of all: a number, 0-d or (1,)."""
-        t = torch.as_tensor(t, device=x.device)
+        """x (B, C, H, W); t (B,), or one timestep of all: a number, 0-d or (1,). On the CPU t costs
+        no wait for the device of x."""
+        t = torch.as_tensor(t)
         t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
-        self.context.set(t)
+        self.context.set(t, x.device)
         if self.independent_rows and self.context.t is not None:
             t = t[:1]  # its embedding, too, must not depend on the batch
-        eps = self.denoiser(x, t, *args, **kwargs)
+        eps = self.denoiser(x, t.to(x.device), *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
 
     def noise_scale(self, t: int, sigma: float, direction: float) -> float:

@@ -150,7 +150,7 @@ def predicted_by(
     for k in range(len(states.timesteps)):
         outputs = []
         for x, t, conditioning in states.at_step(k, batch_size):
-            steps = torch.full((len(x),), t, device=x.device)
+            steps = torch.full((len(x),), t)
             outputs.append(denoiser(x, steps, **conditioning).cpu())
         eps[k] = torch.cat(outputs)
     return replace(states, eps=eps)

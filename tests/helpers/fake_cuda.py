@@ -30,6 +30,15 @@ INDEXING = {  # the index may lie on the CPU
 }
 
 
+FETCHING = {
+    torch.Tensor.item,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+}
+
+
 class CudaTensor(torch.Tensor):
     """Values on the CPU that claim to be on the device."""
 
@@ -99,11 +108,15 @@ def is_device(x: Any) -> bool:
 
 
 class FakeCuda(TorchFunctionMode):
-    """The calls that name a device. calls counts those that name this one."""
+    """The calls that name a device.
+
+    calls: those that name this one; waits: values that the host fetches from it, for which it would
+    wait for everything asked of the device before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls = self.waits = 0
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -115,7 +128,9 @@ class FakeCuda(TorchFunctionMode):
         if ours and func in (torch.Tensor.numpy, torch.Tensor.__array__):
             raise TypeError("cannot convert a cuda:0 tensor to numpy; use Tensor.cpu() first")
         if ours and func is torch.Tensor.tolist:
+            self.waits += 1
             return args[0].values.tolist()  # subclasses have none
+        self.waits += bool(ours and func in FETCHING)
         if not is_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         self.calls += 1
@@ -130,6 +145,7 @@ class FakeCuda(TorchFunctionMode):
         if rest or kept:
             x = torch.Tensor.to(x, *rest, **kept) if rest or kept else x
         if func is torch.Tensor.cpu or (devices and not is_cuda(devices[0])):
+            self.waits += isinstance(x, CudaTensor)
             return x.values.detach() if isinstance(x, CudaTensor) else x
         if not devices or isinstance(x, CudaTensor):
             return x

@@ -47,7 +47,7 @@ def correct_noise(
     for k, t in enumerate(states.timesteps):
         rows = []
         for x, _, conditioning in states.at_step(k, batch_size):
-            steps = torch.full((len(x),), t, device=x.device)
+            steps = torch.full((len(x),), t)
             rows.append(model(x, steps, **conditioning).cpu())
         full.append(guided(states.eps[k]))
         outputs.append(guided(torch.cat(rows)))
