@@ -61,7 +61,8 @@ class HarmlessClass:
 
 def printable(text: object, limit: int = 200) -> str:
     """One line of printable characters: names in a hostile file may hold anything."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    text = str(text).encode(errors="backslashreplace").decode()  # bytes of a path, not UTF-8
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[:limit] + "..."
 
 
