@@ -65,7 +65,12 @@ def test_a_run_whose_paths_hold_any_bytes_is_whole(tmp_path: Path, surroundings:
     (tmp_path / "none.yaml").write_text(yaml.safe_dump(config))
     out = os.path.join(os.fsencode(tmp_path), odd)
     script = os.fsencode(ROOT / "sample_diffusion.py")
-    command = [os.fsencode(sys.executable), script, b"--config", os.fsencode(tmp_path / "none.yaml")]
+    command = [
+        os.fsencode(sys.executable),
+        script,
+        b"--config",
+        os.fsencode(tmp_path / "none.yaml"),
+    ]
     command += [b"--ckpt", weights, b"--out", out, b"--grid", out + b".png", b"--count", b"2"]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **surroundings}, capture_output=True

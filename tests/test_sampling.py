@@ -180,7 +180,7 @@ def test_more_images_are_added_and_fewer_leave_them(
     assert files_of(out) == files_of(reference)
     capsys.readouterr()
     assert sample(*config, "-n", 5) == 0
-    assert "holds 2 more PNG files" in capsys.readouterr().out
+    assert "holds 2 more image files (000005.png, ...)" in capsys.readouterr().out
     assert set(files_of(out)) == names(7)
 
 

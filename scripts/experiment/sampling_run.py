@@ -120,7 +120,8 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
     if grid_file is not None:
         write_grid(folder, sampling.count, grid_file)
     if surplus := surplus_images(folder, sampling.count):
-        say(f"note: {folder} holds {surplus} more PNG files, which a score would count")
+        more = f"{len(surplus)} more image files ({surplus[0]}{', ...' if surplus[1:] else ''})"
+        say(f"note: {folder} holds {more}, which a score would count")
     rate = f", {len(todo) / seconds:.3g} images/s" if todo else ""
     by = f" by the first of {run.world} processes" if run.world > 1 else ""
     say(f"{folder}: {len(todo)} images made{by} in {seconds:.1f} s{rate}")
