@@ -25,6 +25,7 @@ from unittest import mock
 import pytorch_fid.inception
 import torch
 
+from ...models.checkpoint_files import read_file
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
 
@@ -199,7 +200,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise MetricError(f"{file}: no such Inception weights file")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_file(file)
     except Exception as error:  # a damaged file raises many kinds
         raise MetricError(
             f"{file}: not a readable weights file ({file.stat().st_size} bytes); "
