@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
+from .pickle_scan import LARGEST_PICKLE, UnsafePickleError, scan_pickles
+
 State = dict[str, torch.Tensor]
 
 # Classes that public checkpoints name but that hold no weights. Nothing else is ever admitted.
@@ -61,7 +63,8 @@ class HarmlessClass:
 
 def printable(text: object, limit: int = 200) -> str:
     """One line of printable characters: names in a hostile file may hold anything."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    text = str(text).encode(errors="backslashreplace").decode()  # bytes of a path, not UTF-8
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[:limit] + "..."
 
 
@@ -167,6 +170,8 @@ def read_file(path: Path) -> object:
     _refuse_foreign(path, head)
     if head.startswith(b"PK"):
         _check_zip(path, size)
+    else:
+        _check_stream(path, size)
     return _read_torch(path)
 
 
@@ -201,9 +206,35 @@ def _check_zip(path: Path, size: int) -> None:
         if sum(m.file_size for m in members) > size:
             raise failure(path, "a checkpoint with compressed members", "use the original file")
         damaged = archive.testzip()
-    if damaged is not None:
-        what = f"damaged: the checksum of {damaged} does not match"
-        raise failure(path, what, AGAIN, NotACheckpointError)
+        if damaged is not None:
+            what = f"damaged: the checksum of {damaged} does not match"
+            raise failure(path, what, AGAIN, NotACheckpointError)
+        if len(set(names)) < len(names):
+            raise failure(path, "two members have one name", "use another file")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > LARGEST_PICKLE:
+                    what = f"{member.filename} is a pickle of {member.file_size:,} bytes"
+                    raise failure(path, what, "use a file that holds tensors only")
+                _check_pickles(path, archive.read(member), size)
+
+
+def _check_stream(path: Path, size: int) -> None:
+    """The five pickles that torch's first format begins with; the values follow them."""
+    with open_file(path) as file:
+        _check_pickles(path, file.read(LARGEST_PICKLE), size, count=5)
+
+
+def _check_pickles(path: Path, content: bytes, size: int, count: int = 1) -> None:
+    try:
+        scan_pickles(io.BytesIO(content), size, count, HARMLESS_CLASSES)
+    except UnsafePickleError as error:
+        if "claim" in str(error):
+            raise failure(
+                path, f"cut short or damaged: {error}", AGAIN, NotACheckpointError
+            ) from error
+        advice = "use a file that holds tensors only; nothing of this one was run"
+        raise failure(path, str(error), advice) from error
 
 
 def _read_torch(path: Path) -> object:

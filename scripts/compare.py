@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from tinydm.scripts.common.errors import ImageError, RunError
 from tinydm.scripts.common.files import write_json, write_text
-from tinydm.scripts.common.images import grid, write_png
+from tinydm.scripts.common.images import grid, picture_size, read_rgb, write_png
 from tinydm.scripts.common.json_files import read_json
 from tinydm.scripts.common.markdown import format_table
 from tinydm.scripts.common.reference import full_statistics
@@ -37,9 +37,9 @@ def picture(full: Path, quantized: Path, shown: int, columns: int) -> np.ndarray
     names = names[: len(names) // columns * columns] or names
     if not names:
         raise ImageError(f"{full} and {quantized}: no image of the same name in both")
-    sides = []
+    sides, size = [], picture_size(full / names[0])
     for folder, title in ((full, "full precision"), (quantized, "quantized")):
-        images = np.stack([np.asarray(Image.open(folder / n).convert("RGB")) for n in names])
+        images = np.stack([np.asarray(read_rgb(folder / n, size=size)) for n in names])
         side = Image.fromarray(grid(images, columns))
         zoom = max(1, SIDE // images.shape[2])
         side = side.resize((side.width * zoom, side.height * zoom), Image.Resampling.NEAREST)

@@ -126,11 +126,12 @@ def test_hostile_statistics_give_one_line(tmp_path, capsys):
                 archive.writestr(f"{key}.npy", vast.getvalue())
         assert run_cli(tmp_path / name, tmp_path / name) == 2
         error = capsys.readouterr().err
-        assert f"{name}: claims more than memory holds" in error and error.count("\n") == 1
+        assert f"{name}: member mu.npy" in error or f"{name}: mu (" in error
+        assert error.count("\n") == 1
     np.save(tmp_path / "plain.npy", np.zeros(3))
     (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
     assert run_cli(tmp_path / "plain.npz", tmp_path) == 2
-    assert "plain.npz: not a readable npz file" in capsys.readouterr().err
+    assert "plain.npz: one .npy array under the name .npz" in capsys.readouterr().err
 
 
 def test_paired_alone_needs_no_network(folders, tmp_path, capsys):

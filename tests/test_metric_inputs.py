@@ -38,7 +38,7 @@ def bad_folder(tmp_path: Path, kind: str) -> Path:
         (tmp_path / "big" / "000.png").rename(folder / "002.png")
     elif kind == "empty":
         for file in folder.iterdir():
-            file.rename(file.with_suffix(".PNG"))  # pytorch-fid does not see these
+            file.rename(file.with_suffix(".gif"))
     return folder
 
 

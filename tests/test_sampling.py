@@ -180,7 +180,7 @@ def test_more_images_are_added_and_fewer_leave_them(
     assert files_of(out) == files_of(reference)
     capsys.readouterr()
     assert sample(*config, "-n", 5) == 0
-    assert "holds 2 more PNG files" in capsys.readouterr().out
+    assert "holds 2 more image files (000005.png, ...)" in capsys.readouterr().out
     assert set(files_of(out)) == names(7)
 
 
@@ -350,3 +350,11 @@ def test_exhausted_memory_and_defects() -> None:
     assert "out of memory" in cli.explain(torch.OutOfMemoryError("CUDA"))
     assert "No space left" in cli.explain(OSError(28, "No space left on device", "x.png"))
     assert cli.explain(KeyError("a defect")) is None
+
+
+def test_a_link_to_a_folder_is_that_folder(room: Path, tmp_path: Path) -> None:
+    arguments = ("--config", room / "narrow.yaml", "--count", 2)
+    assert sample(*arguments, "--out", tmp_path / "images") == 0
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    assert sample(*arguments, "--out", tmp_path / "link") == 0
+    assert beside(tmp_path / "link", "identity.json") == tmp_path / "images.identity.json"

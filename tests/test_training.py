@@ -240,7 +240,7 @@ def test_a_warm_start_keeps_the_first_stage(data: Path, tmp_path: Path, capsys) 
         ({"y": np.zeros(12, np.int64)}, "does not hold each of the 3 classes"),
         ({"y": np.arange(12)}, "within 0..2"),
         ({"y": np.zeros(5, np.int64)}, "must be 12 class numbers"),
-        ({"y": None}, "cannot read classes y"),
+        ({"y": None}, "member y is missing"),
     ],
 )
 def test_wrong_classes_get_one_line(

@@ -45,8 +45,9 @@ class Scorer:
     def score(self, folder: Path, count: int) -> dict[str, Any]:
         if surplus := surplus_images(folder, count):
             raise RunError(
-                f"{folder}: holds {surplus} images more than the {count} asked for, and a score "
-                f"counts them all; --count {count + surplus} uses them"
+                f"{folder}: holds {len(surplus)} images more than the {count} asked for, such as "
+                f"{surplus[0]}, and a score counts them all; --count {count + len(surplus)} uses "
+                "those of this run, others must lie elsewhere"
             )
         result = evaluate(
             self.reference, folder, self.metrics, inception=self.network, progress=False

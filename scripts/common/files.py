@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,7 +82,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    """In UTF-8; what stands for a byte of a path that is not UTF-8 is written as an escape."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def append_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """To a log, encoded as by write_text."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def write_json(path: str | Path, value: Any) -> None:

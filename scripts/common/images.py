@@ -1,18 +1,28 @@
 """Image sets in, PNG files out."""
 
 import os
-import zipfile
-import zlib
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .arrays import LIKELY_INFLATED, SMALL, check_images, first_line, opened
 from .errors import ImageError
 from .files import atomic
 
-EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# What pytorch-fid counts as an image; here in capitals too, as ImageNet has them.
+ENDINGS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What may stand under these names. Others, such as EPS, would start programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_PICTURE = 2**26  # pixels, 8192 x 8192: decoded it takes 200 MB
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by LARGEST_PICTURE
+
+
+def is_picture(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in ENDINGS
 
 
 def load_images(source: str | Path, size: int) -> torch.Tensor:
@@ -21,42 +31,102 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
     Other sizes are centre-cropped to a square and resampled (Lanczos). Raises ImageError.
     """
     source = Path(source)
-    if source.suffix == ".npz":
-        try:
-            with np.load(source, allow_pickle=False) as archive:
-                x = archive["x"] if "x" in archive else archive["arr_0"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ImageError(f"{source}: cannot read images from it ({error})") from error
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
-            found = f"{x.shape} {x.dtype}"
-            raise ImageError(f"{source}: array x must be (N, H, W, 3) uint8, is {found}")
-        if x.shape[1:3] != (size, size):
-            x = np.stack([_square(Image.fromarray(image), size) for image in x])
-        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    if source.suffix == ".npz" and not source.is_dir():
+        return _load_array(source, size)
     if not source.is_dir():
         raise ImageError(f"{source}: not a folder of images and not a .npz file")
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    paths = sorted(p for p in source.rglob("*") if is_picture(p) and not p.is_dir())
     if not paths:
-        raise ImageError(f"{source}: no image in this folder")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(_square(_rgb(image, path), size))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{path}: not a readable image ({error})") from error
+        raise ImageError(f"{source}: no image in this folder ({' '.join(ENDINGS)})")
+    images = [_square(read_rgb(path, background="white"), size) for path in paths]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
-    """8 bits a channel, what is transparent on white. Raises ImageError for deeper images."""
+def _load_array(source: Path, size: int) -> torch.Tensor:
+    """Image by image, so that memory is needed for what is kept alone."""
+    with opened(source, ImageError) as archive:
+        name = "x" if "x" in archive.names else "arr_0"
+        header = check_images(archive, name)
+        if header.nbytes > SMALL and header.inflated > LIKELY_INFLATED:
+            archive.refuse(name, f"inflates {header.inflated:.0f} times; images do not")
+        count, height, width, _ = header.shape
+        if height * width > LARGEST_PICTURE:
+            archive.refuse(name, f"holds {_too_large(width, height)}")
+        images = np.empty((count, size, size, 3), np.uint8)
+        with archive.open(name) as (stream, _):
+            for i in range(count):
+                data = stream.read(height * width * 3)
+                if len(data) != height * width * 3:
+                    archive.refuse(name, f"ends inside image {i}")
+                image = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+                same = (height, width) == (size, size)
+                images[i] = image if same else _square(Image.fromarray(image), size)
+            stream.read(1)  # at its end the checksum is compared
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def read_rgb(
+    path: Path, background: str | None = None, size: tuple[int, int] | None = None
+) -> Image.Image:
+    """An image file as 8 bits a channel. background: a colour behind what is transparent, else
+    the hidden colours are shown, as pytorch-fid does. size: width and height that it must have.
+
+    Raises ImageError, before it decodes anything, for deeper or too large images.
+    """
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{path}: no regular file")  # a pipe would be waited for
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise ImageError(f"{path}: {_too_large(*image.size)}")
+            if _is_deep(image):
+                raise ImageError(f"{path}: has more than 8 bits a channel; save it with 8")
+            if size is not None and image.size != size:
+                what = f"size {image.width}x{image.height} differs from {size[0]}x{size[1]}"
+                raise ImageError(f"{path}: {what}")
+            return _on_background(image, background).convert("RGB")
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: has more pixels than the {LARGEST_PICTURE:,} allowed") from error
+    except Exception as error:  # decoders raise many kinds; each means the same to the user
+        raise ImageError(f"{path}: cannot be decoded as an image ({first_line(error)})") from error
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height, from its header. Raises ImageError."""
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{path}: no regular file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:
+        raise ImageError(f"{path}: cannot be decoded as an image ({first_line(error)})") from error
+
+
+def _too_large(width: int, height: int) -> str:
+    return f"{width}x{height} pixels, more than the {LARGEST_PICTURE:,} allowed"
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """More than 8 bits a channel, which its mode does not always tell once it is decoded."""
     if image.mode.startswith(("I", "F")):
-        raise ImageError(f"{path}: has more than 8 bits a channel; save it with 8")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        return True
+    for decoder, _, _, arguments in image.tile:
+        parts = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(part, str) and ";16" in part for part in parts):
+            return True
+        largest = [part for part in parts if isinstance(part, int)]
+        if decoder.startswith("ppm") and max(largest, default=0) > 255:
+            return True
+    return False
+
+
+def _on_background(image: Image.Image, colour: str | None) -> Image.Image:
+    if colour is None or not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:

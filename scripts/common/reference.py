@@ -4,15 +4,17 @@ The covariance of 2048 features is symmetric: its upper triangle in float32 take
 32. `full_statistics` unfolds it once into a file that pytorch-fid reads.
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
+from .arrays import opened
 from .errors import ImageError
 from .files import atomic
 from .paths import CACHE
+
+LARGEST_MEAN = 8 * 2048  # bytes of Inception's features
+LARGEST_TRIANGLE = 8 * 2048 * 2049 // 2
 
 
 def full_statistics(path: str | Path) -> Path:
@@ -21,27 +23,16 @@ def full_statistics(path: str | Path) -> Path:
     Raises ImageError for a damaged file.
     """
     path = Path(path)
-    if path.suffix != ".npz" or not path.exists():
+    if path.suffix != ".npz" or not path.is_file():
         return path
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "triangle" not in archive:
-                return path
-            mu, triangle = archive["mu"].astype(np.float64), archive["triangle"]
-            count = archive["n"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ImageError(f"{path}: not a readable npz file ({error})") from error
-    except MemoryError as error:
-        raise ImageError(f"{path}: claims more than memory holds ({error})") from error
-    if triangle.shape != (len(mu) * (len(mu) + 1) // 2,):
+    with opened(path, ImageError) as archive:
+        if "triangle" not in archive.names:
+            return path
+        mu = archive.read("mu", most=LARGEST_MEAN).astype(np.float64)
+        triangle = archive.read("triangle", most=LARGEST_TRIANGLE)
+        count = archive.read("n", most=8)
+    kinds = mu.dtype.kind + triangle.dtype.kind
+    if kinds != "ff" or mu.ndim != 1 or triangle.shape != (len(mu) * (len(mu) + 1) // 2,):
         raise ImageError(f"{path}: damaged statistics (mu and triangle do not fit)")
     target = CACHE / path.name
     if target.exists() and target.stat().st_mtime >= path.stat().st_mtime:

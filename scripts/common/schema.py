@@ -32,7 +32,8 @@ NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 def printable(text: object, limit: int = 80) -> str:
     """One line of printable characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    text = str(text).encode(errors="backslashreplace").decode()  # bytes of a path, not UTF-8
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[:limit] + "..."
 
 

@@ -10,7 +10,7 @@ Options are accepted with underscores and with dashes. The last one on the comma
 
 import argparse
 import errno
-import json
+import io
 import os
 import signal
 import sys
@@ -42,12 +42,24 @@ USER_ERRORS = (
     StatisticsError,
     RunError,
 )
-NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
+
+
+def quoted(text: str) -> str:
+    """A text as YAML that reads back to it, whatever characters it holds.
+
+    All but plain ASCII is escaped: YAML takes some characters for ends of lines, refuses others,
+    and does not know the halves that stand for a byte of a path that is not UTF-8.
+    """
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
 
 
 def one_text(text: str) -> str:
     """A list of one text, as YAML."""
-    return json.dumps([text])
+    return f"[{quoted(text)}]"
+
+
+NUMBER, TEXT, NUMBERS = str, quoted, "[{}]".format  # how an option's text becomes YAML
 
 
 # (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
@@ -155,6 +167,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Anything else is a defect of the program and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    print_any_text()
     sys.unraisablehook = _Unraisable(sys.unraisablehook)
     keep_freed_memory()
     try:
@@ -169,6 +182,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _complain(line)
         _tell_torchrun(line)
         sys.exit(2)
+
+
+def print_any_text() -> None:
+    """What the terminal's encoding lacks, in a path for example, is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks have others
+            stream.reconfigure(errors="backslashreplace")
 
 
 def explain(error: Exception) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..common.errors import RunError
 from ..common.files import remove_stale, write_json
-from ..common.images import is_whole_png
+from ..common.images import is_picture, is_whole_png
 from ..common.schema import printable
 
 WAIT_SECONDS = 600
@@ -26,8 +26,9 @@ NUMBERED = re.compile(r"[0-9]{6}\.png")
 
 
 def beside(folder: str | Path, suffix: str) -> Path:
-    """runs/x/images, "report.json" -> runs/x/images.report.json."""
+    """runs/x/images, "report.json" -> runs/x/images.report.json; beside what a link points to."""
     folder = Path(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder
     name = folder.name or folder.resolve().name
     parent = folder.parent if folder.name else folder.resolve().parent
     return parent / f"{name}.{suffix}"
@@ -79,10 +80,15 @@ def missing_images(folder: Path, count: int) -> list[int]:
     return [index for index in range(count) if not is_whole_png(folder / png_name(index))]
 
 
-def surplus_images(folder: Path, count: int) -> int:
-    """PNGs in the folder that are none of the first `count` images."""
+def pictures_of(folder: Path) -> list[Path]:
+    """Every image of a folder by name, whoever made it: a score counts them all."""
+    return sorted(path for path in folder.iterdir() if is_picture(path) and not path.is_dir())
+
+
+def surplus_images(folder: Path, count: int) -> list[str]:
+    """Names of the images in the folder that are none of the first `count`."""
     wanted = {png_name(index) for index in range(count)}
-    return sum(path.name not in wanted for path in folder.glob("*.png"))
+    return [path.name for path in pictures_of(folder) if path.name not in wanted]
 
 
 def claim(
@@ -91,7 +97,7 @@ def claim(
     """Make the folder this run's: new, or the same run continued. Other ranks wait for rank 0.
 
     Raises RunError, which says what differs, for a folder of another run; with `overwrite` its
-    PNGs are removed instead.
+    images are removed instead, unless there are some that no run makes.
     """
     note = beside(folder, "identity.json")
     if rank != 0:
@@ -100,7 +106,7 @@ def claim(
     folder.mkdir(parents=True, exist_ok=True)
     found = _read(note)
     same = found is not None and digest_of(found) == digest_of(identity)
-    images = sorted(folder.glob("*.png"))
+    images = pictures_of(folder)
     if images and not same:
         foreign = [path.name for path in images if not NUMBERED.fullmatch(path.name)]
         if foreign:

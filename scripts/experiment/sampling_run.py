@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...models.protocols import rows_are_independent
-from ..common.files import write_json, write_text
+from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from .assembly import Assembly
 from .config import Config, calls_per_image, resolved_yaml
@@ -129,12 +129,12 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
     if grid_file is not None:
         write_grid(folder, sampling.count, grid_file)
     if surplus := surplus_images(folder, sampling.count):
-        say(f"note: {folder} holds {surplus} more PNG files, which a score would count")
+        more = f"{len(surplus)} more image files ({surplus[0]}{', ...' if surplus[1:] else ''})"
+        say(f"note: {folder} holds {more}, which a score would count")
     rate = f", {len(todo) / seconds:.3g} images/s" if todo else ""
     by = f" by the first of {run.world} processes" if run.world > 1 else ""
     say(f"{folder}: {len(todo)} images made{by} in {seconds:.1f} s{rate}")
-    with beside(folder, "log.txt").open("a", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in log)
+    append_lines(beside(folder, "log.txt"), log)
     note_file = beside(folder, "report.json")
     if todo or not note_file.exists():  # killed between the last image and its report
         report = report_of(run)

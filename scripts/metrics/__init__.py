@@ -265,6 +265,8 @@ def notes(
             found.append(f"{side}: {n} images; below {FEW} FID is biased upwards and noisy")
     for side, source in sides.items():
         stored = source.statistics
+        if source.images is not None:
+            found += [f"{side}: {note}" for note in source.images.notes]
         if stored and source.images and {"precision", "recall"} & set(metrics):
             found.append(f"{side}: precision and recall use the {len(source.images)} stored images")
         foreign = stored and stored.mu_s is not None and stored.preprocess is None
@@ -283,7 +285,10 @@ def paired_psnr(folder_a: str | Path, folder_b: str | Path) -> dict:
     `psnr` pools the squared error over all images; `psnr_min` and `psnr_median` are over images.
     None stands for infinity (no difference at all).
     """
-    ours, theirs = ({f.name: f for f in list_images(folder)} for folder in (folder_a, folder_b))
+    ours, theirs = (
+        {f.relative_to(folder).as_posix(): f for f in list_images(folder)}
+        for folder in (folder_a, folder_b)
+    )
     names = sorted(ours.keys() & theirs.keys())
     if not names:
         raise MetricError(f"{folder_a} and {folder_b}: no file name in common")

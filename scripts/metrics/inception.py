@@ -24,6 +24,7 @@ import pytorch_fid.inception
 import torch
 
 from ...models.checkpoint import sha256_of
+from ...models.checkpoint_files import read_file
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
 from ..experiment.devices import resolve_device
@@ -193,7 +194,7 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise MetricError(f"{file}: no such Inception weights file")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return read_file(file)
     except Exception as error:  # a damaged file raises many kinds
         raise MetricError(
             f"{file}: not a readable weights file ({file.stat().st_size} bytes); "

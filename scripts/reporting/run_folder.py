@@ -25,7 +25,7 @@ class ImageSet:
 
     @property
     def names(self) -> list[str]:
-        return [path.name for path in list_images(self.folder)]
+        return [path.relative_to(self.folder).as_posix() for path in list_images(self.folder)]
 
 
 @dataclass(frozen=True)
