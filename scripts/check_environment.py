@@ -3,6 +3,9 @@
 python scripts/check_environment.py requirements.txt
 """
 
+from tinydm.scripts.start import watch
+
+import argparse
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +27,13 @@ def satisfied(have: str, operator: str, want: str) -> bool:
 
 def problems(path: str) -> list[str]:
     found = []
-    with open(path, encoding="utf-8") as handle:
+    with open(path, encoding="utf-8", errors="replace") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):
-        name = re.match(r"[A-Za-z0-9_.-]+", line).group()
+        matched = re.match(r"[A-Za-z0-9_.-]+", line)
+        if matched is None:
+            return [f"{path} is no list of requirements"]
+        name = matched.group()
         try:
             have = version(name)
         except PackageNotFoundError:
@@ -39,16 +45,26 @@ def problems(path: str) -> list[str]:
     return found
 
 
-def main() -> None:
-    found = [problem for path in sys.argv[1:] for problem in problems(path)]
+def main() -> int:
+    """Exit code: 0 all is there, 1 something lacks, 2 bad input. Needs nothing to be installed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE", help="lists of requirements")
+    try:
+        found = [p for path in parser.parse_args().files for p in problems(path)]
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     try:
         version(CARRIER)
     except PackageNotFoundError:
         found.append(f"{CARRIER} is not installed")
     if found:
         print("; ".join(found), file=sys.stderr)
-        sys.exit(1)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    watch()
+    sys.exit(main())
