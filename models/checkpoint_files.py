@@ -35,7 +35,9 @@ AGAIN = "download it again"
 OUT_OF_MEMORY = re.compile(
     "can.?t allocate|cannot allocate|unable to allocate|std::bad_alloc|out of memory"
     "|could not create a (memory|primitive)|could not execute a primitive"
-    "|unable to mmap|failed to map segment|can.?t start new thread",
+    "|unable to mmap|failed to map segment|can.?t start new thread"
+    "|resource temporarily unavailable"  # of a thread in C++
+    "|without exception set|without setting an exception",  # of a C function in Python itself
     re.IGNORECASE,
 )
 NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -96,7 +98,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError | OSError | ImportError)
+    told = isinstance(error, RuntimeError | OSError | ImportError | SystemError)
     return told and OUT_OF_MEMORY.search(str(error)) is not None
 
 
