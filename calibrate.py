@@ -14,6 +14,8 @@ runs on the first.
 Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from tinydm.scripts.experiment.calibration_run import (
     calibrate_run,
     help_calibrate,
 )
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, run
+from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import team_of_processes
@@ -60,4 +62,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command with --resume, and without --overwrite, continues")

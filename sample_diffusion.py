@@ -13,6 +13,8 @@ count, the batch size, the number of processes or a resume.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, run
+from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import rank_and_world

@@ -33,8 +33,15 @@ HARMLESS_CLASSES = (
 )
 WEIGHTS = ("ema", "raw")
 AGAIN = "download it again"
-# How the allocators of PyTorch and oneDNN say it where they raise a RuntimeError.
-OUT_OF_MEMORY = re.compile("can't allocate memory|std::bad_alloc|could not create a memory")
+# How PyTorch, oneDNN, NumPy, safetensors and the loaders of libraries say it.
+OUT_OF_MEMORY = re.compile(
+    "can.?t allocate|cannot allocate|unable to allocate|std::bad_alloc|out of memory"
+    "|could not create a (memory|primitive)|could not execute a primitive"
+    "|unable to mmap|failed to map segment|can.?t start new thread"
+    "|resource temporarily unavailable"  # of a thread in C++
+    "|without exception set|without setting an exception",  # of a C function in Python itself
+    re.IGNORECASE,
+)
 NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # First bytes of what people download instead of a checkpoint.
@@ -88,6 +95,16 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return failure(path, f"cut short or damaged ({reason})", AGAIN, NotACheckpointError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, the loader of a library or a new thread found no room."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError | OSError | ImportError | SystemError)
+    return told and OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def unreadable_now(error: Exception, path: Path) -> str | None:
     """What kept a file from being read, if that says nothing about it: no memory, no permission.
 
@@ -95,8 +112,8 @@ def unreadable_now(error: Exception, path: Path) -> str | None:
     """
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror})" if error.errno in NOT_OF_THE_FILE else None
-    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if not exhausted and isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+    exhausted = is_out_of_memory(error)
+    if exhausted and not isinstance(error, MemoryError):
         asked = re.search(r"allocate (\d+) bytes", str(error))
         size = path.stat().st_size if path.is_file() else math.inf
         exhausted = asked is None or int(asked[1]) <= size

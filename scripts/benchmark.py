@@ -24,9 +24,9 @@ that are there. A cell does not notice that the program changed: results.json ha
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
-import sys
+from tinydm.scripts.start import run  # first: it watches over the imports below
 
-from tinydm.scripts.experiment.cli import run
+import sys
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,10 +39,13 @@ def version_of(name):
 
 def problems(path):
     found = []
-    with io.open(path, encoding="utf-8") as handle:
+    with io.open(path, encoding="utf-8", errors="replace") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):
-        name = re.match(r"[A-Za-z0-9_.-]+", line).group()
+        matched = re.match(r"[A-Za-z0-9_.-]+", line)
+        if matched is None:
+            return [path + " is no list of requirements"]
+        name = matched.group()
         have = version_of(name)
         if have is None:
             found.append(name + " is not installed")

@@ -9,6 +9,8 @@ RUN/comparison.json, and prints the table. FID is to the reference's statistics;
 it is biased upward and says little by itself.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tinydm.scripts.common.json_files import read_json
 from tinydm.scripts.common.markdown import format_table
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.common.reports import CalibrationReport, ImagesReport
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.runs import beside
 from tinydm.scripts.metrics import evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import InceptionFeatures, prepare_inception
@@ -117,4 +119,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

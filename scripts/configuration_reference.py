@@ -3,6 +3,8 @@
 python scripts/configuration_reference.py
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import dataclasses
 import typing
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from tinydm.quant.core.settings import METHODS, preset
 from tinydm.scripts.common.files import write_text
 from tinydm.scripts.common.paths import ROOT
 from tinydm.scripts.common.schema import described, without_none, yaml_line
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.config import Config
 
 PAGE = ROOT / "docs" / "configuration.md"
@@ -106,4 +108,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

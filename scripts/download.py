@@ -7,6 +7,8 @@ The file is written under a temporary name and renamed when it is whole. Nothing
 there. Without a network: one message that says what to download and where to put it, exit code 2.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import shutil
 import urllib.error
 import urllib.request
@@ -21,7 +23,7 @@ from tinydm.models.checkpoint import load_state_dict
 from tinydm.models.checkpoint_files import CheckpointError, NotACheckpointError
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import atomic
-from tinydm.scripts.experiment.cli import add_config, make_parser, run
+from tinydm.scripts.experiment.cli import add_config, make_parser
 from tinydm.scripts.experiment.config import load_config, repository_path
 
 TIMEOUT = 30  # seconds without an answer
@@ -119,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

@@ -13,13 +13,15 @@ with images `x` or `arr_0` (N, H, W, 3) uint8. FID equals `python -m pytorch_fid
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 import sys
 
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.common.files import write_json
 from tinydm.scripts.common.reference import full_statistics
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
@@ -98,4 +100,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less="--batch-size 8")

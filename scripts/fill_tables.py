@@ -11,6 +11,8 @@ with their sources.
 Exit codes: 0 done, 2 bad input.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tinydm.scripts.common.files import write_text
 from tinydm.scripts.common.json_files import DamagedJsonError, parse_json
 from tinydm.scripts.common.reports import ResultsReport
 from tinydm.scripts.common.schema import printable
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -82,4 +84,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

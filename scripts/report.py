@@ -13,6 +13,8 @@ map of the groups as a PNG too.
 Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.common.files import write_text
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.reporting import image_sections, sections
 from tinydm.scripts.reporting.contents import read_quantizers
@@ -101,4 +103,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

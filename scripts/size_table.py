@@ -11,6 +11,8 @@ BOPs: sum over layers of MACs x weight bits x activation bits (attention product
 bits), one network call for one image; classifier-free guidance doubles it. TBOPs is 10^12.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +30,7 @@ from tinydm.scripts.bench.random_models import deployed_of, example_call, parame
 from tinydm.scripts.common.files import write_json
 from tinydm.scripts.common.paths import ROOT
 from tinydm.scripts.experiment.assembly import empty_denoiser
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.config import Config, load_config, resolved_yaml
 
 DEFAULT = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("imagenet256", "lsun_bedroom"))
@@ -127,4 +129,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

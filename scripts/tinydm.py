@@ -3,7 +3,7 @@
 Python looks in the folder of the command first, which is this one and not the repository's root.
 """
 
-from pathlib import Path
+import os
 
-_ROOT = Path(__file__).resolve().parent.parent
-__path__ = [str(_ROOT / "tinydm"), str(_ROOT)]
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+__path__ = [os.path.join(_ROOT, "tinydm"), _ROOT]

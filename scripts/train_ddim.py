@@ -8,6 +8,8 @@ OUT/state.pt (everything a resumed run needs), OUT/training.json and OUT/grid.pn
 The same command continues where a killed run stopped. --minutes ends a run by its training time.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, printable, read_value
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.config import check_image_size
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
@@ -116,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less="--batch-size 8")

@@ -15,6 +15,8 @@ Classes are drawn evenly; a tenth of the labels is replaced by the null class fo
 guidance (Ho & Salimans 2022, algorithm 1).
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import argparse
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from tinydm.scripts.common.arrays import opened
 from tinydm.scripts.common.errors import ConfigError, ImageError
 from tinydm.scripts.common.files import save_tensors
 from tinydm.scripts.common.images import grid, load_images, to_uint8
-from tinydm.scripts.experiment.cli import add_config, make_parser, run
+from tinydm.scripts.experiment.cli import add_config, make_parser
 from tinydm.scripts.experiment.config import Config, load_config, number_of_classes
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
@@ -243,4 +245,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less="--batch-size 8")

@@ -5,6 +5,7 @@ Each gives one line, exit code 2 (130 when interrupted), and leaves nothing half
 python -m pytest tests/test_failures.py
 """
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_
 from tinydm.scripts.experiment.config import load_config
 
 NOBODY = 65534
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,53 @@ def test_no_memory_is_one_line(room: Path, tmp_path: Path) -> None:
     large = ("--set", "sampling.micro_batch=65536", "sampling.count=1")
     fork = forks.run(sample_diffusion.main, *arguments, *large, before=bound)
     assert "out of memory: lower the batch size" in refusal(fork)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not create a memory object"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
+        RuntimeError("can't start new thread"),
+        SystemError("error return without exception set"),
+        ImportError("libx.so: failed to map segment from shared object"),
+        OSError("libx.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:40],
+)
+def test_every_failed_allocation_is_one_line(error: Exception) -> None:
+    def main(arguments: list[str]) -> None:
+        raise error
+
+    assert "out of memory: lower the batch size" in refusal(forks.run(main))
+
+
+def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
+    def main(arguments: list[str]) -> None:
+        Path("out of memory.yaml").read_text()
+
+    assert refusal(forks.run(main)).endswith("out of memory.yaml: No such file or directory")
+
+
+@pytest.mark.parametrize("megabytes", [60, 300, 1500])
+@pytest.mark.parametrize("command", ["sample_diffusion.py", "scripts/evaluate.py"])
+def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
+    limit = megabytes << 20
+    done = subprocess.run(
+        [sys.executable, ROOT / command, "--help"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    line = "error: out of memory while the libraries were loaded: free some, or raise ulimit -v\n"
+    # 1500 are enough where PyTorch was built without CUDA.
+    assert (done.returncode, done.stderr) == (2, line) or (megabytes, done.returncode) == (1500, 0)
 
 
 # ---- two at once ----

@@ -4,8 +4,8 @@ These are the folders of the repository beside this one. `pip install -e .` make
 from anywhere; a command that is run in a checkout finds that checkout's own, installed or not.
 """
 
-from pathlib import Path
+import os  # pathlib would take longer to import than all that stands before scripts.start
 
-_ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "quant").is_dir():  # in a checkout; a plain installation has them in this package
-    __path__.append(str(_ROOT))
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isdir(os.path.join(_ROOT, "quant")):  # in a checkout; else they are in this package
+    __path__.append(_ROOT)

@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-import torch
-
-from ...models.checkpoint_files import OUT_OF_MEMORY, CheckpointError
+from ...models.checkpoint_files import CheckpointError, is_out_of_memory
 from ...models.samplers import SamplingError
 from ...quant.calibration.statistics import StatisticsError
 from ...quant.runtime.packed_file import PackedFileError
+from ..common import signals
 from ..common.errors import ConfigError, ImageError, MetricError, RunError
 from ..common.files import write_json
 from ..common.memory import keep_freed_memory
 from ..common.schema import printable
+from ..common.streams import unread_output_is_dropped
 from .config import Override
 
 USER_ERRORS = (
@@ -161,27 +161,48 @@ def add_out(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(
+    main: Callable[[], int | None],
+    again: str = "the same command continues",
+    less: str | None = "--set sampling.micro_batch=4",
+) -> NoReturn:
     """Run a script's main and exit: 0 done, 2 bad input (one line on stderr), 130 interrupted.
 
-    Anything else is a defect of the program and keeps its traceback.
+    again: what to do after an interruption; less: the option that asks for less memory, if there is
+    one. Anything else is a defect of the program and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     print_any_text()
     sys.unraisablehook = _Unraisable(sys.unraisablehook)
     keep_freed_memory()
+    before = signals.handlers()
     try:
-        sys.exit(main() or 0)
+        with unread_output_is_dropped():
+            sys.exit(_code_of(main, again, less))
+    finally:
+        signals.restore(before)
+
+
+def _code_of(main: Callable[[], int | None], again: str, less: str | None) -> Any:
+    """The exit code of `main`, whose error is told."""
+    try:
+        signals.handle(_interrupt)
+        try:
+            return main() or 0
+        except SystemExit as ended:  # of argparse
+            return ended.code
+        finally:
+            sys.stdout.flush()  # here it can still be told that there is no room for it
     except KeyboardInterrupt:
-        _complain("interrupted; the same command continues")
-        sys.exit(130)
+        signals.ignore()  # impatience must not end in a traceback
+        _complain(f"interrupted; {again}")
+        return 130
     except Exception as error:
-        line = explain(error)
+        line = explain(error, again, less)
         if line is None:
             raise
         _complain(line)
         _tell_torchrun(line)
-        sys.exit(2)
+        return 2
 
 
 def print_any_text() -> None:
@@ -191,18 +212,18 @@ def print_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def explain(error: Exception) -> str | None:
-    """One line for what the user can mend, None for a defect of the program."""
+def explain(error: Exception, again: str = "run it again", less: str | None = None) -> str | None:
+    """One line for what the user can mend, None for a defect of the program. See run."""
     if isinstance(error, USER_ERRORS):
         return printable(error, 2000)
+    if is_out_of_memory(error):
+        advice = "free some, or raise its limit"
+        return f"out of memory: {advice if less is None else f'lower the batch size ({less})'}"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         what = f"{where}{error.strerror or error}"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return printable(what + ("; make room, the same command continues" if full else ""), 2000)
-    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if exhausted or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
-        return "out of memory: lower the batch size (--set sampling.micro_batch=4)"
+        return printable(what + (f"; make room, {again}" if full else ""), 2000)
     return None
 
 
@@ -220,7 +241,7 @@ def _tell_torchrun(line: str) -> None:
             write_json(file, {"message": line, "timestamp": int(time.time())})
 
 
-def _terminate(signum: int, frame: Any) -> None:
+def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 

@@ -91,8 +91,8 @@ class Team:
             yield
         except RuntimeError as error:  # of every kind when a connection breaks
             raise RunError(
-                f"rank {other} is gone or cannot be reached; what ended it stands above, "
-                "the same command continues"
+                f"rank {other} is gone or cannot be reached; what ended it stands above: "
+                "mend that, then run it again"
             ) from error
 
 

@@ -4,12 +4,14 @@ The folder holds images alone, since pytorch-fid counts every image in it. What 
 lies beside it under its name: runs/x/images -> runs/x/images.report.json and so on.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ from ..common.images import is_picture, is_whole_png
 from ..common.schema import printable
 
 WAIT_SECONDS = 600
+HOLDER = "process"  # what a lock begins with
 NUMBERED = re.compile(r"[0-9]{6}\.png")
 
 
@@ -43,27 +46,44 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = _lock_file(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = printable(file.read(200))
-            file.close()
+            holder = printable(os.pread(file, 200, 0).decode("utf-8", "replace"))
+            os.close(file)
             raise RunError(f"{path}: held by {holder or 'a process'}; wait for it") from None
         except OSError:
             break
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
-        file.close()  # the holder before us removed this one just now
+        os.close(file)  # the holder before us removed this one just now
     try:
         with suppress(OSError):  # on a full disk nobody reads who holds it
-            file.truncate(0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{HOLDER} {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        os.close(file)
+
+
+def _lock_file(path: Path) -> int:
+    """A file descriptor of the lock. Raises RunError where something else has its name: a lock is
+    emptied, and removed at the end."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise RunError(f"{path}: is no lock, and has the name of one; rename it") from error
+        raise
+    status = os.fstat(file)
+    ours = stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+    if not ours or os.pread(file, len(HOLDER), 0) not in (b"", HOLDER.encode()):
+        os.close(file)
+        raise RunError(f"{path}: is no lock, and has the name of one; rename it")
+    return file
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
