@@ -17,6 +17,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 import argparse
 from pathlib import Path
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import (
     LOCK,

@@ -19,10 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
-from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
+from tinydm.scripts.experiment.backend import (
+    Backend,
+    add_backend,
+    check_backend,
+    compiled_code,
+    slow_backend,
+)
 from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, resolve_device, run
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.processes import rank_and_world
@@ -86,6 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         notes = []
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
+        note = slow_backend(args)
+        if note is not None:
+            notes.append(note)
         fill(sampling, loaded, notes, args.grid)
 
 

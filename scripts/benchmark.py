@@ -26,6 +26,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 
 import sys
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
 from tinydm.scripts.experiment.cli import run
 
 

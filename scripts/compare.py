@@ -12,6 +12,9 @@ it is biased upward and says little by itself.
 from pathlib import Path
 from typing import Any
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
+
+# isort: split
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 import argparse
 import sys
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.common.files import write_json
 from tinydm.scripts.common.reference import full_statistics

@@ -17,6 +17,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
+
+# isort: split
 import numpy as np
 import torch
 

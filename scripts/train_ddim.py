@@ -12,6 +12,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
+
+# isort: split
 import numpy as np
 import torch
 

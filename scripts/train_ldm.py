@@ -20,6 +20,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import tinydm.scripts.common.threads  # noqa: F401  # before PyTorch
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
