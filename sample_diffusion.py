@@ -24,7 +24,13 @@ from pathlib import Path
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
-from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
+from tinydm.scripts.experiment.backend import (
+    Backend,
+    add_backend,
+    check_backend,
+    compiled_code,
+    slow_backend,
+)
 from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
@@ -89,6 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         notes = []
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
+        note = slow_backend(args)
+        if note is not None:
+            notes.append(note)
         fill(sampling, loaded, notes, args.grid)
 
 

@@ -14,6 +14,7 @@ from tinydm.scripts.start import run  # first: it watches over the imports below
 from pathlib import Path
 from typing import Any
 
+# isort: split
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+# isort: split
 import numpy as np
 from tqdm import tqdm
 

@@ -19,6 +19,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+# isort: split
 import numpy as np
 import torch
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from .common import signals
+from .common import signals, threads
 
 COMMANDS = os.path.dirname(os.path.abspath(__file__))  # those in the folder above as well
 NO_ROOM = "out of memory while the libraries were loaded: free some, or raise ulimit -v"
@@ -101,3 +101,4 @@ def _is_command(module: object) -> bool:
 
 if _is_command(sys.modules.get("__main__")):  # not in tests or in programs of others
     watch()
+    threads.settle()

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+# isort: split
 import numpy as np
 import torch
 

@@ -20,6 +20,7 @@ from tinydm.scripts.start import run  # first: it watches over the imports below
 import argparse
 from pathlib import Path
 
+# isort: split
 import numpy as np
 import torch
 from torch import nn

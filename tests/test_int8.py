@@ -1,5 +1,6 @@
 """The int8 backend against fake quantization: layers, networks, state and limits."""
 
+import argparse
 import copy
 import pickle
 from dataclasses import dataclass
@@ -20,22 +21,24 @@ from tests.helpers.integer_layers import (
 )
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.backends import selection as int8
-from tinydm.quant.backends.native import Compiled, CompileError
+from tinydm.quant.backends.build import CompileError, instructions_here
+from tinydm.quant.backends.native import Compiled
 from tinydm.quant.backends.onednn import Int8Layer, Int8MatMul
 from tinydm.quant.backends.selection import (
     Int8Error,
     fake_layers,
     int8_supported,
     integer_module,
+    onednn_is_fast,
     to_int8,
 )
 from tinydm.quant.runtime.denoiser import QuantDenoiser
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import select_backend
+from tinydm.scripts.experiment.backend import add_backend, read_backend, slow_backend
 
-REASONS = {vnni: int8_supported(vnni=vnni) for vnni in (True, False)}
-ONCE = REASONS[False]  # of what both kinds share
+REASON = int8_supported()
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +53,15 @@ def _one_thread():
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to execute: with or without VNNI, by oneDNN or by compiled code."""
+    """A way to execute: by oneDNN, with or without AVX512-VNNI, or by compiled code."""
 
     vnni: bool
     compiled: Compiled | None
+
+    @property
+    def attention(self) -> bool:
+        """Whether the products of attention run in integers."""
+        return self.vnni or self.compiled is not None
 
     def module(self, quantized: nn.Module) -> nn.Module:
         return integer_module(quantized, self.vnni, self.compiled)
@@ -62,23 +70,21 @@ class Kind:
         return to_int8(model, self.vnni, self.compiled)
 
 
-@pytest.fixture(scope="module", params=["vnni", "vnni, compiled", "avx2"])
+@pytest.fixture(scope="module", params=["vnni", "no vnni", *instructions_here()])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Every kind that this processor has."""
-    vnni, compiled = request.param != "avx2", None
-    if REASONS[vnni] is not None:
-        pytest.skip(f"no such int8 execution here: {REASONS[vnni]}")
-    if "compiled" in request.param:
-        compiled = compiled_code()
-        if not compiled.products:
-            pytest.skip("products.cpp needs AVX512-VNNI")
-    return Kind(vnni, compiled)
+    if REASON is not None:
+        pytest.skip(f"no int8 execution here: {REASON}")
+    if request.param == "vnni" and not onednn_is_fast():
+        pytest.skip("oneDNN needs AVX512-VNNI")
+    compiled = compiled_code(request.param) if request.param in instructions_here() else None
+    return Kind(request.param == "vnni", compiled)
 
 
-def compiled_code() -> Compiled:
+def compiled_code(instructions: str) -> Compiled:
     """Skips where there is no compiler."""
     try:
-        return Compiled()
+        return Compiled(instructions)
     except CompileError as error:
         pytest.skip(f"not here: {error}")
 
@@ -175,7 +181,7 @@ def test_padding_is_the_zero_point(kind: Kind):
 def test_matrix_product(left_zero: list[int], by_row: bool, kind: Kind):
     at = context()
     fake = QuantMatMul(quantizer(at, 8, left_zero), quantizer(at, 8, [128, 128]), by_row)
-    exact = kind.module(fake) if kind.vnni else Int8MatMul(fake)
+    exact = kind.module(fake) if kind.attention else Int8MatMul(fake)
     left, right = 2 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
     if by_row:
         left = torch.softmax(left, -1)
@@ -191,8 +197,8 @@ def test_matrix_product(left_zero: list[int], by_row: bool, kind: Kind):
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_product_behind_softmax_is_the_same_product(by_row: bool):
     """In integers there as well, and the fake one up to rounding."""
-    if ONCE:
-        pytest.skip(ONCE)
+    if REASON:
+        pytest.skip(REASON)
     at = context()
     fake = QuantMatMul(quantizer(at, 8, [0, 0]), quantizer(at, 8, [128, 128]), by_row)
     scores, right = 9 * torch.randn(4, 6, 10), 2 * torch.randn(4, 10, 7)
@@ -208,10 +214,11 @@ def test_a_product_behind_softmax_is_the_same_product(by_row: bool):
 
 
 def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
-    """Names of the layers that stay simulated; those of attention are expected without VNNI."""
-    names = fake_layers(model, kind.vnni)
+    """Names of the layers that stay simulated; those of attention are expected to if oneDNN has no
+    VNNI."""
+    names = fake_layers(model, kind.vnni, kind.compiled)
     products = {n for n, m in model.denoiser.named_modules() if type(m) is QuantMatMul}
-    assert not products if kind.vnni else products
+    assert not products if kind.attention else products
     return names.keys() - products
 
 
@@ -287,7 +294,7 @@ def test_what_stays_simulated_is_listed(kind: Kind):
     model = small_unet()
     integers = list(kind.network(copy.deepcopy(model)).modules())
     assert any(isinstance(m, Int8Layer) for m in integers)
-    assert any(isinstance(m, Int8MatMul) for m in integers) == kind.vnni
+    assert any(isinstance(m, Int8MatMul) for m in integers) == kind.attention
     first, second = model.denoiser.conv_in, model.denoiser.conv_out
     parts = first.op, first.qweight, first.w_scale, first.w_zero_point, first.bias, first.bits
     model.denoiser.conv_in = QuantLayer(*parts, inputs=[], split=0)
@@ -297,7 +304,7 @@ def test_what_stays_simulated_is_listed(kind: Kind):
     expected = model(x, t)
     exact = kind.network(model)
     assert simulated(exact, kind) == {"conv_in", "conv_out"}
-    assert "zero point" in fake_layers(exact, kind.vnni)["conv_out"]
+    assert "zero point" in fake_layers(exact, kind.vnni, kind.compiled)["conv_out"]
     assert psnr(exact(x, t), expected) >= 45
 
 
@@ -308,16 +315,26 @@ def test_refusals(monkeypatch):
     with pytest.raises(ConfigError, match="cuda") as refusal:
         select_backend(model, "int8", "cuda")
     assert "\n" not in str(refusal.value)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert "VNNI" in int8_supported() or "oneDNN" in int8_supported()
-    with pytest.raises(ConfigError, match="use --backend fake") as refusal:
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    assert "AVX2" in int8_supported() or "oneDNN" in int8_supported()
+    with pytest.raises(ConfigError, match="int8: .* use --backend fake$"):
         select_backend(model, "int8")
-    assert ("int8-avx2" in str(refusal.value)) == (ONCE is None)
     with pytest.raises(Int8Error):
         to_int8(model)
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
-    assert "AVX2" in int8_supported(vnni=False) or "oneDNN" in int8_supported(vnni=False)
     monkeypatch.setattr(int8, "OPERATORS", ("no_such_operator",))
     assert "oneDNN" in int8_supported()
-    with pytest.raises(ConfigError, match="int8-avx2: .* use --backend fake$"):
-        select_backend(model, "int8-avx2")
+
+
+def test_options(monkeypatch, capsys):
+    """int8-avx2 is an earlier name of int8; without VNNI, int8 says that it wants --compile."""
+    parser = argparse.ArgumentParser()
+    add_backend(parser)
+    for name in ("int8", "int8-avx2"):
+        assert parser.parse_args(["--backend", name]).backend == "int8"
+    given = parser.parse_args(["--backend", "int8"])
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda fast=fast: fast)
+        assert read_backend(given).name == "int8"
+        assert ("needs --compile" in capsys.readouterr().out) == (not fast)
+    assert slow_backend(parser.parse_args(["--backend", "int8", "--compile"])) is None
+    assert slow_backend(parser.parse_args([])) is None

@@ -303,7 +303,7 @@ def test_bad_checkpoints(
         ("--set model.params.norm_groups=3", "model.params build no denoiser"),
         ("--set model.params.ch=16", "does not fit DDIMUNet"),
         ("--backend int8", "--backend int8: needs --quantized"),
-        ("--compile", "--compile: needs --backend int8 or int8-avx2"),
+        ("--compile", "--compile: needs --backend int8"),
         ("--device tpu", "invalid choice: 'tpu'"),
         ("--stesp 3", "unrecognized arguments: --stesp 3"),
     ],

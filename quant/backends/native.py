@@ -1,34 +1,21 @@
-"""Integer execution in C++, compiled when asked: the files of cpp/.
+"""Integer execution in C++: the files of cpp/, compiled when asked.
 
 codes.cpp makes uint8 codes in one pass, with the GroupNorm and SiLU before them if there are any;
-products.cpp multiplies them, on processors with AVX512-VNNI (`products` says so; elsewhere oneDNN
-does), and layer.cpp does both in one call. Needs a C++ compiler and nothing of PyTorch's headers;
-compiling takes about two seconds, so that the library is not kept. Results equal those of
-int8_layers.py bit by bit where nothing but codes is made, and up to float rounding elsewhere.
+products.cpp multiplies them with the best instructions of the processor (AVX512-VNNI, AVX-VNNI or
+AVX2, see vectors.h), and layer.cpp does both in one call. Needs a C++ compiler, see build.py, and
+nothing of PyTorch's headers. Results are the same bytes with all of these instructions; they equal
+those of onednn.py bit by bit where nothing but codes is made, up to float rounding elsewhere.
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core.affine import QuantizerStep
-
-SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
-SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in SOURCE_NAMES)
-COMPILERS = ("g++", "clang++", "c++")
-# Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
-SPEED_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512")
-EXACTNESS_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-LANGUAGE_FLAGS = ("-std=c++17", "-fopenmp", "-fPIC")
+from .build import library
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
@@ -38,6 +25,7 @@ _ARGUMENTS = {
     "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
 }
 _PRODUCTS = {
+    "depth_of": [_POINTER, ctypes.c_int64, ctypes.c_int64],
     "layer": [
         *[_POINTER] * 3,
         *(_LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
@@ -48,26 +36,34 @@ _PRODUCTS = {
 Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and their zero point
 
 
-class CompileError(RuntimeError):
-    """The code cannot be compiled here; the message says what is missing, in one line."""
-
-
 class Compiled:
-    """The compiled functions. Raises CompileError. A copy, or a pickle read again, compiles anew.
+    """The compiled functions. Raises CompileError. A copy, or a pickle read again, loads them anew.
 
-    products: whether this processor has the instructions of products.cpp.
+    instructions: a key of build.INSTRUCTIONS, by default the best one of this processor; afterwards
+    the one in use, or "" on a processor that has none. products: whether there is one.
     """
 
-    def __init__(self) -> None:
-        self._library = _compile()
-        self.products = bool(self._library.has_products())
+    def __init__(self, instructions: str | None = None) -> None:
+        self._wanted = instructions
+        self._library = library(instructions)
+        self._library.instruction_set.restype = ctypes.c_char_p
+        self.instructions = self._library.instruction_set().decode()
+        self.products = self.instructions != ""
         functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
         for name, arguments in functions.items():
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, None
+        if self.products:
+            self._library.depth_of.restype = ctypes.c_int64
 
-    def __reduce__(self) -> tuple[type["Compiled"], tuple[()]]:
-        return Compiled, ()
+    def __reduce__(self) -> tuple[type["Compiled"], tuple[str | None]]:
+        return Compiled, (self._wanted,)
+
+    def depth(self, blocked: torch.Tensor) -> int:
+        """Groups of four inputs whose products may be summed in 16 bits; 0 if not even one, which
+        planes of 4 bits mend. blocked: int8 (..., columns * C / 4, 16, 4), see BlockedWeight."""
+        quads = blocked.shape[-3]
+        return self._library.depth_of(blocked.data_ptr(), blocked.numel() // (64 * quads), quads)
 
     def codes(
         self,
@@ -196,16 +192,23 @@ class Compiled:
 class BlockedWeight(nn.Module):
     """int8 codes in the order that products.cpp reads. Geometry in pixels, (vertical, horizontal).
 
-    Buffers: codes int8 (O / 16, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32 (O,)
-    of an output's codes; scale float32 (O,).
+    Buffers: codes int8 (O / 16, planes, kh kw * C / 4 * 16 * 4), filled up with zeros; sums int32
+    (O,) of an output's codes; scale float32 (O,); depth int64 (), see tiles.h. There are two planes
+    where AVX2 alone cannot multiply the codes exactly: codes = 16 * first + second.
     """
 
     codes: torch.Tensor
+    depth: torch.Tensor
     sums: torch.Tensor
     scale: torch.Tensor
 
     def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, stride: list[int], padding: list[int]
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        stride: list[int],
+        padding: list[int],
+        compiled: Compiled,
     ):
         """codes int8 (O, C, kh, kw)."""
         super().__init__()
@@ -217,7 +220,14 @@ class BlockedWeight(nn.Module):
         for block, part in zip(blocked, codes.flatten(2).split(16), strict=True):  # little memory
             rows = F.pad(part.transpose(1, 2), (0, self.pitch - channels))  # (16, taps, pitch)
             block[:, :, : len(part)] = rows.unflatten(2, (-1, 4)).permute(1, 2, 0, 3)
-        self.register_buffer("codes", blocked.flatten(1))
+        blocked = blocked.view(blocks, 1, kernel[0], -1, 16, 4)  # the columns of a row together
+        depth = compiled.depth(blocked)
+        if depth == 0:
+            high = blocked.short().add_(8).bitwise_right_shift_(4).to(torch.int8)  # -8..8
+            blocked = torch.cat((high, blocked - 16 * high), 1)
+            depth = compiled.depth(blocked)
+        self.register_buffer("codes", blocked.flatten(2))
+        self.register_buffer("depth", torch.tensor(depth))
         self.register_buffer("sums", codes.flatten(1).sum(1, dtype=torch.int32))
         self.register_buffer("scale", scale)
 
@@ -243,6 +253,7 @@ class _Part(ctypes.Structure):
     _fields_ = (
         *((name, _LONG) for name in ("channels", "pitch")),
         *((name, _POINTER) for name in ("factors", "codes", "sums", "scale")),
+        *((name, _LONG) for name in ("planes", "depth")),
     )
 
 
@@ -278,6 +289,7 @@ class PreparedLayer:
             _Part(
                 *(weight.in_channels, weight.pitch),
                 *(v.data_ptr() for v in (factor, weight.codes, weight.sums, weight.scale)),
+                *(weight.codes.shape[1], int(weight.depth)),
             )
             for weight, factor in zip(weights, factors, strict=True)
         ]
@@ -318,31 +330,3 @@ def _targets(
     out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     size = (ctypes.c_long * 7)(batch, height, width, channels, *border, pitch)
     return out, torch.empty_like(out) if two else None, size
-
-
-def _compile() -> ctypes.CDLL:
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)})")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "compiled.so"
-        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
-
-        def run(*arguments: str | Path) -> None:
-            command = [compiler, *LANGUAGE_FLAGS, *map(str, arguments)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                line = next((line for line in lines if "error" in line), lines[-1])
-                raise CompileError(f"{compiler}: {line[:200]}")
-
-        def translate(source: Path, result: Path) -> None:
-            run(*SPEED_FLAGS, *EXACTNESS_FLAGS, "-c", source, "-o", result)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(translate, SOURCES, objects))
-        run("-shared", *objects, "-o", file)
-        try:
-            return ctypes.CDLL(str(file))
-        except OSError as error:
-            raise CompileError(f"what {compiler} made cannot be loaded: {error}") from error

@@ -42,11 +42,11 @@ class CompiledLayer(Int8Layer):
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockedWeight:
         op = self.op
         if not op.is_conv:
-            return BlockedWeight(codes[:, :, None, None], scale, [1, 1], [0, 0])
+            return BlockedWeight(codes[:, :, None, None], scale, [1, 1], [0, 0], self.compiled)
         padding = pair(op.padding)
         if op.kind == "Conv1d":  # a unit height
             padding[0] = 0
-        return BlockedWeight(codes, scale, pair(op.stride), padding)
+        return BlockedWeight(codes, scale, pair(op.stride), padding, self.compiled)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         index = self._quantizers[0].context.index

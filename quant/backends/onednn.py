@@ -5,8 +5,9 @@
 The activation's scale and zero point are arguments of each call, so that one integer weight serves
 all groups of timesteps. The results equal those of layers.py up to float rounding.
 
-Without VNNI the kernels add two products at a time in 16 bits and saturate. 2 * 255 * 64 < 2^15, so
-that weights within -64..64 (all up to 6 bits) are exact there as well; others go as a sum of two.
+Without AVX512-VNNI the kernels add two products at a time in 16 bits and saturate. Since
+2 * 255 * 64 < 2^15, weights within -64..64 (all up to 6 bits) are exact there as well; others go as
+a sum of two.
 
 Legend: B batch, C/O in/out channels, G groups of timesteps.
 """
@@ -179,7 +180,8 @@ def pair(value: int | str | tuple[int, ...]) -> list[int]:
 
 
 class Int8Layer(nn.Module):
-    """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on it.
+    """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on
+    AVX512-VNNI.
 
     Behind a skip concatenation there are two quantizers and two weights, one for each part of the
     input channels; the two products are added in floating point. compiled, or None, quantizes the

@@ -3,9 +3,10 @@
     model = to_int8(load_quantized(path, denoiser))     # in place
     fake_layers(model)                                  # {name: reason} of what was left as it is
 
-It computes what fake quantization computes, up to float rounding, without a compiler: activations
-are quantized once per layer to uint8 with the scale of the current timestep, multiplied with one
-int8 weight by oneDNN, and come back as float32 for norms, SiLU, softmax and residual sums.
+It computes what fake quantization computes, up to float rounding: activations are quantized once
+per layer to uint8 with the scale of the current timestep, multiplied with one int8 weight, and come
+back as float32 for norms, SiLU, softmax and residual sums. The products are those of cpp/ where
+they are compiled, else oneDNN's.
 """
 
 import torch
@@ -24,63 +25,72 @@ class Int8Error(RuntimeError):
     """The int8 backend cannot run here; the message says why, in one line."""
 
 
-def int8_supported(device: str | torch.device = "cpu", vnni: bool = True) -> str | None:
-    """None, or the reason why there is no int8 execution on this device, see `to_int8`."""
+def int8_supported(device: str | torch.device = "cpu") -> str | None:
+    """None, or the reason why there is no int8 execution on this device."""
     if torch.device(device).type != "cpu":
         return f"int8 kernels exist for x86 CPUs only, not for {torch.device(device).type}"
     if not all(hasattr(torch.ops.onednn, name) for name in OPERATORS):
         return "this PyTorch was built without oneDNN's int8 operators (x86 only)"
-    if vnni and not torch.cpu._is_vnni_supported():
-        return "this CPU lacks the VNNI instructions, without which int8 sums saturate"
     if not torch.cpu._is_avx2_supported():
         return "this CPU lacks the AVX2 instructions"
     return None
 
 
+def onednn_is_fast() -> bool:
+    """Whether oneDNN's sums cannot saturate, so that one product per layer is enough."""
+    return torch.cpu._is_vnni_supported()
+
+
 def to_int8(
-    model: QuantDenoiser, vnni: bool = True, compiled: Compiled | None = None
+    model: QuantDenoiser, vnni: bool | None = None, compiled: Compiled | None = None
 ) -> QuantDenoiser:
     """Replaces, in place, what can run in integers. model: deployed, on the CPU.
 
-    vnni: whether the kernels rely on those instructions. Without them weights of 7 and 8 bits cost
-    two products each and attention stays simulated; the results are the same. compiled: C++ for
-    what comes before the products and, with VNNI, for the products. The uint8 codes and float
-    copies of replaced layers are freed as it goes. Raises Int8Error.
+    compiled: C++ for all of it but grouped and dilated convolutions, which oneDNN executes, as it
+    does everything without. vnni: whether oneDNN may rely on AVX512-VNNI, by default where it is
+    there. Without it, weights of 7 and 8 bits cost oneDNN two products each and attention stays
+    simulated; the results are the same. The uint8 codes and float copies of replaced layers are
+    freed as it goes. Raises Int8Error.
     """
-    reason = int8_supported(vnni=vnni)
+    reason = int8_supported()
     if reason is not None:
         raise Int8Error(reason)
+    vnni = onednn_is_fast() if vnni is None else vnni
     # Large layers first: what they leave behind in memory has room for the others.
     modules = sorted(model.denoiser.named_modules(), key=lambda item: -_size(item[1]))
     for name, module in modules:
         if isinstance(module, TimestepLayer):
             assert isinstance(module.layer, QuantLayer)  # not under calibration
             module.layer = TransientLayer(module.layer)
-        elif _replaceable(model, name, module) and _obstacle(module, vnni) is None:
+        elif _replaceable(model, name, module) and _obstacle(module, vnni, compiled) is None:
             replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
             _free(module)
         elif type(module) is nn.GroupNorm and module.affine:
-            if compiled is not None and _products(vnni, compiled):
+            if compiled is not None and _products(compiled):
                 replace_module(model.denoiser, name, CompiledNorm(module, compiled))
     model.independent_rows = layers_are_independent(model.denoiser)
     return model.eval().requires_grad_(False)
 
 
-def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
-    """Quantized layers that (would) stay simulated -> why. Those of the timestep are not listed:
-    they run in floating point by design, once per timestep."""
+def fake_layers(
+    model: QuantDenoiser, vnni: bool | None = None, compiled: Compiled | None = None
+) -> dict[str, str]:
+    """Quantized layers that (would) stay simulated, see `to_int8` -> why. Those of the timestep are
+    not listed: they run in floating point by design, once per timestep."""
+    vnni = onednn_is_fast() if vnni is None else vnni
     return {
         name: reason
         for name, module in model.denoiser.named_modules()
-        if _replaceable(model, name, module) and (reason := _obstacle(module, vnni)) is not None
+        if _replaceable(model, name, module)
+        and (reason := _obstacle(module, vnni, compiled)) is not None
     }
 
 
 def integer_module(
     module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
 ) -> nn.Module:
-    """The integer form of a deployed module that has one, see `fake_layers`."""
-    products = compiled if _products(vnni, compiled) else None  # what multiplies
+    """The integer form of a deployed module that has one, see `fake_layers`; see `to_int8`."""
+    products = compiled if _products(compiled) else None  # what multiplies
     if isinstance(module, QuantMatMul):
         return Int8MatMul(module) if products is None else CompiledMatMul(module, products)
     if products is not None and CompiledLayer.fits(module.op):
@@ -88,8 +98,8 @@ def integer_module(
     return Int8Layer(module, vnni, compiled)
 
 
-def _products(vnni: bool, compiled: Compiled | None) -> bool:
-    return vnni and compiled is not None and compiled.products
+def _products(compiled: Compiled | None) -> bool:
+    return compiled is not None and compiled.products
 
 
 def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
@@ -99,11 +109,13 @@ def _replaceable(model: QuantDenoiser, name: str, module: nn.Module) -> bool:
     return isinstance(module, QuantLayer) and not isinstance(parent, TimestepLayer)
 
 
-def _obstacle(module: QuantLayer | QuantMatMul, vnni: bool) -> str | None:
+def _obstacle(
+    module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None
+) -> str | None:
     """Why this layer cannot, or should not, run in integers."""
     if isinstance(module, QuantMatMul):
-        if not vnni:
-            return "without VNNI its integer product is slower than the float one"
+        if not vnni and not _products(compiled):
+            return "without AVX512-VNNI oneDNN's integer product is slower than the float one"
         if module.left.bits > 8:
             return f"its left operand has {module.left.bits} bits"
         return None if fits_int8(module.right) else "its right operand does not fit int8"

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --speed --out runs/speed
     python scripts/benchmark.py --speed --configs configs/emoji32.yaml --batches 1,4 --threads 1 \\
-        --variants fp32,fake-w4a8,avx2-w4a8 --repeats 3 --out runs/speed-small    # under a minute
+        --variants fp32,fake-w4a8,int8-w4a8 --repeats 3 --out runs/speed-small    # under a minute
 
 Architectures with random weights; no checkpoint is read. Every variant is timed in turn with fp32
 in one process, call by call, so that what else the machine does meets both. The ratio is the median

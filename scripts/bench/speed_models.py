@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...quant.backends.native import COMPILERS, Compiled
+from ...quant.backends.build import COMPILERS, instructions_here
+from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.files import write_bytes
@@ -36,6 +37,7 @@ class Variant:
     bits: int | None = None
     backend: str = "fake"
     compiled: bool = False  # by torch.compile; a quantized one by --compile
+    instructions: str | None = None  # of --compile, by default the processor's best
     half: bool = False  # bfloat16 where autocast allows it
 
 
@@ -47,12 +49,20 @@ VARIANTS = {
     "fake-w4a8": Variant("fake W4A8", 4),
     "int8-w8a8": Variant("int8 W8A8", 8, "int8"),
     "int8-w4a8": Variant("int8 W4A8", 4, "int8"),
-    "avx2-w8a8": Variant("int8-avx2 W8A8", 8, "int8-avx2"),
-    "avx2-w4a8": Variant("int8-avx2 W4A8", 4, "int8-avx2"),
     "int8-w8a8-compiled": Variant("int8 W8A8, --compile", 8, "int8", compiled=True),
     "int8-w4a8-compiled": Variant("int8 W4A8, --compile", 4, "int8", compiled=True),
-    "avx2-w8a8-compiled": Variant("int8-avx2 W8A8, --compile", 8, "int8-avx2", compiled=True),
-    "avx2-w4a8-compiled": Variant("int8-avx2 W4A8, --compile", 4, "int8-avx2", compiled=True),
+    "avxvnni-w8a8-compiled": Variant(
+        "int8 W8A8, --compile, AVX-VNNI", 8, "int8", True, instructions="avx-vnni"
+    ),
+    "avxvnni-w4a8-compiled": Variant(
+        "int8 W4A8, --compile, AVX-VNNI", 4, "int8", True, instructions="avx-vnni"
+    ),
+    "avx2-w8a8-compiled": Variant(
+        "int8 W8A8, --compile, AVX2", 8, "int8", True, instructions="avx2"
+    ),
+    "avx2-w4a8-compiled": Variant(
+        "int8 W4A8, --compile, AVX2", 4, "int8", True, instructions="avx2"
+    ),
 }
 
 
@@ -62,7 +72,10 @@ def obstacle(variant: Variant) -> str | None:
         return "no C++ compiler"
     if variant.backend == "fake":
         return None
-    return int8_supported(vnni=variant.backend == "int8")
+    wanted = variant.instructions
+    if wanted is not None and wanted not in instructions_here():
+        return f"this CPU lacks the {wanted.upper()} instructions"
+    return int8_supported()
 
 
 class Models:
@@ -93,7 +106,7 @@ class Models:
     def build(self, variant: Variant) -> nn.Module:
         model = empty_denoiser(self.config)
         if variant.bits is not None:
-            compiled = Compiled() if variant.compiled else None
+            compiled = Compiled(variant.instructions) if variant.compiled else None
             model = load_quantized(self.file(variant.bits), model)
             model = select_backend(model, variant.backend, compiled=compiled)
         else:

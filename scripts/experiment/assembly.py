@@ -22,7 +22,7 @@ from ..common.memory import return_freed_memory
 from ..common.schema import printable
 from .config import ConditioningConfig, Config, parse_config, repository_path
 
-BACKENDS = ("fake", "int8", "int8-avx2")
+BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
 
 
@@ -90,17 +90,14 @@ def select_backend(
 ) -> QuantDenoiser:
     """The quantized model as it is (fake: integers in floating point) or on integer kernels.
 
-    int8 relies on VNNI, int8-avx2 does not; compiled is for both. Raises ConfigError where there
-    are none.
+    compiled: faster integer kernels. Raises ConfigError where there are none.
     """
     if backend == "fake":
         return model
-    vnni = backend == "int8"
-    reason = int8_supported(device, vnni)
+    reason = int8_supported(device)
     if reason is not None:
-        other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
-        raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
-    model = to_int8(model, vnni, compiled)
+        raise ConfigError(f"--backend {backend}: {reason}; use --backend fake")
+    model = to_int8(model, compiled=compiled)
     return_freed_memory()
     return model
 

@@ -11,9 +11,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...quant.backends.native import Compiled, CompileError
+from ...quant.backends.build import CompileError
+from ...quant.backends.native import Compiled
+from ...quant.backends.selection import onednn_is_fast
 from ..common.errors import ConfigError
 from .assembly import BACKENDS
+
+EARLIER_NAMES = {"int8-avx2": "int8"}  # which chooses by itself what the processor can do
 
 
 @dataclass(frozen=True)
@@ -33,25 +37,42 @@ class Backend:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """--backend and --compile."""
     parser.add_argument(
-        "--backend", choices=BACKENDS, default=BACKENDS[0], help="of the quantized model (fake)"
+        "--backend",
+        type=lambda name: EARLIER_NAMES.get(name, name),
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="of the quantized model (fake)",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="faster int8: compile C++ for it at the start (seconds), if there is a compiler",
+        help="faster int8: compile C++ for it (once; two seconds), if there is a compiler",
     )
 
 
 def check_backend(args: argparse.Namespace) -> None:
     """Raises ConfigError for options that do not go together."""
     if args.compile and args.backend == "fake":
-        raise ConfigError("--compile: needs --backend int8 or int8-avx2")
+        raise ConfigError("--compile: needs --backend int8")
+
+
+def slow_backend(args: argparse.Namespace) -> str | None:
+    """A line for a processor on which int8 without --compile is slower than it need be."""
+    if args.backend == "int8" and not args.compile and not onednn_is_fast():
+        return (
+            "note: without AVX512-VNNI, which this CPU lacks, --backend int8 needs --compile "
+            "to be faster than full precision"
+        )
+    return None
 
 
 def read_backend(args: argparse.Namespace) -> Backend:
     """What the options name, compiled at once. Raises ConfigError."""
     check_backend(args)
     code = compiled_code(True) if args.compile else None
+    note = slow_backend(args)
+    if note is not None:
+        print(note, flush=True)
     return Backend(args.backend, lambda: code)
 
 

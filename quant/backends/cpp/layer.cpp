@@ -6,7 +6,7 @@
 #include "codes.h"
 #include "products.h"
 
-#ifdef HAS_PRODUCTS
+#ifdef INSTRUCTION_SET
 
 struct Part {
   long channels, pitch;  // of the input, and of its codes

@@ -1,10 +1,10 @@
-// Products of uint8 codes with int8 codes on AVX512-VNNI: convolutions, linear layers, attention.
+// Products of uint8 codes with int8 codes: convolutions, linear layers, attention.
 //
 //   out = x_scale * scale[o] * (sum q_w (q_x - zero_point)) * row + bias[o] + plus
 //
-// The sum is exact in int32, so that an output depends neither on the batch nor on the threads. int8
-// codes lie in blocks of 16 outputs, and there four inputs of an output side by side, as one
-// instruction wants them: (O / 16, taps, C / 4, 16, 4), filled up with zeros.
+// The sum is exact in int32, so that an output depends neither on the batch, nor on the threads, nor
+// on the processor. int8 codes lie in blocks of 16 outputs, and there four inputs of an output side
+// by side, as one instruction wants them: (O / 16, planes, taps, C / 4, 16, 4), filled up with zeros.
 
 #include "products.h"
 
@@ -16,13 +16,13 @@
 #include "codes.h"
 #include "tiles.h"
 
-
-#ifdef HAS_PRODUCTS
+#ifdef INSTRUCTION_SET
 
 namespace {
 
+constexpr long DEEPEST = 32;  // groups of four inputs summed in int16; more would gain nothing
+constexpr int32_t LARGEST_SUM = 128;  // of int8 codes of one sign: 255 * 128 < 2^15
 constexpr long STRIP = 48;  // pixels that follow each other under the same weights
-constexpr int WIDE = 4;     // registers of outputs of a tile
 
 // The next tile of `left` pixels: as few tiles as possible, of nearly the same size.
 long next_tile(long left, std::initializer_list<long> sizes) {
@@ -39,72 +39,78 @@ long next_tile(long left, std::initializer_list<long> sizes) {
 // A row of pixels under up to WIDE blocks of weights.
 void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
            long pixels, float* out, const float* plus, const float* rows) {
-  const long blocks = std::min<long>(WIDE, (end.channels - first + LANES - 1) / LANES);
+  const long outputs = std::min(WIDE * BLOCK, end.channels - first);
+  const long registers = (outputs + LANES - 1) / LANES;
   for (long done = 0, count; done < pixels; done += count) {
-    const bool wide = blocks > 2;
-    count = wide ? next_tile(pixels - done, {WIDE_SIZES}) : next_tile(pixels - done, {NARROW_SIZES});
-    const Tile run = wide ? wide_tile(count, blocks) : narrow_tile(count, blocks);
+    Tile run;
+#ifdef WITH_AVX512
+    if (registers > 2) {
+      count = next_tile(pixels - done, {WIDE_SIZES});
+      run = wide_tile(count, registers);
+    } else
+#endif
+    {
+      count = next_tile(pixels - done, {NARROW_SIZES});
+      run = narrow_tile(count, registers);
+    }
     run(walk, x + done * walk.pixel_step, w, end, first, out + done * end.channels,
         plus ? plus + done * end.plus_step : nullptr, rows ? rows + done : nullptr);
   }
 }
 
-// clamp(round(x), ..) of 16 values, minus the zero point.
-inline __m512i centred(__m512 x, const Step& step) {
-  const __m512 low = _mm512_set1_ps(static_cast<float>(-step.zero_point));
-  const __m512 high = _mm512_set1_ps(static_cast<float>(step.top - step.zero_point));
-  x = _mm512_mul_ps(x, _mm512_set1_ps(step.inverse));
-  return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(x, low), high));
-}
-
-inline __mmask16 mask_of(long left) {
-  return left >= LANES ? 0xffff : static_cast<__mmask16>((1 << std::max(left, 0L)) - 1);
+// clamp(round(x), ..) of a register, minus the zero point.
+inline Ints centred(Floats x, const Step& step) {
+  const Floats low = all(static_cast<float>(-step.zero_point));
+  const Floats high = all(static_cast<float>(step.top - step.zero_point));
+  return rounded_ints(least(most(mul(x, all(step.inverse)), low), high));
 }
 
 // exp of values up to 0, to about one unit in the last place: x = n ln 2 + r, a polynomial for exp(r).
-inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 5040);
+inline Floats exponential(Floats x) {
+  x = most(x, all(-87.0f));
+  const Floats n = rounded(mul(x, all(1.44269504f)));
+  Floats r = multiply_add(n, all(-0.693359375f), x);
+  r = multiply_add(n, all(2.12194440e-4f), r);
+  Floats p = all(1.0f / 5040);
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
+    p = multiply_add(p, r, all(c));
+  return times_power(p, n);
 }
 
 float largest(const float* x, long count) {
-  __m512 most = _mm512_set1_ps(x[0]);
+  Floats top = all(x[0]);
   for (long i = 0; i < count; i += LANES) {
-    const __mmask16 mask = mask_of(count - i);
-    most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, x + i));
+    const Mask mask = mask_of(count - i);
+    top = keep(mask, most(top, load(mask, x + i)), top);
   }
-  return _mm512_reduce_max_ps(most);
+  return largest_of(top);
 }
 
 // out = exp(scale * (x - the largest x)); returns the sum.
 float exponentials(const float* x, long count, float scale, float* out) {
-  const __m512 top = _mm512_set1_ps(largest(x, count)), factor = _mm512_set1_ps(scale);
-  __m512 total = _mm512_setzero_ps();
-  for (long i = 0; i < count; i += LANES) {
-    const __mmask16 mask = mask_of(count - i);
-    const __m512 v = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), top);
-    const __m512 e = exponential(_mm512_mul_ps(v, factor));
-    total = _mm512_mask_add_ps(total, mask, total, e);
-    _mm512_mask_storeu_ps(out + i, mask, e);
+  const Floats top = all(largest(x, count)), factor = all(scale);
+  Floats total[PER_BLOCK];
+  for (Floats& part : total) part = all(0.0f);
+  for (long i = 0; i < count; i += BLOCK) {
+    for (long part = 0; part < PER_BLOCK; ++part) {
+      const long at = i + part * LANES;
+      const Mask mask = mask_of(count - at);
+      const Floats e = exponential(mul(sub(load(mask, x + at), top), factor));
+      total[part] = keep(mask, add(total[part], e), total[part]);
+      store(out + at, mask, e);
+    }
   }
-  return _mm512_reduce_add_ps(total);
+  return sum_of(total);
 }
 
 // The codes of a row of the left operand, divided by `divisor`.
 void quantize_row(const float* x, long count, const Step& step, float divisor, uint8_t* out) {
-  const __m512i zero = _mm512_set1_epi32(step.zero_point);
-  const __m512 by = _mm512_set1_ps(divisor);
+  const Ints zero = all(step.zero_point);
+  const Floats by = all(divisor);
   for (long i = 0; i < count; i += LANES) {
-    __m512 v = _mm512_maskz_loadu_ps(mask_of(count - i), x + i);
-    if (divisor != 1.0f) v = _mm512_div_ps(v, by);
-    const __m512i q = _mm512_add_epi32(centred(v, step), zero);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
+    Floats v = load(mask_of(count - i), x + i);
+    if (divisor != 1.0f) v = div(v, by);
+    store_bytes(out + i, add(centred(v, step), zero));
   }
 }
 
@@ -129,65 +135,117 @@ float row_codes(const float* x, long count, const Step& step, int32_t kind, floa
   return kind == SOFTMAX ? 1.0f : 1.0f / total;
 }
 
+// How int8 codes of any value are multiplied exactly.
+#if defined(WITH_AVX512) || defined(WITH_VNNI)
+constexpr long RIGHT_PLANES = 1, RIGHT_DEPTH = 0;
+#else
+constexpr long RIGHT_PLANES = 2;
+constexpr long RIGHT_DEPTH = 8;  // 8 * 2 codes of up to 8
+#endif
+
+// Whether sums of `depth` groups of four inputs, see depth_of, fit 16 bits.
+bool fits(const int8_t* codes, long rows, long quads, long depth) {
+  constexpr long PAIRS = 2 * BLOCK;
+  for (long r = 0; r < rows; ++r) {
+    for (long q = 0; q < quads; q += depth) {
+      int32_t positive[PAIRS] = {}, negative[PAIRS] = {};
+      for (long k = q; k < std::min(q + depth, quads); ++k, codes += 2 * PAIRS) {
+        for (long i = 0; i < PAIRS; ++i) {
+          const int32_t a = codes[2 * i], b = codes[2 * i + 1];
+          positive[i] += std::max(a, 0) + std::max(b, 0);
+          negative[i] -= std::min(a, 0) + std::min(b, 0);
+        }
+      }
+      for (long i = 0; i < PAIRS; ++i)
+        if (positive[i] > LARGEST_SUM || negative[i] > LARGEST_SUM) return false;
+    }
+  }
+  return true;
+}
+
+// codes = 16 * codes + codes[count..], within -8..8 and -8..7.
+void split(int8_t* codes, long count) {
+  for (long i = 0; i < count; ++i) {
+    const int high = (codes[i] + 8) >> 4;
+    codes[count + i] = static_cast<int8_t>(codes[i] - 16 * high);
+    codes[i] = static_cast<int8_t>(high);
+  }
+}
+
 // The right operand (inner, columns) as int8 in blocks, and the sums over its inner dimension. One
 // of its two strides is 1.
 void pack_right(const float* x, long inner_step, long column_step, long inner, long columns,
                 const Step& step, int8_t* out, int32_t* sums) {
-  const long quads = (inner + 3) / 4;
-  const __m512i byte = _mm512_set1_epi32(255), ones = _mm512_set1_epi8(1);
-  for (long c = 0; c < columns; c += LANES, out += quads * 4 * LANES, sums += LANES) {
-    const long width = std::min(LANES, columns - c);
-    __m512i total = _mm512_setzero_si512();
+  const long quads = (inner + 3) / 4, plane = quads * 4 * BLOCK;
+  for (long c = 0; c < columns; c += BLOCK, out += RIGHT_PLANES * plane, sums += BLOCK) {
+    const long width = std::min(BLOCK, columns - c);
     if (inner_step == 1) {
-      std::memset(out, 0, quads * 4 * LANES);
+      std::memset(out, 0, plane);
       for (long j = 0; j < width; ++j) {
         const float* row = x + (c + j) * column_step;
         for (long k = 0; k < inner; k += LANES) {
-          const __m512i q = centred(_mm512_maskz_loadu_ps(mask_of(inner - k), row + k), step);
-          const __mmask16 valid = mask_of(inner - k);
-          const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_maskz_mov_epi32(valid, q));
-          int32_t fours[4];
-          std::memcpy(fours, &bytes, 16);
-          for (long i = 0; i < std::min(4L, quads - k / 4); ++i)
-            std::memcpy(out + ((k / 4 + i) * LANES + j) * 4, fours + i, 4);
+          const Mask mask = mask_of(inner - k);
+          int32_t fours[LANES / 4];
+          store_bytes(fours, keep(mask, centred(load(mask, row + k), step)));
+          for (long i = 0; i < std::min(LANES / 4, quads - k / 4); ++i)
+            std::memcpy(out + ((k / 4 + i) * BLOCK + j) * 4, fours + i, 4);
         }
       }
     } else {
-      const __mmask16 mask = mask_of(width);
       for (long k = 0; k < inner; k += 4) {
-        __m512i four = _mm512_setzero_si512();
-        for (long i = 0; i < std::min(4L, inner - k); ++i) {
-          const float* row = x + (k + i) * inner_step + c;
-          const __m512i q = centred(_mm512_maskz_loadu_ps(mask, row), step);
-          const __m512i low = _mm512_and_si512(_mm512_maskz_mov_epi32(mask, q), byte);
-          four = _mm512_or_si512(four, _mm512_sllv_epi32(low, _mm512_set1_epi32(8 * i)));
+        for (long part = 0; part < PER_BLOCK; ++part) {
+          const Mask mask = mask_of(width - part * LANES);
+          Ints four = all(0);
+          for (long i = 0; i < std::min(4L, inner - k); ++i) {
+            const float* row = x + (k + i) * inner_step + c + part * LANES;
+            const Ints q = keep(mask, centred(load(mask, row), step));
+            four = merge(four, shift_left(low_byte(q), static_cast<int>(8 * i)));
+          }
+          store_all(out + k * BLOCK + part * 4 * LANES, four);
         }
-        _mm512_storeu_si512(out + k * LANES, four);
       }
     }
-    for (long q = 0; q < quads; ++q)
-      total = _mm512_dpbusd_epi32(total, ones, _mm512_loadu_si512(out + q * 4 * LANES));
-    _mm512_storeu_si512(sums, total);
+    for (long part = 0; part < PER_BLOCK; ++part) {
+      Ints total = all(0);
+      for (long q = 0; q < quads; ++q)
+        total = add_four(total, all_bytes(1), load_all(out + q * 4 * BLOCK + part * 4 * LANES));
+      store_all(sums + part * LANES, total);
+    }
+    if (RIGHT_PLANES == 2) split(out, plane);
   }
 }
 
 }  // namespace
 
-extern "C" int32_t has_products() { return 1; }
+extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
+
+// Of how many groups of four inputs, one after the other in each of the rows, the products with any
+// uint8 codes may be summed in int16 pairs; 0 if not even of one. codes: (rows, quads, 16, 4).
+extern "C" int64_t depth_of(const int8_t* codes, int64_t rows, int64_t quads) {
+  if (RIGHT_PLANES == 1) return quads;  // VNNI needs no such sums
+  for (long parts = (quads + DEEPEST - 1) / DEEPEST; parts <= quads; ++parts) {
+    const long depth = (quads + parts - 1) / parts;
+    if (fits(codes, rows, quads, depth)) return depth;
+  }
+  return 0;
+}
 
 void convolution(const uint8_t* codes, const Weight& weight, const float* bias, const Plus& plus,
                  float* out, const Shape& of, float x_scale, int32_t zero_point, int32_t threads) {
   const long channels = of.channels;
-  const Walk walk{of.rows,      of.columns,
-                  of.width * channels, channels,
-                  of.stride_x * channels, channels / 4,
-                  of.rows * of.columns * channels * LANES};
+  const Walk walk{of.rows,
+                  of.width * channels,
+                  of.stride_x * channels,
+                  of.columns * channels / 4,
+                  weight.planes,
+                  weight.depth,
+                  weight.planes * of.rows * of.columns * channels * BLOCK};
   const Finish end{weight.sums, weight.scale, bias, x_scale, zero_point, of.outputs, plus.pixel};
-  const long wide = WIDE * LANES;
+  const long wide = WIDE * BLOCK;
   const long groups = (of.outputs + wide - 1) / wide, strips = (of.out_width + STRIP - 1) / STRIP;
-  const long all = groups * of.batch * of.out_height * strips;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && all > 1) schedule(static)
-  for (long i = 0; i < all; ++i) {
+  const long tasks = groups * of.batch * of.out_height * strips;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
+  for (long i = 0; i < tasks; ++i) {
     const long left = i % strips * STRIP, y = i / strips % of.out_height;
     const long line = i / strips / of.out_height, b = line % of.batch, first = line / of.batch * wide;
     const long pixel = (b * of.out_height + y) * of.out_width + left;
@@ -196,7 +254,7 @@ void convolution(const uint8_t* codes, const Weight& weight, const float* bias, 
     const float* added = nullptr;
     if (plus.values)
       added = plus.values + b * plus.sample + (y * of.out_width + left) * plus.pixel;
-    strip(walk, x, weight.codes + first / LANES * walk.block, end, first,
+    strip(walk, x, weight.codes + first / BLOCK * walk.block, end, first,
           std::min(STRIP, of.out_width - left), out + pixel * of.outputs, added, nullptr);
   }
 }
@@ -209,14 +267,15 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
   const long batch = size[0], rows = size[1], inner = size[2], columns = size[3];
   const long left_batch = size[4], left_row = size[5];
   const long right_batch = size[6], right_inner = size[7], right_column = size[8];
-  const long quads = (inner + 3) / 4, blocks = (columns + LANES - 1) / LANES;
-  const long pitch = (inner + LANES - 1) / LANES * LANES;
+  const long quads = (inner + 3) / 4, blocks = (columns + BLOCK - 1) / BLOCK;
+  const long pitch = (inner + BLOCK - 1) / BLOCK * BLOCK;
   const Step of_left{left_inverse, left_zero_point, left_top};
   const Step of_right{right_inverse, right_zero_point, right_top};
-  const long block = blocks * quads * 4 * LANES, strips = (rows + STRIP - 1) / STRIP;
-  std::vector<int8_t> packed(batch * block);
-  std::vector<int32_t> sums(batch * blocks * LANES);
-  const Walk walk{1, 1, 0, 0, pitch, quads, quads * 4 * LANES};
+  const long block = RIGHT_PLANES * quads * 4 * BLOCK, packed_size = blocks * block;
+  const long strips = (rows + STRIP - 1) / STRIP;
+  std::vector<int8_t> packed(batch * packed_size);
+  std::vector<int32_t> sums(batch * blocks * BLOCK);
+  const Walk walk{1, 0, pitch, quads, RIGHT_PLANES, RIGHT_DEPTH, block};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint8_t> codes(STRIP * pitch);
@@ -224,16 +283,16 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
 #pragma omp for schedule(static)
     for (long b = 0; b < batch; ++b)
       pack_right(right + b * right_batch, right_inner, right_column, inner, columns, of_right,
-                 &packed[b * block], &sums[b * blocks * LANES]);
+                 &packed[b * packed_size], &sums[b * blocks * BLOCK]);
 #pragma omp for schedule(static)
     for (long s = 0; s < batch * strips; ++s) {
       const long b = s / strips, r = s % strips * STRIP, count = std::min(STRIP, rows - r);
-      const Finish end{&sums[b * blocks * LANES], nullptr, nullptr, scale, left_zero_point, columns, 0};
+      const Finish end{&sums[b * blocks * BLOCK], nullptr, nullptr, scale, left_zero_point, columns, 0};
       for (long i = 0; i < count; ++i)
         tops[i] = row_codes(left + b * left_batch + (r + i) * left_row, inner, of_left, kind,
                             score_scale, buffer.data(), codes.data() + i * pitch);
-      for (long first = 0; first < columns; first += WIDE * LANES)
-        strip(walk, codes.data(), &packed[b * block] + first / LANES * walk.block, end, first,
+      for (long first = 0; first < columns; first += WIDE * BLOCK)
+        strip(walk, codes.data(), &packed[b * packed_size] + first / BLOCK * walk.block, end, first,
               count, out + (b * rows + r) * columns, nullptr, tops.data());
     }
   }
@@ -241,6 +300,6 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
 
 #else
 
-extern "C" int32_t has_products() { return 0; }
+extern "C" const char* instruction_set() { return ""; }
 
 #endif

@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-#define HAS_PRODUCTS 1
-#endif
+#include "vectors.h"
 
 struct Weight {
   const int8_t* codes;  // in blocks
   const int32_t* sums;  // of an output's codes
   const float* scale;   // of an output
+  // Of AVX2 alone, see tiles.h. planes: 2 where a code is 16 times one of the first plus one of the
+  // second, else 1. depth: groups of four inputs whose products fit 16 bits.
+  long planes, depth;
 };
 
 struct Plus {  // values: null where nothing is added

@@ -1,23 +1,34 @@
 // The innermost loops of the products: tiles of M pixels by N registers of outputs.
+//
+// VNNI multiplies four codes of uint8 with four of int8 and adds all of it to an int32, exactly.
+// AVX2 adds the products in pairs, in int16. Sums of `depth` such pairs are made there before they
+// go to int32, as many as fit 16 bits whatever the uint8 codes are. Weights of which not even one
+// pair fits are two planes of 4 bits, 16 * first + second, whose sums meet in int32.
 
 #pragma once
 
 #include "products.h"
 
-#ifdef HAS_PRODUCTS
-#include <immintrin.h>
-
+#ifdef INSTRUCTION_SET
 #include <cstdint>
 #include <cstring>
 
-constexpr long LANES = 16;     // float or int32 values of a register
-// Pixels of a tile of up to two registers of outputs, and of a wider one: the sums fit the 32
-// registers. Few sizes, since each is compiled.
+// Blocks of outputs of a tile, and pixels of a tile of up to two registers of outputs, and of a
+// wider one: the sums fit the 32 (AVX-512) or 16 registers. Few sizes, since each is compiled.
+#ifdef WITH_AVX512
+constexpr int WIDE = 4;
 #define NARROW_SIZES 1, 2, 4, 8, 12
+#else
+constexpr int WIDE = 1;
+#define NARROW_SIZES 1, 2, 3, 4, 5, 6
+#endif
 #define WIDE_SIZES 1, 2, 4, 5, 6
 
-struct Walk {  // through the codes of one output, in bytes; block: of the 16 outputs' weights
-  long rows, columns, row_step, column_step, pixel_step, quads, block;
+struct Walk {  // through the codes of one output, in bytes
+  long rows, row_step, pixel_step;
+  long quads;          // of a row, whose columns follow each other
+  long planes, depth;  // see Weight
+  long block;          // of the 16 outputs' weights, all planes
 };
 
 struct Finish {  // null pointers: no such term
@@ -29,48 +40,103 @@ struct Finish {  // null pointers: no such term
   long plus_step;  // values from one pixel's plus to the next
 };
 
+inline Ints four_codes(const uint8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return all(four);
+}
+
+// Of register n of a tile's weights, from those of its first block.
+inline long weight_offset(int n, long block) {
+  return n / PER_BLOCK * block + n % PER_BLOCK * 4 * LANES;
+}
+
+#if defined(WITH_AVX512) || defined(WITH_VNNI)
+
 template <int M, int N>
-void tile(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
-          float* out, const float* plus, const float* rows) {
-  __m512i sum[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_si512();
+inline void add_products(const Walk& walk, const uint8_t* x, const int8_t* w, Ints (&sum)[M][N]) {
   for (long r = 0; r < walk.rows; ++r) {
-    for (long c = 0; c < walk.columns; ++c) {
-      const uint8_t* p = x + r * walk.row_step + c * walk.column_step;
-      for (long q = 0; q < walk.quads; ++q, p += 4, w += 4 * LANES) {
-        __m512i weight[N];
+    const uint8_t* p = x + r * walk.row_step;
+    for (long q = 0; q < walk.quads; ++q, p += 4, w += 4 * BLOCK) {
+      Ints weight[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) weight[n] = _mm512_loadu_si512(w + n * walk.block);
+      for (int n = 0; n < N; ++n) weight[n] = load_all(w + weight_offset(n, walk.block));
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          int32_t four;
-          std::memcpy(&four, p + m * walk.pixel_step, 4);
-          const __m512i code = _mm512_set1_epi32(four);
+      for (int m = 0; m < M; ++m) {
+        const Ints code = four_codes(p + m * walk.pixel_step);
 #pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], code, weight[n]);
-        }
+        for (int n = 0; n < N; ++n) sum[m][n] = add_four(sum[m][n], code, weight[n]);
       }
     }
   }
+}
+
+#else
+
+template <int M, int N>
+inline void add_products(const Walk& walk, const uint8_t* x, const int8_t* w, Ints (&sum)[M][N]) {
+  for (long plane = 0; plane < walk.planes; ++plane) {
+    const Ints factor = _mm256_set1_epi16(plane + 1 < walk.planes ? 16 : 1);
+    for (long r = 0; r < walk.rows; ++r) {
+      const uint8_t* p = x + r * walk.row_step;
+      for (long q = 0; q < walk.quads; q += walk.depth) {
+        Ints pairs[M][N];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) pairs[m][n] = _mm256_setzero_si256();
+        const int8_t* end = w + 4 * BLOCK * std::min(walk.depth, walk.quads - q);
+        for (; w != end; p += 4, w += 4 * BLOCK) {
+          Ints weight[N];
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) weight[n] = load_all(w + weight_offset(n, walk.block));
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            const Ints code = four_codes(p + m * walk.pixel_step);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+              const Ints products = _mm256_maddubs_epi16(code, weight[n]);
+              // By hand, since compilers take so many products first that the sums lose their place.
+              asm volatile("vpaddw %1, %0, %0" : "+x"(pairs[m][n]) : "x"(products));
+            }
+          }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n)
+            sum[m][n] = add(sum[m][n], _mm256_madd_epi16(pairs[m][n], factor));
+      }
+    }
+  }
+}
+
+#endif
+
+template <int M, int N>
+void tile(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
+          float* out, const float* plus, const float* rows) {
+  Ints sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[m][n] = all(0);
+  add_products<M, N>(walk, x, w, sum);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    const long o = first + n * LANES, left = end.channels - o;
-    const __mmask16 mask = left >= LANES ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    const __m512i shift = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, end.sums + o),
-                                             _mm512_set1_epi32(end.zero_point));
-    __m512 scale = _mm512_set1_ps(end.x_scale), bias = _mm512_setzero_ps();
-    if (end.scale) scale = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, end.scale + o));
-    if (end.bias) bias = _mm512_maskz_loadu_ps(mask, end.bias + o);
+    const long o = first + n * LANES;
+    const Mask mask = mask_of(end.channels - o);
+    const Ints shift = mul(load(mask, end.sums + o), all(end.zero_point));
+    Floats scale = all(end.x_scale), bias = all(0.0f);
+    if (end.scale) scale = mul(scale, load(mask, end.scale + o));
+    if (end.bias) bias = load(mask, end.bias + o);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[m][n], shift)), scale);
-      if (rows) y = _mm512_mul_ps(y, _mm512_set1_ps(rows[m]));
-      y = _mm512_add_ps(y, bias);
-      if (plus) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, plus + m * end.plus_step + o));
-      _mm512_mask_storeu_ps(out + m * end.channels + o, mask, y);
+      Floats y = mul(floats(sub(sum[m][n], shift)), scale);
+      if (rows) y = mul(y, all(rows[m]));
+      y = add(y, bias);
+      if (plus) y = add(y, load(mask, plus + m * end.plus_step + o));
+      store(out + m * end.channels + o, mask, y);
     }
   }
 }

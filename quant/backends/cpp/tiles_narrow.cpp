@@ -1,6 +1,6 @@
 #include "tiles.h"
 
-#ifdef HAS_PRODUCTS
+#ifdef INSTRUCTION_SET
 
 Tile narrow_tile(long pixels, long registers) {
   return registers == 1 ? tile_of<1, NARROW_SIZES>(pixels) : tile_of<2, NARROW_SIZES>(pixels);
