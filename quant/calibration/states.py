@@ -7,6 +7,7 @@ import torch
 
 from ..core.context import Timestep
 
+
 @dataclass
 class CalibrationStates:
     """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the

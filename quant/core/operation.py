@@ -23,6 +23,7 @@ class Operation:
             self._geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         else:
             self._call, self._geometry = F.linear, ()
+            self.in_features = layer.in_features
         self.channel_dim = 1 if self.is_conv else -1  # of the input
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:
