@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -219,6 +220,46 @@ def nested(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         else:
             arguments[name] = tensor
     return arguments
+
+
+class LikeDiffusers(nn.Module):
+    """A denoiser that is called as diffusers calls `original`, and has all else that this has.
+
+    denoiser: called with (x, t (B,), **named), given later where it is None. device: None for that
+    of its parameters. timestep: a number, 0-d or (B,). Returns what has the output as `.sample`, or
+    a tuple with it.
+    """
+
+    def __init__(self, original: nn.Module, denoiser: nn.Module | None, device: Any = None):
+        super().__init__()
+        self.__dict__["original"], self.__dict__["place"] = original, device
+        self.call = denoiser
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("original", "place"):  # not there yet, while a copy is made
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.original, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        if self.place is not None:
+            return self.place
+        return next(value.device for value in (*self.parameters(), *self.buffers()))
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        named = flat(self.original, args, kwargs)
+        x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
+        t = t.to(x.device)
+        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
+        out = self.call(x, t, **named)
+        return SimpleNamespace(sample=out) if return_dict else (out,)
 
 
 # ---- folders ----

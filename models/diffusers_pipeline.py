@@ -11,6 +11,7 @@ classes nor every scheduler what they want.
 Shapes: B images, C x H x W what the denoiser sees.
 """
 
+import copy
 import hashlib
 import inspect
 import warnings
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from .checkpoint_files import CheckpointError, failure, open_file, printable
-from .diffusers_denoiser import DiffusersDenoiser, build, flat, library, read, read_json
+from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import SamplingError
 
@@ -175,34 +176,6 @@ def _check_parts(index: Mapping[str, Any], file: Path) -> None:
             raise failure(file, what, "nothing of it was run")
 
 
-class _Tap(nn.Module):
-    """Stands for the denoiser within a pipeline of diffusers and calls `call` instead; all else is
-    what `original` has, which may have no weights."""
-
-    def __init__(self, original: nn.Module, device: torch.device):
-        super().__init__()
-        self.__dict__["original"], self.__dict__["place"] = original, device
-        self.call: Callable[..., torch.Tensor] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return self.place
-
-    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        named = flat(self.original, args, kwargs)
-        x, t = named.pop("x"), torch.as_tensor(named.pop("t"), device=self.place)
-        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
-        out = self.call(x, t, **named)
-        return SimpleNamespace(sample=out) if return_dict else (out,)
-
-
 class _PixelLoop:
     """Samples a pixel model (UNet2DModel): any scheduler, with or without classes."""
 
@@ -243,6 +216,7 @@ class _LastStep(Exception):
 class DiffusersPipeline:
     """What models.pipeline.Pipeline is, of a diffusers folder.
 
+    source: a folder, or a pipeline of diffusers that is loaded already and stays as it is.
     denoiser: whose place is in the pipeline; its weights are not used. prompts: texts, numbered
     like classes; arguments: others of the pipeline's call. Raises CheckpointError for a folder that
     cannot be loaded and ValueError for values that do not fit together.
@@ -252,7 +226,7 @@ class DiffusersPipeline:
 
     def __init__(
         self,
-        folder: DiffusersFolder,
+        source: Any,
         denoiser: DiffusersDenoiser,
         steps: int,
         *,
@@ -263,16 +237,14 @@ class DiffusersPipeline:
         arguments: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ):
-        self.kind, self.micro_batch, self.steps = folder.kind, micro_batch, steps
-        self.prompts = prompts
-        self._tap = _Tap(denoiser.model, torch.device(device))
-        self._scheduler = _scheduler_of(folder)
-        self._pipe = _pipe_of(folder, denoiser.model, self._tap, self._scheduler)
-        for name, part in self._pipe.components.items():
-            if isinstance(part, nn.Module) and name != folder.part:
-                part.to(device).eval().requires_grad_(False)
-                if hasattr(part, "use_slicing"):
-                    part.use_slicing = True  # one image after the other: less memory
+        self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
+        self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
+        if isinstance(source, DiffusersFolder):
+            self.kind, self._scheduler = source.kind, _scheduler_of(source)
+            self._pipe = _pipe_of(source, self._tap, self._scheduler)
+        else:
+            self.kind, self._scheduler = type(source).__name__, source.scheduler
+            self._pipe = _beside(source, self._tap)
         self._wanted = inspect.signature(self._pipe.__call__).parameters
         self._arguments = self._checked(dict(arguments or {}), eta, guidance_scale)
         self.guidance_scale = self._arguments.get("guidance_scale", 1.0)
@@ -537,11 +509,11 @@ def _scheduler_of(folder: DiffusersFolder) -> Any:
         raise failure(folder.scheduler, f"{name}: {error}", "mend that field") from error
 
 
-def _pipe_of(folder: DiffusersFolder, model: nn.Module, tap: _Tap, scheduler: Any) -> Any:
-    """The pipeline with the tap as its denoiser. Raises CheckpointError."""
+def _pipe_of(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> Any:
+    """The pipeline with the tap as its denoiser, on its device. Raises CheckpointError."""
     if folder.kind in PIXELS:
         return _PixelLoop(tap, scheduler)
-    given: dict[str, Any] = {folder.part: model, "scheduler": scheduler}
+    given: dict[str, Any] = {folder.part: tap.original, "scheduler": scheduler}
     given |= {name: None for name in CHECKERS if name in folder.index}
     if "requires_safety_checker" in folder.index:
         given["requires_safety_checker"] = False
@@ -560,7 +532,32 @@ def _pipe_of(folder: DiffusersFolder, model: nn.Module, tap: _Tap, scheduler: An
         raise failure(folder.path, f"no {folder.kind}: {error}", "download it again") from error
     setattr(pipe, folder.part, tap)
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not tap:
+            part.to(tap.device).eval().requires_grad_(False)
+            if hasattr(part, "use_slicing"):
+                part.use_slicing = True  # one image after the other: less memory
     return pipe
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The name and the module of a loaded pipeline's denoiser. Raises ValueError."""
+    kind = type(pipe).__name__
+    if kind not in PIPELINES:
+        raise ValueError(f"{kind} is not supported ({', '.join(PIPELINES)})")
+    part = "transformer" if "transformer" in pipe.components else "unet"
+    return part, pipe.components[part]
+
+
+def _beside(pipe: Any, tap: LikeDiffusers) -> Any:
+    """A pipeline of the same parts but the tap."""
+    if type(pipe).__name__ in PIXELS:
+        return _PixelLoop(tap, pipe.scheduler)
+    part, _ = denoiser_of(pipe)
+    beside = copy.copy(pipe)
+    beside.__dict__[part] = tap
+    beside.set_progress_bar_config(disable=True)
+    return beside
 
 
 def _picture(value: Any) -> Any:

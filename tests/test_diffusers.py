@@ -204,7 +204,7 @@ def inputs_seen(
 @pytest.mark.parametrize(
     ("kind", "scheduler", "options"),
     [
-        ("pixels", diffusers.EulerDiscreteScheduler(), []),
+        ("pixels", diffusers.DDIMScheduler(), []),
         ("text", diffusers.DDIMScheduler(), ["--prompt", "a b"]),
         ("dit", diffusers.DPMSolverMultistepScheduler(), ["--classes", "1,5"]),
         ("consistency", diffusers.CMStochasticIterativeScheduler(), []),

@@ -12,7 +12,10 @@ class Operation:
     """The geometry of an nn.Conv2d, nn.Conv1d or nn.Linear, without its parameters."""
 
     def __init__(self, layer: nn.Module):
-        self.kind = type(layer).__name__
+        base = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+        if type(layer).forward is not base.forward:
+            raise ValueError(f"{type(layer).__name__} computes something else than {base.__name__}")
+        self.kind = base.__name__
         self.is_conv = not isinstance(layer, nn.Linear)
         if self.is_conv:
             if layer.padding_mode != "zeros":

@@ -1,5 +1,6 @@
 """From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ...models import checkpoint as checkpoints
+from ...models.architecture import built
 from ...models.autoencoder import first_stage_from_upstream
 from ...models.checkpoint_files import CheckpointError, State
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
@@ -83,7 +85,11 @@ def _of_folder(
         raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
     path = repository_path(model.checkpoint)
     folder = DiffusersFolder.open(path if path.exists() else model.checkpoint, model.weights)
-    denoiser = folder.full_precision() if quantized is None else folder.empty()
+    if quantized is None:
+        denoiser: nn.Module = folder.full_precision()
+    else:
+        text = read_metadata(quantized).get("denoiser")
+        denoiser = folder.empty() if text is None else built(json.loads(text))
     try:
         pipeline = DiffusersPipeline(
             folder,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ...models.architecture import describe
 from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
@@ -262,6 +263,9 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
         outcome.model,
         {
             "config": resolved_yaml(with_scale_factor(config, assembly)),
+            "denoiser": json.dumps(
+                describe(config.model.arch, config.model.params, assembly.denoiser)
+            ),
             "method": config.quant.method,
             "source_sha256": ",".join(assembly.sources.values()),
             "torch": torch.__version__,
