@@ -3,8 +3,10 @@
     python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w4a8
     python calibrate.py --config configs/emoji32.yaml --out runs/emoji32-w8a8 --weight_bit 8
     python calibrate.py --config configs/cifar10.yaml --out runs/cifar10-w4a8 --resume
+    python calibrate.py --ckpt path/to/folder-of-diffusers --out runs/mine
     torchrun --nproc-per-node 8 calibrate.py --config configs/cifar10.yaml --out ...
 
+A folder of diffusers needs no configuration: what is used is written to OUT/config.yaml.
 OUT receives quantized.safetensors (everything sampling needs), config.yaml, report.json (times,
 errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
 --resume goes on after the last one, and gives the same file as an uninterrupted run. So does
@@ -30,13 +32,14 @@ from tinydm.scripts.experiment.calibration_run import (
 from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.devices import resolve_device
+from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.experiment.runs import locked
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_config(parser)
+    add_config(parser, required=False)
     add_out(parser, "run folder")
     parser.add_argument("--resume", action="store_true", help="go on after the last phase")
     parser.add_argument("--overwrite", action="store_true", help="calibrate anew into OUT")
@@ -45,7 +48,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    config, device = load_config(args.config, args.overrides), resolve_device(args.device)
+    device = resolve_device(args.device)
+    if args.config is None:
+        config = config_of_folder(args.overrides)
+    else:
+        config = load_config(args.config, args.overrides)
     folder = Path(args.out)
     assembly = assemble(config, device=device)
     with team_of_processes() as team:

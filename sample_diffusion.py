@@ -34,6 +34,7 @@ from tinydm.scripts.experiment.backend import (
 from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
+from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
 from tinydm.scripts.experiment.sampling_run import SamplingRun, fill, make_images
@@ -51,11 +52,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """--config, or what the quantized file holds. Raises ConfigError or PackedFileError."""
+    """--config, what the quantized file holds, or what a folder of diffusers needs. Raises
+    ConfigError, PackedFileError or CheckpointError."""
     if args.config is not None:
         return load_config(args.config, args.overrides)
     if args.quantized is None:
-        raise ConfigError("give --config FILE, or --quantized FILE, which holds its own")
+        if not any(getattr(o, "key", "") == "model.checkpoint" for o in args.overrides):
+            raise ConfigError("give --config FILE, --quantized FILE or --ckpt FOLDER of diffusers")
+        return config_of_folder(args.overrides)
     text = read_metadata(args.quantized).get("config")
     if text is None:
         raise PackedFileError(f"{args.quantized}: holds no configuration; give --config FILE")

@@ -31,6 +31,7 @@ from .schedule import SKIPS as DDIM_SKIPS
 from .schedule import alphas_cumprod, make_betas, sampling_timesteps
 
 ARCHITECTURES = {"ddim_unet": DDIMUNet, "ldm_unet": LDMUNet, "adm_unet": LDMUNet}
+DIFFUSERS = "diffusers"  # the architecture that a folder of diffusers brings itself
 UPSTREAM_ONLY = TRAINING_ONLY  # keys of public configurations besides LDMUNet's arguments
 SKIPS = (*DDIM_SKIPS, *(name for name in SPACINGS if name not in DDIM_SKIPS))
 
@@ -43,6 +44,7 @@ SAMPLERS = {
     "ldm_ddim": ("ldm_unet",),
     "guided_ddpm": ("adm_unet",),
     "guided_ddim": ("adm_unet",),
+    "scheduler": (DIFFUSERS,),  # of the folder
 }
 
 
@@ -129,6 +131,22 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((slope * index + offset) % 2**32)
 
 
+def labels_of(
+    count: int | None,
+    indices: Sequence[int],
+    seed: int,
+    classes: Sequence[int] | None = None,
+    shuffled: bool = True,
+) -> torch.Tensor:
+    """Class of each index (B,) int64: `classes` in turn, else all of them in the seed's order."""
+    if classes is None and shuffled:
+        digest = hashlib.blake2b(f"classes {seed}".encode(), digest_size=4).digest()
+        order = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        classes = torch.randperm(count, generator=order).tolist()
+    classes = range(count) if classes is None else classes
+    return torch.tensor([classes[index % len(classes)] for index in indices])
+
+
 class FixedBatch:
     """Calls a model with exactly `size` rows whatever the batch; the last call is padded.
 
@@ -196,6 +214,18 @@ class Pipeline:
     @property
     def train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def calls_per_image(self) -> int:
+        """Rows of the denoiser that an image takes: two a step with guidance, and PLMS asks once
+        more at its start."""
+        calls = len(self.timesteps) + (self.sampler == "plms")
+        return calls * (2 if self.guided else 1)
+
+    def uncorrected(self) -> str | None:
+        """Why PTQD's and the drift's corrections do not apply, or None: they do to all samplers
+        here."""
+        return None
 
     def guide(self, without: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """The outputs of both halves of a guided call as the sampler puts them together."""
@@ -279,11 +309,7 @@ class Pipeline:
         """
         if self.num_classes is None:
             return None
-        if classes is None:
-            digest = hashlib.blake2b(f"classes {seed}".encode(), digest_size=4).digest()
-            order = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            classes = torch.randperm(self.num_classes, generator=order).tolist()
-        return torch.tensor([classes[index % len(classes)] for index in indices])
+        return labels_of(self.num_classes, indices, seed, classes)
 
     def conditioned(
         self, model: Callable[..., torch.Tensor], labels: torch.Tensor | None

@@ -48,7 +48,8 @@ OUTSIDE = {
     "models": {"torch", "numpy", "safetensors"},
     "quant": {"torch", "numpy", "safetensors"},
 }
-OPTIONAL = {"models": {"transformers"}}  # not in requirements.txt: only inside functions
+# Only inside functions: not in requirements.txt, or with much to import.
+OPTIONAL = {"models": {"transformers", "diffusers", "accelerate", "huggingface_hub", "PIL"}}
 YAML_READERS = {"scripts/common/schema.py", "scripts/experiment/config.py"}
 
 

@@ -1,6 +1,6 @@
 """Calibration data: states of the full-precision sampler with the noise it predicted there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,3 +78,17 @@ class CalibrationStates:
         """Batches of all trajectories at sampling step k."""
         for start in range(0, self.trajectories, batch_size):
             yield self._part(k, slice(start, start + batch_size))
+
+
+def joined(parts: Sequence[CalibrationStates]) -> CalibrationStates:
+    """The trajectories of all parts. Raises ValueError where their timesteps differ."""
+    first = parts[0]
+    if any(part.timesteps != first.timesteps for part in parts):
+        raise ValueError("states with different timesteps cannot be joined")
+    return CalibrationStates(
+        torch.cat([part.x for part in parts], dim=1),
+        torch.cat([part.eps for part in parts], dim=1),
+        first.timesteps,
+        {n: torch.cat([p.conditioning[n] for p in parts]) for n in first.conditioning},
+        first.device,
+    )

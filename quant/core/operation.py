@@ -21,7 +21,10 @@ class Operation:
     groups: int
 
     def __init__(self, layer: nn.Conv2d | nn.Conv1d | nn.Linear):
-        self.kind = type(layer).__name__
+        base = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+        if type(layer).forward is not base.forward:
+            raise ValueError(f"{type(layer).__name__} computes something else than {base.__name__}")
+        self.kind = base.__name__
         self.is_conv = not isinstance(layer, nn.Linear)
         self._call: Callable[..., torch.Tensor] = F.linear
         self._geometry: tuple[Any, ...] = ()
@@ -32,6 +35,8 @@ class Operation:
             self.dilation, self.groups = layer.dilation, layer.groups
             self._call = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv1d
             self._geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        else:
+            self.in_features = layer.in_features
         self.channel_dim = 1 if self.is_conv else -1  # of the input
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:

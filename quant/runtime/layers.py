@@ -70,6 +70,11 @@ class QuantLayer(nn.Module):
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
         self._steps: dict[int, SharedStep] = {}  # likewise, see _step
 
+    @property
+    def in_features(self) -> int:
+        """Of a linear layer, which pipelines of diffusers ask for."""
+        return self.op.in_features
+
     def weight(self) -> torch.Tensor:
         """The dequantized weight, float32 (O, I, ...)."""
         if self._weight is None:

@@ -1,5 +1,6 @@
 """From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,13 @@ import torch
 from torch import nn
 
 from ...models import checkpoint as checkpoints
+from ...models.architecture import built
 from ...models.autoencoder import first_stage_from_upstream
 from ...models.checkpoint_files import CheckpointError, State
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
-from ...models.pipeline import Pipeline, build_denoiser, build_pipeline
+from ...models.diffusers_denoiser import DiffusersDenoiser
+from ...models.diffusers_pipeline import DiffusersFolder, DiffusersPipeline
+from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
 from ...quant.runtime.denoiser import QuantDenoiser
@@ -34,7 +38,7 @@ class Assembly:
     """
 
     denoiser: nn.Module
-    pipeline: Pipeline
+    pipeline: Pipeline | DiffusersPipeline
     sources: dict[str, str]
     bytes: dict[str, int]
 
@@ -52,14 +56,17 @@ def assemble(
     CheckpointError or PackedFileError.
     """
     files = _Files(config)
-    parts = _surroundings(config, files, torch.device(device), quantized)
-    model = empty_denoiser(config)
-    if quantized is None:
-        load_denoiser(config, model, files)
+    if config.model.arch == DIFFUSERS:
+        model, parts = _of_folder(config, files, torch.device(device), quantized)
     else:
+        parts = _surroundings(config, files, torch.device(device), quantized)
+        model = empty_denoiser(config)
+        if quantized is None:
+            load_denoiser(config, model, files)
+    if quantized is not None:
         model = load_quantized(quantized, model)
         known = model.context.train_timesteps
-        if max(parts.timesteps) >= known:
+        if known is not None and max(parts.timesteps) >= known:
             raise ConfigError(
                 f"{quantized}: was calibrated for schedule.train_timesteps {known}, and this "
                 f"schedule asks for timestep {max(parts.timesteps)}"
@@ -70,6 +77,42 @@ def assemble(
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
     return Assembly(model, parts, files.digests, files.sizes)
+
+
+def _of_folder(
+    config: Config, files: "_Files", device: torch.device, quantized: str | Path | None
+) -> tuple[DiffusersDenoiser, DiffusersPipeline]:
+    """The denoiser of a diffusers folder, empty for a quantized file, and its pipeline."""
+    model, sampler = config.model, config.sampler
+    if model.checkpoint is None:
+        raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
+    path = repository_path(model.checkpoint)
+    folder = DiffusersFolder.open(path if path.exists() else model.checkpoint, model.weights)
+    if quantized is None:
+        denoiser: nn.Module = folder.full_precision()
+    else:
+        text = read_metadata(quantized).get("denoiser")
+        denoiser = folder.empty() if text is None else built(json.loads(text))
+    try:
+        pipeline = DiffusersPipeline(
+            folder,
+            denoiser,
+            sampler.steps,
+            eta=sampler.eta,
+            guidance_scale=sampler.guidance_scale,
+            prompts=None if model.conditioning is None else model.conditioning.prompts,
+            micro_batch=config.sampling.micro_batch,
+            arguments=model.params,
+            device=device,
+        )
+        pipeline.labels([0], 0, config.sampling.classes)
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise ConfigError(f"{config.name}: {error}") from error
+    digest, size = folder.digest(with_denoiser=quantized is None)
+    files.digests["checkpoint"], files.sizes["checkpoint"] = digest, size
+    return denoiser, pipeline
 
 
 def empty_denoiser(config: Config) -> nn.Module:

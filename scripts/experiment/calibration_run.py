@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ...models.architecture import describe
 from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
@@ -29,6 +30,7 @@ from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from .assembly import Assembly
 from .config import Config, resolved_yaml
+from .counted import Counted
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
@@ -116,16 +118,18 @@ def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
     total, size = config.calibration.trajectories, config.sampling.micro_batch
-    title, whole = f"{'trajectories':20}", -(-total // size) * size
-    with tqdm(total=whole, desc=title, unit="image", disable=run.team.rank != 0) as bar:
+    calls = run.assembly.pipeline.calls_per_image
+    title, whole = f"{'trajectories':20}", -(-total // size) * size * calls
+    with tqdm(total=whole, desc=title, unit="call", disable=run.team.rank != 0) as bar:
+        alone = run.team.world == 1  # other processes are heard of with each of their blocks
         return record_states(
             run.assembly.pipeline,
-            run.assembly.denoiser,
+            Counted(run.assembly.denoiser, bar) if alone else run.assembly.denoiser,
             total,
             config.calibration.seed,
             classes=config.sampling.classes,
             device=run.device,
-            on_images=bar.update,
+            on_images=lambda n: None if alone else bar.update(n * calls),
             team=run.team,
         )
 
@@ -168,6 +172,10 @@ def calibrate_run(
             f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
             "to be reconstructed; use quantized"
         )
+    quant = config.quant
+    if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
+        print(f"note: no correction of the output: {why}", flush=True)
+        quant = replace(quant, correction="none")
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run
@@ -196,9 +204,9 @@ def calibrate_run(
         task = Task(
             assembly.denoiser,
             states,
-            config.quant,
+            quant,
             config.calibration,
-            config.schedule.train_timesteps,
+            assembly.pipeline.train_timesteps,
             step_importance(assembly, states),
             sampler=run,
             progress=bars,
@@ -256,6 +264,9 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
         outcome.model,
         {
             "config": resolved_yaml(with_scale_factor(config, assembly)),
+            "denoiser": json.dumps(
+                describe(config.model.arch, config.model.params, assembly.denoiser)
+            ),
             "method": config.quant.method,
             "source_sha256": ",".join(assembly.sources.values()),
             "torch": torch.__version__,

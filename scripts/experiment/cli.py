@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ...models.checkpoint_files import CheckpointError, is_out_of_memory
@@ -62,13 +63,23 @@ def one_text(text: str) -> str:
 NUMBER, TEXT, NUMBERS = str, quoted, "[{}]".format  # how an option's text becomes YAML
 
 
+def lines_of(file: str) -> str:
+    """The lines of a text file that are not empty, as a list in YAML. Raises ConfigError."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ConfigError(f"--prompts {file}: cannot be read ({reason})") from error
+    return f"[{', '.join(quoted(line.strip()) for line in lines if line.strip())}]"
+
+
 # (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
 SAMPLER_OPTIONS = (
     (("--steps", "--timesteps", "--custom_steps", "-c"), "sampler.steps", NUMBER, "N", "steps"),
     (("--eta",), "sampler.eta", NUMBER, "ETA", "0 deterministic DDIM .. 1 ancestral"),
     (("--skip_type", "--skip"), "sampler.skip", TEXT, "NAME", "uniform, quad or logsnr"),
     (("--scale",), "sampler.guidance_scale", NUMBER, "S", "classifier-free guidance"),
-    (("--ckpt",), "model.checkpoint", TEXT, "FILE", "full-precision checkpoint"),
+    (("--ckpt",), "model.checkpoint", TEXT, "PATH", "full-precision file, or folder of diffusers"),
 )
 SAMPLING_OPTIONS = (
     (("--count", "-n", "--n_samples", "--max_images"), "sampling.count", NUMBER, "N", "images"),
@@ -76,6 +87,7 @@ SAMPLING_OPTIONS = (
     (("--seed",), "sampling.seed", NUMBER, "S", "seed of the images"),
     (("--classes",), "sampling.classes", NUMBERS, "1,7", "classes, given to the images in turn"),
     (("--prompt",), "model.conditioning.prompts", one_text, "TEXT", "the text of all images"),
+    (("--prompts",), "model.conditioning.prompts", lines_of, "FILE", "texts, one a line"),
 )
 QUANT_OPTIONS = (
     (("--weight_bit", "--wq"), "quant.weight.bits", NUMBER, "BITS", "bits of the weights"),

@@ -15,7 +15,14 @@ from typing import Any
 
 import yaml
 
-from ...models.pipeline import ARCHITECTURES, SAMPLERS, SKIPS, UPSTREAM_ONLY, sampling_plan
+from ...models.pipeline import (
+    ARCHITECTURES,
+    DIFFUSERS,
+    SAMPLERS,
+    SKIPS,
+    UPSTREAM_ONLY,
+    sampling_plan,
+)
 from ...models.schedule import SCHEDULES
 from ...quant.core.settings import (
     METHODS,
@@ -93,12 +100,18 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    arch: str = setting(MISSING, "family of the denoiser", choices=tuple(ARCHITECTURES))
+    arch: str = setting(MISSING, "family of the denoiser", choices=(*ARCHITECTURES, DIFFUSERS))
     params: dict = field(
-        default_factory=dict, metadata={"doc": "arguments of the denoiser, in upstream's names"}
+        default_factory=dict,
+        metadata={
+            "doc": "arguments of the denoiser, in upstream's names; of the pipeline's call for "
+            "diffusers (height, negative_prompt, ...)"
+        },
     )
     checkpoint: str | None = setting(
-        None, "full-precision file; relative to the repository, this file or the working directory"
+        None,
+        "full-precision file, or folder of diffusers; relative to the repository, this file or the "
+        "working directory",
     )
     url: str | None = setting(None, "where it can be downloaded")
     weights: str = setting("ema", "which copy of the weights", choices=("ema", "raw"))
@@ -133,7 +146,14 @@ class SamplerConfig:
         "clip the predicted x0; for DDIM, guided_ddpm and dpmpp: ddpm always does, the samplers of "
         "latent diffusion never do",
     )
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none", within=(0.0, 1000.0))
+    guidance_scale: float | None = setting(
+        1.0,
+        "classifier-free guidance; 1: none; null: what the pipeline of diffusers has by default",
+        within=(0.0, 1000.0),
+    )
+
+
+OF_DIFFUSERS = SamplerConfig(name="scheduler", steps=50, guidance_scale=None)
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,9 @@ def parse_config(
     _translate_old_keys(tree)
     quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
+    model = tree.values.get("model")
+    if isinstance(model, dict) and model.get("arch") == DIFFUSERS:
+        defaults["sampler"] = OF_DIFFUSERS
     config = build(Config, tree.values, tree.where, (), defaults)
     _check(config, tree.where)
     return _with_paths(config, tree, Path(folder))
@@ -298,6 +321,16 @@ def _check(config: Config, where: Where) -> None:
         raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")
 
     model, schedule, sampler = config.model, config.schedule, config.sampler
+    if model.arch not in SAMPLERS[sampler.name]:
+        fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
+        refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
+    _check_conditioning(model.conditioning, refuse)
+    temporal = config.quant.time_embedding == "reconstructed"
+    if temporal and config.quant.reconstruct.iterations == 0:
+        refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
+    if model.arch == DIFFUSERS:
+        _check_diffusers(config, where, refuse)
+        return
     denoiser = ARCHITECTURES[model.arch]
     extra = () if model.arch == "ddim_unet" else UPSTREAM_ONLY
     check_arguments(denoiser, model.params, where, ("model", "params"), extra)
@@ -310,7 +343,6 @@ def _check(config: Config, where: Where) -> None:
     for name in ("first_stage", "conditioning"):
         if getattr(model, name) is not None and model.arch != "ldm_unet":
             refuse(f"model.{name}", "belongs to arch ldm_unet only")
-    _check_conditioning(model.conditioning, refuse)
     if schedule.beta_start > schedule.beta_end:
         refuse("schedule.beta_end", f"must be at least beta_start, is {schedule.beta_end}")
     if schedule.beta_end >= 1:
@@ -318,21 +350,35 @@ def _check(config: Config, where: Where) -> None:
     if sampler.steps > schedule.train_timesteps:
         limits = f"1..{schedule.train_timesteps}"
         refuse("sampler.steps", f"must be within {limits}, is {sampler.steps}")
-    if model.arch not in SAMPLERS[sampler.name]:
-        fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
-        refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
     try:
         sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
     except ValueError as error:
         refuse("sampler", f"does not fit: {error}")
     if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
         refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
+    if sampler.guidance_scale is None:
+        refuse("sampler.guidance_scale", "must be a number; null is for diffusers")
     if sampler.guidance_scale != 1 and model.conditioning is None:
         refuse("sampler.guidance_scale", "needs model.conditioning")
     _check_classes(config, refuse)
-    temporal = config.quant.time_embedding == "reconstructed"
-    if temporal and config.quant.reconstruct.iterations == 0:
-        refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
+
+
+def _check_diffusers(config: Config, where: Where, refuse: Any) -> None:
+    """The folder itself says the rest, once it is read."""
+    if config.model.first_stage is not None or config.model.prefix is not None:
+        refuse("model", "has neither first_stage nor prefix for diffusers: the folder has them")
+    if config.model.conditioning is not None and config.model.conditioning.prompts is None:
+        refuse("model.conditioning", "has prompts only for diffusers: the folder has the classes")
+    for name, section, plain in (
+        ("schedule", config.schedule, ScheduleConfig()),
+        ("sampler", config.sampler, OF_DIFFUSERS),
+    ):
+        for key in ("betas", "beta_start", "beta_end", "train_timesteps", "skip", "clip_denoised"):
+            if getattr(section, key, None) != getattr(plain, key, None):
+                refuse(f"{name}.{key}", "is ruled by the folder's scheduler_config.json")
+    classes = config.sampling.classes
+    if classes is not None and (not classes or min(classes) < 0):
+        refuse("sampling.classes", "must be a list of numbers from 0 on")
 
 
 def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) -> None:
@@ -399,7 +445,7 @@ def number_of_classes(model: ModelConfig) -> int | None:
 
 def calls_per_image(config: Config) -> int:
     """Rows of the network that an image takes: two a step with guidance, and PLMS asks once more
-    at its start."""
+    at its start. Not for diffusers, see DiffusersPipeline.calls_per_image."""
     sampler = config.sampler
     timesteps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
     calls = len(timesteps) + (sampler.name == "plms")

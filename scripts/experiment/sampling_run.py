@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ...models.pipeline import DIFFUSERS
 from ...models.protocols import rows_are_independent
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from .assembly import Assembly
-from .config import Config, calls_per_image, resolved_yaml
+from .config import Config, resolved_yaml
+from .counted import Counted
 from .devices import device_name
 from .runs import beside, missing_images, png_name, surplus_images
 
@@ -77,16 +79,18 @@ def identity_of(
 def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches and write each image as soon as it is there."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
-    truncate = config.model.arch != "ddim_unet"  # as each family's own scripts do
-    with tqdm(total=len(indices), unit="image", disable=run.rank != 0, delay=1) as bar:
+    truncate = config.model.arch not in ("ddim_unet", DIFFUSERS)  # as each family's own scripts do
+    rows = len(indices) * assembly.pipeline.calls_per_image
+    with tqdm(total=rows, unit="call", disable=run.rank != 0, delay=1) as bar:
         for start in range(0, len(indices), sampling.batch_size):
             batch = indices[start : start + sampling.batch_size]
+            denoiser = Counted(assembly.denoiser, bar)
+            bar.set_postfix_str(f"image {start + 1} of {len(indices)}", refresh=False)
             x = assembly.pipeline.sample(
-                assembly.denoiser, batch, sampling.seed, sampling.classes, device=run.device
+                denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
             for index, image in zip(batch, to_uint8(x, truncate).numpy(), strict=True):
                 write_png(run.folder / png_name(index), image)
-            bar.update(len(batch))
 
 
 def write_grid(folder: Path, count: int, file: str) -> None:
@@ -151,7 +155,7 @@ def report_of(run: SamplingRun) -> dict[str, Any]:
         "name": config.name,
         "backend": run.backend or "full precision",
         "seed": config.sampling.seed,
-        "calls_per_image": calls_per_image(config),
+        "calls_per_image": run.assembly.pipeline.calls_per_image,
         "files_sha256": run.assembly.sources,
         "files_bytes": run.assembly.bytes,
         "batch_size": config.sampling.batch_size,

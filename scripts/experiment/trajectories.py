@@ -2,32 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from ...models.pipeline import Pipeline
+from ...quant.calibration.record import Recorder
 from ...quant.calibration.states import CalibrationStates
-from ...quant.core.context import Timestep, plain_timestep
+from ...quant.core.context import plain_timestep
 from .processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
 FIRST_FRESH_TRAJECTORY = 1 << 24  # index of the first trajectory that no states holds
-
-
-class _Recorder:
-    """A denoiser that keeps its calls. Conditioning must be passed by keyword."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.rows: list[tuple[torch.Tensor, Timestep, dict[str, torch.Tensor], torch.Tensor]] = []
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, **conditioning: Any) -> torch.Tensor:
-        out = self.model(x, t, **conditioning)
-        kept = {k: v.detach().cpu() for k, v in conditioning.items() if v is not None}
-        self.rows.append((x.detach().cpu(), plain_timestep(t[0]), kept, out.detach().cpu()))
-        return out
 
 
 def record_states(
@@ -51,10 +37,10 @@ def record_states(
     size = pipeline.micro_batch
 
     def make(block: int) -> Tensors:
-        recorder = _Recorder(denoiser)
+        recorder = Recorder(denoiser)
         indices = range(first + block * size, first + (block + 1) * size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
-        return _to_tensors(_stack(recorder, 2 if pipeline.guided else 1, str(device)))
+        return _to_tensors(recorder.states(2 if pipeline.guided else 1, str(device)))
 
     states, blocks = None, -(-count // size)
     for number, value in enumerate(team.in_turn(blocks, make)):
@@ -99,22 +85,6 @@ def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
     conditioning = {n.removeprefix(prefix): v for n, v in value.items() if n.startswith(prefix)}
     timesteps = [plain_timestep(t) for t in value["timesteps"]]
     return CalibrationStates(value["x"], value["eps"], timesteps, conditioning, device)
-
-
-def _stack(recorder: _Recorder, together: int, device: str) -> CalibrationStates:
-    """Calls in their order -> (S, N, ...). A step takes two together with guidance; PLMS calls once
-    more in its first step, which then counts as a step of its own."""
-    calls = recorder.rows
-    x, eps = (torch.cat([c[i] for c in calls]) for i in (0, 3))
-    count = len(calls) // together
-    conditioning = {k: torch.cat([c[2][k] for c in calls[:together]]) for k in calls[0][2]}
-    return CalibrationStates(
-        x.unflatten(0, (count, -1)),
-        eps.unflatten(0, (count, -1)),
-        [calls[i * together][1] for i in range(count)],
-        conditioning,
-        device,
-    )
 
 
 def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:

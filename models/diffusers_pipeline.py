@@ -1,0 +1,570 @@
+"""Pipelines of Hugging Face diffusers as samplers: a folder with its own scheduler rules.
+
+    folder = DiffusersFolder.open("path/or/name-in-the-local-cache")
+    pipeline = DiffusersPipeline(folder, denoiser, steps=50, prompts=["a cat"])
+    x = pipeline.sample(denoiser, range(16), seed=1234)  # (16, 3, H, W)
+
+The images are those of diffusers' pipeline with `generator=[image_generator(seed, i), ...]`. Pixel
+models without a text run in a loop of their own, since diffusers' pipelines for them give neither
+classes nor every scheduler what they want.
+
+Shapes: B images, C x H x W what the denoiser sees.
+"""
+
+import copy
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .checkpoint_files import CheckpointError, failure, open_file, printable
+from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
+from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
+from .samplers import SamplingError
+
+PIXELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+TEXT_GUIDED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+)
+UNGUIDED = ("LDMPipeline", "ConsistencyModelPipeline", "LatentConsistencyModelPipeline")
+PIPELINES = (*PIXELS, *TEXT_GUIDED, *UNGUIDED, "LDMTextToImagePipeline", "DiTPipeline")
+CHECKERS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+PICTURES = ("image", "mask_image")  # arguments that are files
+# Schedulers of one call a step, which is linear in the state and the output.
+LINEAR_STEPS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """A folder of diffusers: its pipeline's class and where its parts lie.
+
+    index: model_index.json, or what stands for it; denoiser: folder of the weights; scheduler:
+    the scheduler's file.
+    """
+
+    path: Path
+    index: Mapping[str, Any]
+    denoiser: Path
+    scheduler: Path
+
+    @classmethod
+    def open(cls, text: str | Path, weights: str = "ema") -> "DiffusersFolder":
+        """text: a folder, or a name in the local cache of the hub. weights: "ema" takes unet_ema
+        where it is there. Raises CheckpointError."""
+        path = _located(text)
+        file = path / "model_index.json"
+        index = read_json(file) if file.is_file() else _index_of_parts(path)
+        name = index.get("_class_name")
+        if name not in PIPELINES:
+            what = f"is a {printable(name, 60)}"
+            raise failure(file, what, f"supported are {', '.join(PIPELINES)}")
+        _check_parts(index, file)
+        part = "transformer" if "transformer" in index else "unet"
+        folders = [path / f"{part}_ema", path / part] if weights == "ema" else [path / part]
+        denoiser = next((f for f in (*folders, path) if (f / "config.json").is_file()), None)
+        if denoiser is None:
+            raise failure(path, f"holds no {part}/config.json", "download the whole folder")
+        places = (path / "scheduler", path, path.parent / "scheduler")
+        files = [p / n for p in places for n in ("scheduler_config.json",)]
+        scheduler = next((f for f in files if f.is_file()), None)
+        if scheduler is None:
+            what = "holds no scheduler/scheduler_config.json, so that its noise schedule is unknown"
+            raise failure(path, what, "copy that file from where the model comes from")
+        return cls(path, index, denoiser, scheduler)
+
+    @property
+    def kind(self) -> str:
+        return self.index["_class_name"]
+
+    @property
+    def has_text(self) -> bool:
+        return any(name.startswith("tokenizer") for name in self.index)
+
+    @property
+    def part(self) -> str:
+        return "transformer" if "transformer" in self.index else "unet"
+
+    def files(self, with_denoiser: bool) -> list[Path]:
+        """What is read, in order: without the denoiser where a quantized file stands for it."""
+        kept = [p for p in self.path.glob("*/*") if p.parent.name in self.index]
+        kept = [p for p in kept if p.parent.name not in (self.part, *CHECKERS)]
+        kept += [self.scheduler]
+        kept += [p for p in self.denoiser.glob("*") if with_denoiser or p.name == "config.json"]
+        used = (".json", ".safetensors", ".bin", ".txt", ".model")
+        return sorted({p for p in kept if p.is_file() and p.suffix in used})
+
+    def digest(self, with_denoiser: bool) -> tuple[str, int]:
+        """sha256 over the files and their names, and their bytes."""
+        digest, size = hashlib.sha256(), 0
+        for path in self.files(with_denoiser):
+            with open_file(path) as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
+            size += path.stat().st_size
+        return digest.hexdigest(), size
+
+    def full_precision(self) -> DiffusersDenoiser:
+        return read(self.denoiser)
+
+    def empty(self) -> DiffusersDenoiser:
+        """The architecture, its weights on the meta device."""
+        config = read_json(self.denoiser / "config.json")
+        return build(str(config.get("_class_name")), config, self.denoiser / "config.json")
+
+
+def _located(text: str | Path) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        return path
+    if path.exists() or str(text).count("/") != 1:
+        raise failure(text, "not a folder", "name a folder of diffusers")
+    library()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(text), local_files_only=True))
+    except Exception as error:  # of many kinds, all of which say that it is not there
+        what = "neither a folder nor a model in the local cache of the hub"
+        raise failure(text, what, f"download it: hf download {text}") from error
+
+
+def _index_of_parts(path: Path) -> dict[str, Any]:
+    """What model_index.json would say of a folder that has none: training writes unet and unet_ema
+    alone, beside the scheduler's folder."""
+    for part in ("unet_ema", "unet", "."):
+        if (path / part / "config.json").is_file():
+            name = read_json(path / part / "config.json").get("_class_name")
+            if name == "UNet2DModel":
+                return {"_class_name": "DDPMPipeline", "unet": ["diffusers", name]}
+            what = f"has no model_index.json, which a {printable(name, 60)} needs"
+            raise failure(path, what, "name the whole pipeline's folder")
+    raise failure(path, "holds no model_index.json", "name a folder of diffusers")
+
+
+def _check_parts(index: Mapping[str, Any], file: Path) -> None:
+    """Only classes of the two libraries themselves: a folder may name code of its own."""
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        ours = ("diffusers", "transformers", "latent_diffusion", "stable_diffusion")
+        if len(value) != 2 or value[0] not in (*ours, None):
+            what = f"{name} is of {printable(value, 80)}, not of diffusers or transformers"
+            raise failure(file, what, "nothing of it was run")
+
+
+class _PixelLoop:
+    """Samples a pixel model (UNet2DModel): any scheduler, with or without classes."""
+
+    def __init__(self, unet: nn.Module, scheduler: Any):
+        self.unet, self.scheduler = unet, scheduler
+        self.components = {"unet": unet, "scheduler": scheduler}
+
+    def __call__(
+        self,
+        batch_size: int,
+        generator: list[torch.Generator],
+        num_inference_steps: int,
+        eta: float = 0.0,
+        class_labels: list[int] | None = None,
+        output_type: str = "np",
+    ) -> Any:
+        config, device = self.unet.config, self.unet.device
+        size = config.sample_size
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        draws = [torch.randn(1, config.in_channels, *side, generator=g) for g in generator]
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.cat(draws).to(device) * self.scheduler.init_noise_sigma
+        labels = None if class_labels is None else torch.tensor(class_labels, device=device)
+        wanted = inspect.signature(self.scheduler.step).parameters
+        more = {"eta": eta} if "eta" in wanted else {}
+        for t in self.scheduler.timesteps:
+            given = self.scheduler.scale_model_input(x, t)
+            out = self.unet(given, t, class_labels=labels).sample
+            x = self.scheduler.step(out, t, x, **more).prev_sample
+        images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return SimpleNamespace(images=images.cpu().numpy())
+
+
+class _LastStep(Exception):
+    """Carries the last latents out of a pipeline, whose decoder is not wanted."""
+
+
+class DiffusersPipeline:
+    """What models.pipeline.Pipeline is, of a diffusers folder.
+
+    source: a folder, or a pipeline of diffusers that is loaded already and stays as it is.
+    denoiser: whose place is in the pipeline; its weights are not used. prompts: texts, numbered
+    like classes; arguments: others of the pipeline's call. Raises CheckpointError for a folder that
+    cannot be loaded and ValueError for values that do not fit together.
+    """
+
+    scale_factor = 1.0
+
+    def __init__(
+        self,
+        source: Any,
+        denoiser: DiffusersDenoiser,
+        steps: int,
+        *,
+        eta: float = 0.0,
+        guidance_scale: float | None = None,
+        prompts: Sequence[str] | None = None,
+        micro_batch: int = 4,
+        arguments: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
+        self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
+        if isinstance(source, DiffusersFolder):
+            self.kind, self._scheduler = source.kind, _scheduler_of(source)
+            self._pipe = _pipe_of(source, self._tap, self._scheduler)
+        else:
+            self.kind, self._scheduler = type(source).__name__, source.scheduler
+            self._pipe = _beside(source, self._tap)
+        self._wanted = inspect.signature(self._pipe.__call__).parameters
+        self._arguments = self._checked(dict(arguments or {}), eta, guidance_scale)
+        self.guidance_scale = self._arguments.get("guidance_scale", 1.0)
+        self.num_classes = self._classes(denoiser.model.config)
+        self.timesteps = self._timesteps()
+
+    # ---- what is asked for ----
+
+    def _checked(
+        self, arguments: dict[str, Any], eta: float, guidance_scale: float | None
+    ) -> dict[str, Any]:
+        given = ("prompt", "generator", "output_type", "batch_size", "class_labels", "return_dict")
+        for name in arguments:
+            if name not in self._wanted or name in given:
+                raise ValueError(f"model.params.{name}: {self.kind} takes no such argument")
+        for name in PICTURES:
+            if name in arguments:
+                arguments[name] = _picture(arguments[name])
+            elif name in self._wanted and "Inpaint" in self.kind:
+                raise ValueError(f"{self.kind} needs model.params.{name}, an image file")
+        if "guidance_scale" in self._wanted:
+            default = self._wanted["guidance_scale"].default
+            arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
+        elif guidance_scale not in (None, 1.0):
+            raise ValueError(f"sampler.guidance_scale: {self.kind} has no guidance")
+        accepts = "eta" in inspect.signature(self._scheduler.step).parameters
+        if eta and not (accepts and "eta" in self._wanted):
+            name = type(self._scheduler).__name__
+            raise ValueError(f"sampler.eta must be 0: {self.kind} with {name} has none")
+        if accepts and "eta" in self._wanted:
+            arguments["eta"] = eta
+        if "prompt" in self._wanted and not self.prompts:
+            raise ValueError(f"{self.kind} needs prompts: --prompt TEXT or --prompts FILE")
+        if "prompt" not in self._wanted and self.prompts:
+            raise ValueError(f"model.conditioning.prompts: {self.kind} takes no text")
+        return arguments
+
+    def _classes(self, config: Any) -> int | None:
+        self._has_classes = False
+        if self.prompts:
+            return len(self.prompts)
+        kinds = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
+        taken = any(getattr(config, key, None) is not None for key in kinds)
+        self._has_classes = taken and "class_labels" in self._wanted
+        if not self._has_classes:
+            return None
+        if getattr(config, "class_embed_type", None) not in (None, "timestep"):
+            raise ValueError(f"class_embed_type {config.class_embed_type} is not supported")
+        count = getattr(config, "num_class_embeds", None)
+        return count or getattr(config, "num_embeds_ada_norm", None)
+
+    def _timesteps(self) -> list[float]:
+        """Those of the calls, in their order. Raises ValueError for settings that the scheduler
+        does not take."""
+        try:
+            self._scheduler.set_timesteps(self.steps)
+        except Exception as error:  # a library's, for fields that do not fit together
+            name = type(self._scheduler).__name__
+            raise ValueError(f"{name} takes no {self.steps} steps: {printable(error)}") from error
+        values = [float(t) for t in self._scheduler.timesteps]
+        return [int(t) if t.is_integer() else t for t in values]
+
+    @property
+    def train_timesteps(self) -> int | None:
+        """T, or None where timesteps are other numbers (consistency models)."""
+        count = int(self._scheduler.config.num_train_timesteps)
+        inside = min(self.timesteps) >= 0 and max(self.timesteps) < count
+        return count if inside else None
+
+    @property
+    def guided(self) -> bool:
+        """True where an output is put together from one with and one without the class or text."""
+        config = self._tap.original.config
+        if self.kind in (*PIXELS, *UNGUIDED) or getattr(config, "time_cond_proj_dim", None):
+            return False
+        return self.guidance_scale != 1 if "LDM" in self.kind else self.guidance_scale > 1
+
+    @property
+    def calls_per_image(self) -> int:
+        """Rows of the denoiser that an image takes."""
+        return len(self.timesteps) * (2 if self.guided else 1)
+
+    def guide(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The outputs of both halves of a guided call as the pipeline puts them together."""
+        given, without = (first, second) if self.kind == "DiTPipeline" else (second, first)
+        return without + self.guidance_scale * (given - without)
+
+    def uncorrected(self) -> str | None:
+        """Why PTQD's and the drift's corrections do not apply, or None."""
+        name = type(self._scheduler).__name__
+        kind = getattr(self._scheduler.config, "prediction_type", "something else")
+        if kind != "epsilon":
+            return f"the denoiser predicts {kind}, not epsilon"
+        several = name == "PNDMScheduler" and not self._scheduler.config.skip_prk_steps
+        if name not in LINEAR_STEPS or several:
+            return f"{name} calls the denoiser more than once a step, or not linearly"
+        return None
+
+    def step_importance(self, floor: float = 0.02) -> np.ndarray:
+        """See Pipeline.step_importance; all alike for a scheduler without alphas_cumprod."""
+        table = getattr(self._scheduler, "alphas_cumprod", None)
+        if table is None or self.train_timesteps is None:
+            return np.ones(len(self.timesteps))
+        bar = np.asarray(table, np.float64)[np.round(self.timesteps).astype(int)].clip(
+            1e-4, 1 - 1e-6
+        )
+        sigma = np.sqrt(1 / bar - 1)
+        change = np.abs(np.diff(np.append(sigma, 0.0)))
+        moved = (change * 2 / np.sqrt(4 + sigma**2)) ** 2
+        kind = getattr(self._scheduler.config, "prediction_type", "epsilon")
+        moved = moved * {"v_prediction": bar, "sample": bar / (1 - bar)}.get(kind, 1.0)
+        return np.maximum(moved / moved.mean(), floor)
+
+    def labels(
+        self, indices: Sequence[int], seed: int, classes: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """Class or prompt of each index (B,); None for a model that has none."""
+        if self.num_classes is None and classes is None:
+            return None
+        if classes is not None and not (self._has_classes or self.prompts):
+            raise ValueError(f"sampling.classes: {self.kind} has no classes")
+        if classes is not None and self.num_classes and max(classes) >= self.num_classes:
+            limits = f"0..{self.num_classes - 1}"
+            raise ValueError(f"sampling.classes must be a list of numbers within {limits}")
+        return labels_of(self.num_classes, indices, seed, classes, shuffled=not self.prompts)
+
+    # ---- sampling ----
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: Callable[..., torch.Tensor],
+        indices: Sequence[int],
+        seed: int,
+        classes: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """Images in [-1, 1], (B, C, H, W). Raises SamplingError for values not finite."""
+        parts = [self._run(denoiser, b, seed, classes, None, False) for b in self._blocks(indices)]
+        images = torch.cat(parts)[: len(indices)]
+        if not torch.isfinite(images).all():
+            raise SamplingError("the images hold values that are NaN or infinite")
+        return images
+
+    @torch.no_grad()
+    def latents(
+        self,
+        denoiser: Callable[..., torch.Tensor],
+        indices: Sequence[int],
+        seed: int,
+        classes: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
+        on_output: OnOutput | None = None,
+    ) -> torch.Tensor:
+        """What the scheduler ends with, (B, C, H, W).
+
+        on_output(x, t, output) -> the output that the scheduler goes on with, after guidance. With
+        it all indices are sampled together.
+        """
+        blocks = self._blocks(indices) if on_output is None else [list(indices)]
+        parts = [self._run(denoiser, b, seed, classes, on_output, True) for b in blocks]
+        return torch.cat(parts)[: len(indices)]
+
+    def _blocks(self, indices: Sequence[int]) -> list[list[int]]:
+        """Always micro_batch images together, so that an image depends on none of the others: the
+        last one is repeated where there are fewer."""
+        size = self.micro_batch
+        padded = [*indices, *[indices[-1]] * (-len(indices) % size)]
+        return [padded[i : i + size] for i in range(0, len(padded), size)]
+
+    def _run(
+        self,
+        denoiser: Callable[..., torch.Tensor],
+        indices: Sequence[int],
+        seed: int,
+        classes: Sequence[int] | None,
+        on_output: OnOutput | None,
+        latent: bool,
+    ) -> torch.Tensor:
+        generators = [image_generator(seed, index) for index in indices]
+        arguments = {"num_inference_steps": self.steps, "generator": generators}
+        arguments |= self._arguments
+        labels = self.labels(indices, seed, classes)
+        if "batch_size" in self._wanted:
+            arguments["batch_size"] = len(indices)
+        if self.prompts:
+            arguments["prompt"] = [self.prompts[i] for i in labels.tolist()]
+            negative = arguments.get("negative_prompt")
+            if isinstance(negative, str):
+                arguments["negative_prompt"] = [negative] * len(indices)
+        # A picture for each image: the noise of its latents, too, is the image's own.
+        arguments |= {n: [arguments[n]] * len(indices) for n in PICTURES if n in arguments}
+        if labels is not None and not self.prompts:
+            arguments["class_labels"] = labels.tolist()
+        self._tap.call = FixedBatch(denoiser, self.micro_batch)
+        try:
+            with self._steps(generators, on_output, latent):
+                images = self._pipe(**arguments, output_type="np").images
+        except _LastStep as reached:
+            return reached.args[0][: len(indices)]
+        except (ValueError, NotImplementedError, ImportError, AttributeError, KeyError) as error:
+            if isinstance(error, CheckpointError | SamplingError):
+                raise
+            raise SamplingError(f"{self.kind} refuses: {printable(error, 300)}") from error
+        finally:
+            self._tap.call = None
+        return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
+
+    @contextmanager
+    def _steps(
+        self, generators: list[torch.Generator], on_output: OnOutput | None, latent: bool
+    ) -> Iterator[None]:
+        """Every step of the scheduler draws from the images' own generators, and shows its output
+        to on_output; latent: the last one ends the sampling."""
+        step, done = self._scheduler.step, 0
+        draws = "generator" in inspect.signature(step).parameters
+
+        def own(output: Any, t: Any, x: Any, *args: Any, **named: Any) -> Any:
+            nonlocal done
+            if draws:
+                named["generator"] = generators * (len(x) // len(generators))
+            if on_output is not None:
+                output = self._shown(on_output, output, t, x)
+            wanted = named.pop("return_dict", True)
+            result = step(output, t, x, *args, **named, return_dict=True)
+            done += 1
+            if not torch.isfinite(result.prev_sample).all():
+                raise SamplingError(f"the sample is not finite after timestep {float(t):g}")
+            if latent and done == len(self._scheduler.timesteps):
+                raise _LastStep(result.prev_sample)
+            return result if wanted else tuple(result.values())
+
+        self._scheduler.step = own
+        try:
+            yield
+        finally:
+            del self._scheduler.step
+
+    def _shown(self, on_output: OnOutput, output: Any, t: Any, x: torch.Tensor) -> torch.Tensor:
+        """on_output of the denoiser's channels; those that the step does not get are zero."""
+        channels = output.shape[1]
+        all_channels = self._tap.original.config.out_channels or channels
+        whole = nn.functional.pad(output, (0, 0, 0, 0, 0, all_channels - channels))
+        steps = torch.as_tensor(t).reshape(1).expand(len(x))
+        return on_output(x, steps, whole)[:, :channels]
+
+
+def _scheduler_of(folder: DiffusersFolder) -> Any:
+    """The scheduler of the folder's file. Raises CheckpointError for one that does not exist."""
+    config = read_json(folder.scheduler)
+    diffusers = library()
+    name = str(config.get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+        what = f"names the scheduler {printable(name, 60)}, which diffusers does not have"
+        raise failure(folder.scheduler, what, "use a newer diffusers or another folder")
+    if folder.kind == "DDIMPipeline":  # which samples with DDIM whatever the file says
+        kind = diffusers.DDIMScheduler
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # a library's, for values that it does not take
+        raise failure(folder.scheduler, f"{name}: {error}", "mend that field") from error
+
+
+def _pipe_of(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> Any:
+    """The pipeline with the tap as its denoiser, on its device. Raises CheckpointError."""
+    if folder.kind in PIXELS:
+        return _PixelLoop(tap, scheduler)
+    given: dict[str, Any] = {folder.part: tap.original, "scheduler": scheduler}
+    given |= {name: None for name in CHECKERS if name in folder.index}
+    if "requires_safety_checker" in folder.index:
+        given["requires_safety_checker"] = False
+    variants = [p for p in folder.files(with_denoiser=False) if ".fp16" in p.name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe = library().DiffusionPipeline.from_pretrained(
+                folder.path,
+                variant="fp16" if variants else None,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                **given,
+            )
+    except Exception as error:  # whatever the libraries raise for files that are not whole
+        raise failure(folder.path, f"no {folder.kind}: {error}", "download it again") from error
+    setattr(pipe, folder.part, tap)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not tap:
+            part.to(tap.device).eval().requires_grad_(False)
+            if hasattr(part, "use_slicing"):
+                part.use_slicing = True  # one image after the other: less memory
+    return pipe
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The name and the module of a loaded pipeline's denoiser. Raises ValueError."""
+    kind = type(pipe).__name__
+    if kind not in PIPELINES:
+        raise ValueError(f"{kind} is not supported ({', '.join(PIPELINES)})")
+    part = "transformer" if "transformer" in pipe.components else "unet"
+    return part, pipe.components[part]
+
+
+def _beside(pipe: Any, tap: LikeDiffusers) -> Any:
+    """A pipeline of the same parts but the tap."""
+    if type(pipe).__name__ in PIXELS:
+        return _PixelLoop(tap, pipe.scheduler)
+    part, _ = denoiser_of(pipe)
+    beside = copy.copy(pipe)
+    beside.__dict__[part] = tap
+    beside.set_progress_bar_config(disable=True)
+    return beside
+
+
+def _picture(value: Any) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(value) as image:
+            return image.copy()
+    except (OSError, AttributeError, ValueError) as error:
+        raise ValueError(f"{printable(value, 200)}: not a readable image") from error

@@ -1,0 +1,301 @@
+"""Folders of diffusers: full precision against diffusers' own sampling, then quantized."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import calibrate  # noqa: E402
+import sample_diffusion  # noqa: E402
+from tests.helpers.pipelines import (  # noqa: E402
+    PROMPTS,
+    make_pipeline,
+    pictures,
+    pixel_unet,
+    psnr,
+    small_dit,
+    text_unet,
+)
+from tinydm.models.checkpoint_files import CheckpointError  # noqa: E402
+from tinydm.models.diffusers_denoiser import DiffusersDenoiser, ProductAttention  # noqa: E402
+from tinydm.models.diffusers_pipeline import DiffusersFolder  # noqa: E402
+from tinydm.models.pipeline import image_generator  # noqa: E402
+from tinydm.models.samplers import SamplingError  # noqa: E402
+from tinydm.quant.runtime.packed_file import read_metadata  # noqa: E402
+from tinydm.scripts.common.errors import ConfigError  # noqa: E402
+from tinydm.scripts.experiment.assembly import Assembly, assemble  # noqa: E402
+from tinydm.scripts.experiment.config import parse_config  # noqa: E402
+from tinydm.scripts.experiment.folder_config import config_of_folder  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+SEED = 7
+TINY = (
+    "quant.search.rounds=2",
+    "quant.reconstruct.finetune_iterations=2",
+    "calibration.samples=8",
+    "calibration.trajectories=8",
+    "sampling.count=2",
+    "sampling.micro_batch=2",
+    "quant.weight.bits=8",
+)
+
+
+def assembled(folder: Path, *overrides: str) -> Assembly:
+    ours = ["sampling.micro_batch=2", "sampler.steps=4", *overrides]
+    return assemble(config_of_folder([f"model.checkpoint={folder}", *ours]))
+
+
+def sampled(assembly: Assembly, count: int = 3, classes: list[int] | None = None) -> torch.Tensor:
+    """In [0, 1], (B, C, H, W)."""
+    x = assembly.pipeline.sample(assembly.denoiser, range(count), SEED, classes)
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def generators(count: int = 3) -> list[torch.Generator]:
+    return [image_generator(SEED, i) for i in range(count)]
+
+
+def own_loop(folder: Path, labels: torch.Tensor | None) -> torch.Tensor:
+    """What diffusers' documentation writes for a UNet2DModel, with its own modules."""
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    text = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, text["_class_name"]).from_config(text)
+    scheduler.set_timesteps(4)
+    made = generators()
+    rows = [torch.randn(1, 3, 8, 8, generator=g) for g in made]
+    x = torch.cat(rows) * scheduler.init_noise_sigma
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = unet(scheduler.scale_model_input(x, t), t, class_labels=labels).sample
+            more = {"generator": made} if draws else {}
+            x = scheduler.step(out, t, x, **more).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        diffusers.DDIMScheduler(prediction_type="sample", timestep_spacing="trailing"),
+        diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        diffusers.PNDMScheduler(steps_offset=1),
+        diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True),
+        diffusers.EulerDiscreteScheduler(beta_end=0.012),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_the_folders_scheduler_rules(tmp_path: Path, scheduler: Any) -> None:
+    folder = make_pipeline("classes", tmp_path, scheduler)
+    assembly = assembled(folder)
+    labels = assembly.pipeline.labels(range(3), SEED)
+    assert psnr(sampled(assembly), own_loop(folder, labels)) > 100
+
+
+def test_text_is_sampled_as_the_pipeline_does(tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", steps_offset=1)
+    folder = make_pipeline("text", tmp_path, scheduler)
+    prompts = f"model.conditioning.prompts={json.dumps(PROMPTS)}"
+    ours = sampled(assembled(folder, prompts))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    theirs = pipe(prompts, generator=generators(), num_inference_steps=4, output_type="np").images
+    assert psnr(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
+
+
+def test_classes_of_a_transformer(tmp_path: Path) -> None:
+    folder = make_pipeline("dit", tmp_path, diffusers.DPMSolverMultistepScheduler())
+    ours = sampled(assembled(folder), classes=[3, 900, 5])
+    pipe = diffusers.DiTPipeline.from_pretrained(folder)
+    more = {"generator": generators(), "num_inference_steps": 4, "output_type": "np"}
+    theirs = pipe([3, 900, 5], **more).images
+    assert psnr(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
+
+
+def test_timesteps_of_a_consistency_model_are_any_numbers(tmp_path: Path) -> None:
+    folder = make_pipeline("consistency", tmp_path, diffusers.CMStochasticIterativeScheduler())
+    assembly = assembled(folder)
+    assert assembly.pipeline.train_timesteps is None and max(assembly.pipeline.timesteps) > 1000
+    pipe = diffusers.ConsistencyModelPipeline.from_pretrained(folder)
+    theirs = pipe(3, generator=generators(), num_inference_steps=4, output_type="np").images
+    assert psnr(sampled(assembly), torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
+
+
+def test_an_image_depends_on_its_number_alone(tmp_path: Path) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    assembly = assembled(folder)
+    alone = assembly.pipeline.sample(assembly.denoiser, [2], SEED)
+    assert torch.equal(assembly.pipeline.sample(assembly.denoiser, range(3), SEED)[2:], alone)
+
+
+def test_variants_shards_and_the_averaged_weights(tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler()
+    plain = make_pipeline("pixels", tmp_path / "plain", scheduler)
+    expected = sampled(assembled(plain))
+    shards = make_pipeline("pixels", tmp_path / "shards", scheduler, max_shard_size="20KB")
+    assert len(list((shards / "unet").glob("*-of-*.safetensors"))) > 1
+    assert torch.equal(sampled(assembled(shards)), expected)
+    half = make_pipeline("pixels", tmp_path / "half", scheduler, variant="fp16")
+    assert psnr(sampled(assembled(half)), expected) > 60
+    with torch.no_grad():
+        averaged = pixel_unet()
+        averaged.save_pretrained(plain / "unet_ema")
+    assert psnr(sampled(assembled(plain)), expected) < 40
+    assert torch.equal(sampled(assembled(plain, "model.weights=raw")), expected)
+    (plain / "model_index.json").unlink()  # as within a folder that training writes
+    assert torch.equal(sampled(assembled(plain, "model.weights=raw")), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "split", "timestep"),
+    [
+        (pixel_unet, {}, 4, 2 + 6),
+        (text_unet, {"encoder_hidden_states": torch.randn(2, 5, 8)}, 4, 2 + 6),
+        (small_dit, {"class_labels": torch.tensor([1, 2])}, 0, 4),
+    ],
+)
+def test_products_are_modules_and_roles_fit(
+    make: Any, named: dict[str, torch.Tensor], split: int, timestep: int
+) -> None:
+    torch.manual_seed(1)
+    original = make().eval()
+    x, t = torch.randn(2, original.config.in_channels, 8, 8), torch.tensor([10, 500])
+    with torch.no_grad():
+        expected = original(x, t, **named, return_dict=False)[0]
+        denoiser = DiffusersDenoiser(original)
+        assert psnr(denoiser(x, t, **named), expected) > 110
+    roles = denoiser.layer_roles()
+    count = sum(isinstance(m, ProductAttention) for m in denoiser.modules())
+    assert len(roles.matmuls) == 2 * count > 0
+    assert len(roles.concat_split) >= split and len(roles.timestep_only) >= timestep
+    seen = inputs_seen(denoiser, roles.timestep_only, x, t[:1].expand(2), named)
+    other = inputs_seen(
+        denoiser, roles.timestep_only, -x, t[:1].expand(2), {n: v.flip(0) for n, v in named.items()}
+    )
+    assert all(torch.equal(seen[name], other[name]) for name in roles.timestep_only)
+    for name in (*roles.inputs, *roles.outputs, *roles.units, *roles.concat_split):
+        assert isinstance(denoiser.get_submodule(name), nn.Module)
+
+
+def inputs_seen(
+    denoiser: nn.Module, names: tuple[str, ...], x: torch.Tensor, t: torch.Tensor, named: dict
+) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].detach())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        denoiser(x, t, **named)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "options"),
+    [
+        ("pixels", diffusers.DDIMScheduler(), []),
+        ("text", diffusers.DDIMScheduler(), ["--prompt", "a b"]),
+        ("dit", diffusers.DPMSolverMultistepScheduler(), ["--classes", "1,5"]),
+        ("consistency", diffusers.CMStochasticIterativeScheduler(), []),
+    ],
+    ids=["pixels", "text", "dit", "consistency"],
+)
+def test_one_argument_is_enough(
+    tmp_path: Path, kind: str, scheduler: Any, options: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """Calibrate, pack, load and sample without a configuration."""
+    folder = make_pipeline(kind, tmp_path / "folder", scheduler)
+    run, few = tmp_path / "run", ["--steps", "3", *options, "--set", *TINY]
+    calibrate.main(["--ckpt", str(folder), "--out", str(run), *few])
+    note = "no correction of the output" in capsys.readouterr().out
+    assert note == (kind == "consistency")
+    quantized = str(run / "quantized.safetensors")
+    sample_diffusion.main(["--quantized", quantized, "--out", str(tmp_path / "q")])
+    sample_diffusion.main(["--config", str(run / "config.yaml"), "--out", str(tmp_path / "full")])
+    assert psnr(pictures(tmp_path / "q"), pictures(tmp_path / "full")) > 28
+    metadata = read_metadata(quantized)
+    assert (metadata["train_timesteps"] is None) == (kind == "consistency")
+    table = metadata["layers"]
+    assert sum(row["kind"] == "matmul" for row in table) > 0
+    assert all(row["inputs"] or row["time"] for row in table)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["schedule.beta_end=0.01"], "ruled by the folder's scheduler_config.json"),
+        (["sampler.name=ddim"], "does not fit diffusers"),
+        (["sampler.eta=0.5"], "has none"),
+        (["sampler.guidance_scale=3"], "no guidance"),
+        (["sampling.classes=[1]"], "has no classes"),
+        (["sampler.steps=5000"], "takes no 5000 steps"),
+        (['model.params={"height": 8}'], "takes no such argument"),
+        (['model.conditioning.prompts=["a"]'], "takes no text"),
+    ],
+)
+def test_what_does_not_fit_is_said(tmp_path: Path, overrides: list[str], what: str) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    with pytest.raises(ConfigError, match=what):
+        assembled(folder, *overrides)
+
+
+def changed(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "what"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "NoScheduler"}, "does not have"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "wavy"}, "wavy"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "supported are"),
+        ("unet/config.json", {"block_out_channels": [8, 24]}, "holds no whole UNet2DModel"),
+        ("model_index.json", {"_class_name": "ShapEPipeline"}, "supported are"),
+        ("model_index.json", {"unet": ["mine", "UNet2DModel"]}, "nothing of it was run"),
+    ],
+)
+def test_folders_that_cannot_be_used(
+    tmp_path: Path, file: str, values: dict[str, Any], what: str
+) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    changed(folder / file, **values)
+    with pytest.raises(CheckpointError, match=what) as caught:
+        assembled(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prediction_type_that_nobody_knows(tmp_path: Path) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    changed(folder / "scheduler/scheduler_config.json", prediction_type="guess")
+    with pytest.raises(SamplingError, match="prediction_type"):
+        sampled(assembled(folder))
+
+
+def test_a_folder_without_its_scheduler(tmp_path: Path) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    (folder / "scheduler/scheduler_config.json").unlink()
+    with pytest.raises(CheckpointError, match="noise schedule is unknown"):
+        DiffusersFolder.open(folder)
+    with pytest.raises(CheckpointError, match="local cache"):
+        DiffusersFolder.open("nobody/nothing")
+
+
+def test_values_of_a_folder_can_be_written_by_hand() -> None:
+    text = "name: x\nmodel: {arch: diffusers, checkpoint: some/folder}\n"
+    config = parse_config(text, "x.yaml")
+    assert (config.sampler.name, config.sampler.guidance_scale) == ("scheduler", None)
+    with pytest.raises(ConfigError, match=r"guidance_scale must be a number"):
+        parse_config(
+            "name: x\nmodel: {arch: ddim_unet}\nsampler: {guidance_scale: null}\n", "x.yaml"
+        )
