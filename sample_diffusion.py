@@ -23,7 +23,16 @@ from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, resolve_device, run
+from tinydm.scripts.experiment.cli import (
+    QUANT_OPTIONS,
+    SAMPLER_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_config,
+    add_out,
+    make_parser,
+    resolve_device,
+    run,
+)
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
@@ -32,7 +41,7 @@ from tinydm.scripts.experiment.sampling_run import SamplingRun, fill, make_image
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_config(parser, required=False)
+    add_config(parser, (*SAMPLER_OPTIONS, *SAMPLING_OPTIONS), required=False, hidden=QUANT_OPTIONS)
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
     add_backend(parser)

@@ -24,7 +24,7 @@ BACKENDS = (*RUNTIME, "quant.backends")
 CALIBRATION = (*RUNTIME, "quant.calibration")
 COMMON = ("scripts.common",)
 EXPERIMENT = (*COMMON, "models", "quant", "scripts.experiment")
-METRICS = (*COMMON, "scripts.experiment", "scripts.metrics")
+METRICS = (*COMMON, "models.checkpoint_files", "scripts.experiment", "scripts.metrics")
 BENCH = (*EXPERIMENT, *METRICS, "scripts.bench")
 # room -> rooms of ours that it may import; the longest name that fits a file is its room
 DOORS: dict[str, tuple[str, ...]] = {
