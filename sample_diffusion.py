@@ -31,7 +31,14 @@ from tinydm.scripts.experiment.backend import (
     compiled_code,
     slow_backend,
 )
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
+from tinydm.scripts.experiment.cli import (
+    QUANT_OPTIONS,
+    SAMPLER_OPTIONS,
+    SAMPLING_OPTIONS,
+    add_config,
+    add_out,
+    make_parser,
+)
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
@@ -42,7 +49,7 @@ from tinydm.scripts.experiment.sampling_run import SamplingRun, fill, make_image
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_config(parser, required=False)
+    add_config(parser, (*SAMPLER_OPTIONS, *SAMPLING_OPTIONS), required=False, hidden=QUANT_OPTIONS)
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
     add_backend(parser)

@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+# What helps where the averaged copy of the weights is not sound.
+RAW = "take the trained weights in its place: --set model.weights=raw"
+
+
 def load_state_dict(path: str | Path, *, weights: str = "ema", prefix: str | None = None) -> State:
     """The tensors of a checkpoint by name.
 
@@ -139,13 +143,11 @@ def _with_averaged(state: State, weights: str, path: Path) -> State:
     inner = {n: n.removeprefix("model.") for n in trained if n.startswith("model.")}
     flat = {n: "model_ema." + short.replace(".", "") for n, short in inner.items()}
     if len(set(flat.values())) != len(flat):
-        raise failure(path, "two names share one model_ema copy", "load the raw weights")
+        raise failure(path, "two names share one model_ema copy", RAW)
     averaged = {n: copies[f] for n, f in flat.items() if f in copies}
     unused = set(copies) - set(flat.values()) - {"model_ema.decay", "model_ema.num_updates"}
     if unused:
-        raise failure(
-            path, f"{min(unused)} belongs to no tensor of model.*", "load the raw weights"
-        )
+        raise failure(path, f"{min(unused)} belongs to no tensor of model.*", RAW)
     _check_averaged({n: trained[n] for n in inner}, averaged, path)
     return trained | averaged
 
@@ -156,11 +158,11 @@ def _check_averaged(raw: State, averaged: State, path: Path) -> None:
     surplus = [n for n in averaged if n not in raw]
     if lacking or surplus:
         name, how = (lacking[0], "no averaged copy") if lacking else (surplus[0], "no original")
-        raise failure(path, f"{printable(name, 100)} has {how}", "load the raw weights")
+        raise failure(path, f"{printable(name, 100)} has {how}", RAW)
     for name, tensor in averaged.items():
         if tensor.shape != raw[name].shape:
             shapes = f"{_shape(tensor)} averaged, {_shape(raw[name])} trained"
-            raise failure(path, f"{name} has two shapes: {shapes}", "load the raw weights")
+            raise failure(path, f"{name} has two shapes: {shapes}", RAW)
 
 
 # ---- into a module ----

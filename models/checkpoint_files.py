@@ -49,6 +49,11 @@ FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run git lfs pull"),
     (b"\x1f\x8b", "a gzip archive", "unpack it and name the checkpoint inside"),
     (b"Rar!", "a RAR archive", "unpack it and name the checkpoint inside"),
+    (
+        b"GGUF",
+        "a GGUF file, whose weights are quantized already",
+        "use the full-precision .safetensors or .ckpt of the same model",
+    ),
     (b"\x89HDF", "an HDF5 file", "use the PyTorch version of the checkpoint"),
 )
 

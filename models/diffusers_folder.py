@@ -5,7 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import State, failure, guarded, printable, read_file, tensors_of
+from .checkpoint_files import (
+    CheckpointError,
+    State,
+    failure,
+    guarded,
+    listing,
+    printable,
+    read_file,
+    tensors_of,
+)
 
 # What a UNet2DModel must be to compute what DDIMUNet does: key -> (value, default of the library).
 DIFFUSERS_NEEDS = {
@@ -49,21 +58,60 @@ DIFFUSERS_NAMES = (
 )
 
 
+SUPPORTED = (
+    "of diffusers folders those of a UNet2DModel of the DDPM kind are read here; Stable Diffusion "
+    "and latent diffusion as their original .ckpt (configs/sd_v1.yaml and others)"
+)
+WEIGHT_FILES = tuple(
+    f"diffusion_pytorch_model.{name}"
+    for name in ("safetensors", "bin", "fp16.safetensors", "fp16.bin")  # in order of preference
+)
+
+
 def diffusers_files(folder: Path) -> tuple[Path, Path]:
     """config.json and the weight file of a folder, or of its `unet`."""
     for place in (folder / "unet", folder):
         if not (place / "config.json").is_file():
             continue
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        for name in WEIGHT_FILES:
             if (place / name).is_file():
                 return place / "config.json", place / name
-        raise failure(place, "holds no diffusion_pytorch_model.safetensors", "download it")
-    raise failure(folder, "a folder without config.json", "name the checkpoint file itself")
+        raise _without_weights(place)
+    kind = _class_name(folder / "model_index.json")
+    if kind is not None:
+        raise failure(folder, f"a diffusers folder of {kind}, without a unet", SUPPORTED)
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.ckpt")):
+        raise failure(folder, "a folder without config.json", "name the checkpoint file in it")
+    raise failure(folder, "a folder without config.json", f"name a checkpoint file; {SUPPORTED}")
+
+
+def _without_weights(place: Path) -> CheckpointError:
+    """What a folder with a config.json holds in place of one whole file of weights."""
+    kind = guarded(place / "config.json", lambda: _class_name(place / "config.json"))
+    if kind != "UNet2DModel":
+        return failure(place, f"holds a {kind}", SUPPORTED)
+    shards = sorted(place.glob("*-of-*.safetensors")) + sorted(place.glob("*-of-*.bin"))
+    if shards:
+        what = f"weights in {len(shards)} shards ({shards[0].name}), which are not joined here"
+        return failure(place, what, "save it again with save_pretrained(max_shard_size='100GB')")
+    others = [path.name for path in sorted(place.iterdir()) if path.suffix != ".json"]
+    found = f", but {listing(others)}" if others else ""
+    what = f"holds neither of {listing(list(WEIGHT_FILES))}{found}"
+    return failure(place, what, "download one of them")
+
+
+def _class_name(path: Path) -> str | None:
+    """_class_name of a JSON of diffusers; None where there is no such file."""
+    if not path.is_file():
+        return None
+    config = guarded(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    return printable(config.get("_class_name") if isinstance(config, dict) else config, 60)
 
 
 def read_diffusers(folder: Path) -> State:
     """The weights of a DDPM-like UNet2DModel under the names and shapes of DDIMUNet."""
     config, weights = diffusers_files(folder)
+    _check_prediction(config.parent)
     levels = len(guarded(config, lambda: _ddim_params(config))["ch_mult"])
     found = tensors_of(read_file(weights), weights)
     state: State = {}
@@ -89,14 +137,12 @@ def _ddim_params(path: Path) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf-8"))
     kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if kind != "UNet2DModel":
-        raise failure(
-            path, f"describes a {printable(kind, 60)}, not a UNet2DModel", "use another model"
-        )
+        raise failure(path, f"describes a {printable(kind, 60)}, not a UNet2DModel", SUPPORTED)
     for key, (needed, default) in DIFFUSERS_NEEDS.items():
         if config.get(key, default) != needed:
             what = f"{key} is {config.get(key, default)}, DDIMUNet computes with {needed}"
             raise failure(path, what, "use a checkpoint of the DDPM kind")
-    widths, size = config["block_out_channels"], config["sample_size"]
+    widths, size = config["block_out_channels"], _side(path, config["sample_size"])
     down, up = config["down_block_types"], config["up_block_types"]
     attention = [kind.startswith("Attn") for kind in down]
     _check_blocks(path, widths, down, up)
@@ -111,6 +157,28 @@ def _ddim_params(path: Path) -> dict[str, Any]:
         "image_size": size,
         "norm_groups": config.get("norm_num_groups", 32),
     }
+
+
+def _side(path: Path, size: Any) -> int:
+    """Pixels of a side; newer files may give height and width."""
+    sides = size if isinstance(size, list) and size else [size]
+    if len(set(map(str, sides))) > 1 or not isinstance(sides[0], int):
+        raise failure(path, f"sample_size is {size}, DDIMUNet is square", "use another model")
+    return sides[0]
+
+
+def _check_prediction(folder: Path) -> None:
+    """The scheduler beside a unet says what the network predicts."""
+    for place in (folder, folder.parent):
+        path = place / "scheduler" / "scheduler_config.json"
+        if not path.is_file():
+            continue
+        config = guarded(path, lambda: json.loads(path.read_text(encoding="utf-8")))  # noqa: B023
+        kind = config.get("prediction_type", "epsilon") if isinstance(config, dict) else config
+        if kind != "epsilon":
+            what = f"prediction_type is {printable(kind, 40)}, the samplers here expect epsilon"
+            raise failure(path, what, "use a checkpoint that predicts the noise")
+        return
 
 
 def _check_blocks(path: Path, widths: list[int], down: list[str], up: list[str]) -> None:

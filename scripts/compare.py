@@ -25,6 +25,7 @@ from tinydm.scripts.common.json_files import read_json
 from tinydm.scripts.common.markdown import format_table
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.common.reports import CalibrationReport, ImagesReport
+from tinydm.scripts.common.units import duration
 from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.runs import beside
 from tinydm.scripts.metrics import evaluate, paired_psnr
@@ -62,9 +63,9 @@ def report_of(path: Path, kind: type, script: str) -> Any:
     return report
 
 
-def _seconds(images: int, rate: float | None) -> str:
+def _time(images: int, rate: float | None) -> str:
     """Empty where the report's process found every image made already."""
-    return f"{images / rate:.0f}" if rate else ""
+    return duration(images / rate) if rate else ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,15 +103,15 @@ def main(argv: list[str] | None = None) -> None:
     size = f"{calibration['size_mb']:.2f}"
     value = "inf" if psnr["psnr"] is None else f"{psnr['psnr']:.2f}"
     bits = f"{calibration['weight_bits']}/{calibration['activation_bits']}"
-    name, seconds = "Size (MB)", "calibrate (s)"
     n = psnr["images"]
-    columns = ["method", "W/A", name, "PSNR to FP (dB)", f"FID ({n} images)", seconds, "sample (s)"]
+    columns = ["method", "W/A", "Size (MiB)", "PSNR to FP (dB)", f"FID ({n} images)"]
+    columns += ["calibration", "sampling"]
     values = [
         ("full precision", "32/32", f"{calibration['float32_mb']:.2f}", "", fid[0], ""),
-        (calibration["method"], bits, size, value, fid[1], f"{calibration['seconds']:.0f}"),
+        (calibration["method"], bits, size, value, fid[1], duration(calibration["seconds"])),
     ]
     rows = [
-        dict(zip(columns, (*v, _seconds(n, r["images_per_second"])), strict=True))
+        dict(zip(columns, (*v, _time(n, r["images_per_second"])), strict=True))
         for v, r in zip(values, reports, strict=True)
     ]
     table = format_table(rows, columns)

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     place = (out / "denoiser", device, info, draw)
     ema = fit(model, loss, settings, *place, identity=identity, warm=warm)
     write_model(out / "model.pt", first_stage, ema, scale)
-    print(f"{out / 'model.pt'}: {(out / 'model.pt').stat().st_size / 2**20:.2f} MB")
+    print(f"{out / 'model.pt'}: {(out / 'model.pt').stat().st_size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":

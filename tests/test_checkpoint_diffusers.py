@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +23,9 @@ from tinydm.models.checkpoint import load_into, load_state_dict, sha256_of
 from tinydm.models.checkpoint_files import CheckpointError
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.diffusers_folder import diffusers_params
+from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.experiment.downloads import HUB_FILES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,3 +177,93 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(CheckpointError, match="describes a list"):
         load_state_dict(tmp_path)
+
+
+# ---- what is recognised ----
+
+
+def test_half_precision_alone_and_square_sizes_are_read(tmp_path: Path) -> None:
+    model = narrow_model()
+    folder = write_folder(tmp_path / "a", as_diffusers(model, False), sample_size=[8, 8])
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    plain.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert diffusers_params(folder)["image_size"] == 8
+    other = narrow_model(seed=1)
+    load_into(other, load_state_dict(folder), folder)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    oblong = write_folder(tmp_path / "b", as_diffusers(model, False), sample_size=[8, 16])
+    line = refused(oblong)
+    assert "sample_size is [8, 16]" in line and "damaged" not in line
+
+
+def test_shards_are_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", as_diffusers(narrow_model(), False))
+    for number in (1, 2):
+        shard = folder / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        shard.write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    line = refused(folder)
+    assert "weights in 2 shards" in line and "max_shard_size" in line
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_other_predictions_are_refused(tmp_path: Path, kind: str) -> None:
+    tensors = as_diffusers(narrow_model(), False)
+    write_folder(tmp_path / "a" / "unet", tensors)
+    (tmp_path / "a" / "scheduler").mkdir()
+    scheduler = tmp_path / "a" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"prediction_type": kind}))
+    with pytest.raises(CheckpointError, match=f"prediction_type is {kind}"):
+        load_state_dict(tmp_path / "a")
+    scheduler.write_text(json.dumps({"prediction_type": "epsilon"}))
+    load_state_dict(tmp_path / "a")
+
+
+def test_pipelines_of_other_kinds_are_told_what_is_supported(tmp_path: Path) -> None:
+    """Stable Diffusion has a unet of another class, DiT a transformer in its place."""
+    for name, pipeline, part, kind in (
+        ("sd", "StableDiffusionPipeline", "unet", "UNet2DConditionModel"),
+        ("dit", "DiTPipeline", "transformer", "DiTTransformer2DModel"),
+    ):
+        (tmp_path / name / part).mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        (tmp_path / name / part / "config.json").write_text(json.dumps({"_class_name": kind}))
+        for weights in (False, True):
+            if weights:
+                save_file(
+                    small_state(), tmp_path / name / part / "diffusion_pytorch_model.safetensors"
+                )
+            with pytest.raises(CheckpointError) as error:
+                load_state_dict(tmp_path / name)
+            line = str(error.value)
+            assert (kind if name == "sd" else pipeline) in line
+            assert "UNet2DModel of the DDPM kind" in line and "configs/sd_v1.yaml" in line
+    (tmp_path / "file").mkdir()
+    save_file(small_state(), tmp_path / "file" / "model.safetensors")
+    assert "name the checkpoint file in it" in refused(tmp_path / "file")
+
+
+def test_a_model_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of the hub is replaced by a folder that is there."""
+    model = narrow_model()
+    folder = write_folder(tmp_path / "snapshot", as_diffusers(model, False))
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"name": "c", "model": {"arch": "ddim_unet", "params": PARAMS}})
+    )
+    config = load_config(tmp_path / "c.yaml", ["model.checkpoint=google/ddpm-cifar10-32"])
+    denoiser = assemble(config).denoiser
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), denoiser.parameters(), strict=True)
+    )
+    assert asked == [("google/ddpm-cifar10-32", HUB_FILES)]
+    assert not any(pattern.endswith((".py", "/*")) for pattern in HUB_FILES)

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (b"\xef\xbb\xbf\n  <html>" + b"x" * 5000, "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
         (b"\x1f\x8b\x08" + bytes(100), "gzip"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "GGUF file, whose weights are quantized already"),
         (bytes(257) + b"ustar" + bytes(600), "tar"),
         (b"\x00" * 4096, "not a whole file"),
         (b"{}", "not a whole file"),

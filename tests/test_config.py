@@ -9,10 +9,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import calibrate
+import sample_diffusion
 from tinydm.quant.core.settings import preset
 from tinydm.scripts import configuration_reference
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.schema import read_yaml
+from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,3 +256,26 @@ def test_removed_keys_are_forgotten_where_they_were_off() -> None:
 def test_the_page_of_all_keys_is_current() -> None:
     page = configuration_reference.PAGE.read_text(encoding="utf-8")
     assert page == configuration_reference.page(), "python scripts/configuration_reference.py"
+
+
+def test_the_method_has_a_short_form() -> None:
+    parser = cli.make_parser("")
+    cli.add_config(parser)
+    args = parser.parse_args(["--config", "x.yaml", "--method", "ptqd"])
+    assert parse_config(TEXT, "x.yaml", args.overrides).quant.method == "ptqd"
+    args = parser.parse_args(["--config", "x.yaml", "--method", "gptq"])
+    with pytest.raises(ConfigError, match="--method: quant.method is 'gptq', which is unknown"):
+        parse_config(TEXT, "x.yaml", args.overrides)
+
+
+def test_help_leaves_out_what_changes_nothing(capsys: pytest.CaptureFixture) -> None:
+    """Sampling accepts the options of calibration, so that one line of them serves both."""
+    told = {}
+    for command in (calibrate, sample_diffusion):
+        with pytest.raises(SystemExit):
+            command.parse_arguments(["--help"])
+        told[command] = capsys.readouterr().out
+    assert "--method" in told[calibrate] and "--weight_bit" in told[calibrate]
+    assert "--method" not in told[sample_diffusion] and "--act_bit" not in told[sample_diffusion]
+    args = sample_diffusion.parse_arguments(["--out", "x", "--method", "ptqd", "--wq", "8"])
+    assert [override.key for override in args.overrides] == ["quant.method", "quant.weight.bits"]

@@ -29,6 +29,7 @@ from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.quant.runtime.packed_file import load_quantized
 from tinydm.scripts import compare, report
 from tinydm.scripts.common.errors import RunError
+from tinydm.scripts.common.units import duration, mebibytes
 from tinydm.scripts.experiment.cli import explain
 from tinydm.scripts.experiment.runs import png_name
 from tinydm.scripts.metrics import paired_psnr
@@ -165,6 +166,33 @@ def test_the_page_is_self_contained(page: Page) -> None:
         assert all((a or b).startswith(("#", "data:")) for a, b in links)
 
 
+def test_a_phone_shows_everything_or_says_that_there_is_more(home: Path, page: Page) -> None:
+    """Tables of facts break their lines; the others have a shadow at the edge they go beyond."""
+    source = (home / "run" / "report.html").read_text()
+    summary = source[source.index('id="summary"') : source.index('id="images"')]
+    assert summary.count("<table") == summary.count('<table class="facts"') == 2
+    rule = page.style.replace("\n", " ")
+    assert re.search(r"table\.facts t[hd][^}]*white-space: normal", rule)
+    assert re.search(r"\.wide \{[^}]*overflow-x: auto;[^}]*local,[^}]*scroll;", rule)
+    assert "(s)" not in page.text["summary"] and "(MB)" not in page.text["summary"]
+    assert "Size (MiB)" in page.text["summary"] and "FID" not in summary  # nobody measured it
+
+
+def test_each_of_the_worst_pairs_has_its_psnr_below(home: Path, page: Page) -> None:
+    run, source = home / "run", (home / "run" / "report.html").read_text()
+    worst = source[source.index('class="worst"') : source.index('id="psnr"')]
+    captions = re.findall(r"<figcaption>(\d{6}): ([\d.]+) dB</figcaption>", worst)
+    assert len(captions) == worst.count("<img") == 3
+    assert [float(v) for _, v in captions] == sorted(float(v) for _, v in captions)
+    for number, value in captions:
+        full, ours = (
+            np.asarray(Image.open(run / folder / f"{number}.png"), np.float64)
+            for folder in ("images-fp", "images-w4a8")
+        )
+        psnr = 10 * np.log10(255**2 / ((full - ours) ** 2).mean())
+        assert float(value) == pytest.approx(psnr, abs=0.051)
+
+
 def test_numbers_are_those_of_the_run(home: Path, page: Page) -> None:
     run = home / "run"
     pairs = paired_psnr(run / "images-w4a8", run / "images-fp")
@@ -173,7 +201,7 @@ def test_numbers_are_those_of_the_run(home: Path, page: Page) -> None:
         in (page.text["psnr"])
     )
     told = json.loads((run / "report.json").read_text())
-    assert f"{told['size_mb']:.3f} MB" in page.text["summary"]
+    assert f"{told['size_mb']:.3f} MiB" in page.text["summary"]
     assert f"{sum(told['phases']['tuples_per_step'])} calibration samples" in page.text["timesteps"]
     assert all(row["name"] in page.text["layers"] for row in told["layers"])
     sizes = bytes_by_kind(run / "quantized.safetensors")
@@ -403,3 +431,9 @@ def test_bad_input_is_refused_in_one_line(home: Path, tmp_path: Path, capsys) ->
         report.main([str(home / "run"), "--trajectories", "-1"])
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (empty / "report.html").exists()
+
+
+def test_sizes_and_times_are_told_as_people_read_them() -> None:
+    told = [duration(seconds) for seconds in (0.04, 9.96, 42.4, 440, 4000, 9000, None)]
+    assert told == ["0.04 s", "10 s", "42 s", "7.3 min", "66.7 min", "2.5 h", "unknown"]
+    assert mebibytes(0.0549, 3) == "0.055 MiB" and mebibytes(None) == "unknown"

@@ -25,6 +25,7 @@ from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
 from .config import ConditioningConfig, Config, parse_config, repository_path
+from .downloads import hub_folder, is_hub_id
 
 BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
@@ -265,15 +266,22 @@ class _Files:
             raise ConfigError(f"{self.config.name}: model.checkpoint is not set (--ckpt FILE)")
         path = repository_path(text)
         if name not in self._states:
-            if self.config.model.url and name == "checkpoint" and not path.exists():
-                url = self.config.model.url
-                raise CheckpointError(
-                    f"{text}: no such file; download it from {url}, or name yours with --ckpt FILE"
-                )
             if not path.exists():
-                raise CheckpointError(f"{text}: no such file; check the path")
+                path = self._fetched(name, text)
             self._states[name] = checkpoints.load_state_dict(
                 path, weights=self.config.model.weights
             )
             self.note(name, path)
         return self._states[name], path
+
+    def _fetched(self, name: str, text: str) -> Path:
+        """A model of the hub. Raises CheckpointError, which says what else to do."""
+        if is_hub_id(text):
+            return hub_folder(text)
+        url = self.config.model.url
+        if url and name == "checkpoint":
+            raise CheckpointError(
+                f"{text}: no such file; download it from {url} (scripts/download.py does), or name "
+                "yours with --ckpt FILE"
+            )
+        raise CheckpointError(f"{text}: no such file; check the path")

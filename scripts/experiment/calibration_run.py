@@ -319,8 +319,8 @@ def write_report(
         table,
         f"weights quantized: {share['weights_quantized']:.2%}; MACs in integers: "
         f"{share['macs_quantized']:.2%}, once per timestep: {share['macs_once_per_timestep']:.2%}",
-        f"{folder / RESULT}: {size / 2**20:.3f} MB, {size / (parameters * 4):.4f} of float32 "
-        f"({parameters * 4 / 2**20:.2f} MB), in {seconds:.0f} s",
+        f"{folder / RESULT}: {size / 2**20:.3f} MiB, {size / (parameters * 4):.4f} of float32 "
+        f"({parameters * 4 / 2**20:.2f} MiB), in {seconds:.0f} s",
     ]
     write_text(folder / "log.txt", "\n".join(lines) + "\n")
     return lines

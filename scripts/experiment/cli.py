@@ -74,12 +74,19 @@ def lines_of(file: str) -> str:
 
 
 # (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
+CHECKPOINT_OPTION = (
+    ("--ckpt",),
+    "model.checkpoint",
+    TEXT,
+    "FILE",
+    "full-precision checkpoint: a file, a folder of diffusers or OWNER/NAME of the hub",
+)
 SAMPLER_OPTIONS = (
     (("--steps", "--timesteps", "--custom_steps", "-c"), "sampler.steps", NUMBER, "N", "steps"),
     (("--eta",), "sampler.eta", NUMBER, "ETA", "0 deterministic DDIM .. 1 ancestral"),
     (("--skip_type", "--skip"), "sampler.skip", TEXT, "NAME", "uniform, quad or logsnr"),
     (("--scale",), "sampler.guidance_scale", NUMBER, "S", "classifier-free guidance"),
-    (("--ckpt",), "model.checkpoint", TEXT, "PATH", "full-precision file, or folder of diffusers"),
+    CHECKPOINT_OPTION,
 )
 SAMPLING_OPTIONS = (
     (("--count", "-n", "--n_samples", "--max_images"), "sampling.count", NUMBER, "N", "images"),
@@ -90,6 +97,7 @@ SAMPLING_OPTIONS = (
     (("--prompts",), "model.conditioning.prompts", lines_of, "FILE", "texts, one a line"),
 )
 QUANT_OPTIONS = (
+    (("--method",), "quant.method", TEXT, "NAME", "preset of all other keys of quant"),
     (("--weight_bit", "--wq"), "quant.weight.bits", NUMBER, "BITS", "bits of the weights"),
     (("--act_bit", "--aq"), "quant.activation.bits", NUMBER, "BITS", "bits of the activations"),
 )
@@ -140,9 +148,16 @@ def add_config(
     parser: argparse.ArgumentParser,
     options: Sequence[tuple] = (*SAMPLER_OPTIONS, *SAMPLING_OPTIONS, *QUANT_OPTIONS),
     required: bool = True,
+    device: bool = True,
+    hidden: Sequence[tuple] = (),
 ) -> None:
-    """--config, --set, --device and the options for keys: args.config, .overrides, .device."""
+    """--config, --set, --device and the options for keys: args.config, .overrides, .device.
+
+    device: whether the command computes. hidden: options that change nothing here, but are accepted
+    so that one line of options serves several commands.
+    """
     parser.set_defaults(overrides=[])
+    unseen = {key for _, key, *_ in hidden}
     parser.add_argument("--config", metavar="FILE", required=required, help="YAML of an experiment")
     parser.add_argument(
         "--set",
@@ -153,8 +168,9 @@ def add_config(
         metavar="key.sub=value",
         help="override keys of the configuration",
     )
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
-    for names, key, form, metavar, text in options:
+    if device:
+        parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+    for names, key, form, metavar, text in (*options, *hidden):
         parser.add_argument(
             *spellings(*names),
             action=_Alias,
@@ -163,7 +179,7 @@ def add_config(
             dest=f"_{key}",
             default=argparse.SUPPRESS,
             metavar=metavar,
-            help=f"{text} ({key})",
+            help=argparse.SUPPRESS if key in unseen else f"{text} ({key})",
         )
 
 

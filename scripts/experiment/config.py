@@ -114,6 +114,9 @@ class ModelConfig:
         "working directory",
     )
     url: str | None = setting(None, "where it can be downloaded")
+    digest: str | None = setting(
+        None, "sha256:HEX or md5:HEX of what lies there, if that is published"
+    )
     weights: str = setting("ema", "which copy of the weights", choices=("ema", "raw"))
     prefix: str | None = setting(None, "the denoiser's tensors' names begin with it")
     first_stage: FirstStageConfig | None = None

@@ -31,8 +31,10 @@ def settings_of_phases(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _parts(config: Config, sources: dict[str, str]) -> dict[str, Any]:
+    model = dataclasses.asdict(config.model) | {"checkpoint": None, "url": None}
+    model.pop("digest")  # of what lies at the url
     return {
-        "model": dataclasses.asdict(config.model) | {"checkpoint": None, "url": None},
+        "model": model,
         "schedule": vars(config.schedule),
         "sampler": vars(config.sampler),
         "quant": dataclasses.asdict(config.quant),

@@ -61,8 +61,8 @@ def identity_of(
     """Everything that an image depends on besides its number."""
     model, sampling = dataclasses.asdict(config.model), config.sampling
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
-        place.pop("checkpoint", None)
-        place.pop("url", None)
+        for name in ("checkpoint", "url", "digest"):
+            place.pop(name, None)
     return {
         "model": model | {"scale_factor": assembly.pipeline.scale_factor},
         "files_sha256": assembly.sources,

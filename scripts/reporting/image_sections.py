@@ -51,24 +51,31 @@ def images_section(run: Run, names: Sequence[str], errors: np.ndarray) -> Sectio
 
 
 def _worst(run: Run, names: Sequence[str], psnr: np.ndarray) -> str:
-    rows = [
-        picture(_grid_uri(images.folder, names), title, "pixels")
-        for images, title in ((run.full, "full precision"), (run.quantized, "quantized"))
+    """Each pair with its number and PSNR below it."""
+    pairs = [
+        picture(
+            _uri([run.full.folder / name, run.quantized.folder / name], columns=1),
+            f"{Path(name).stem}: {value:.1f} dB",
+            "pixels",
+        )
+        for name, value in zip(names, psnr, strict=True)
     ]
-    values = ", ".join(
-        f"{Path(name).stem} ({v:.1f} dB)" for name, v in zip(names, psnr, strict=True)
-    )
-    return f"<h3>The most different pairs</h3>{paragraph(values)}{''.join(rows)}"
+    words = paragraph("Full precision above, quantized below, with the PSNR of the pair.", "soft")
+    return f'<h3>The most different pairs</h3>{words}<div class="worst">{"".join(pairs)}</div>'
 
 
 def _grid_uri(folder: Path, names: Sequence[str]) -> str:
-    images = [Image.fromarray(read_image(folder / name)) for name in names]
+    return _uri([folder / name for name in names], min(COLUMNS, len(names)))
+
+
+def _uri(paths: Sequence[Path], columns: int) -> str:
+    images = [Image.fromarray(read_image(path)) for path in paths]
     side = min(LARGEST_SIDE, *(max(image.size) for image in images))
     if any(image.size != (side, side) for image in images):
         images = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]
     stacked = np.stack([np.asarray(image) for image in images])
     buffer = io.BytesIO()
-    Image.fromarray(grid(stacked, COLUMNS)).save(buffer, "PNG", optimize=True)
+    Image.fromarray(grid(stacked, columns)).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

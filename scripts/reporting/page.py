@@ -40,8 +40,14 @@ def picture(uri: str, description: str, kind: str = "plot") -> str:
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int] = ()) -> str:
-    """numbers: the columns that are set to the right."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    numbers: Sequence[int] = (),
+    kind: str = "",
+) -> str:
+    """numbers: the columns that are set to the right. kind: facts for few columns, whose lines
+    break; others are scrolled sideways, and their edge shows that there is more."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         parts = []
@@ -52,7 +58,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequenc
 
     body = "".join(line(row, "td") for row in rows)
     head = f"<thead>{line(header, 'th')}</thead>" if header else ""
-    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+    style = f' class="{kind}"' if kind else ""
+    return f'<div class="wide"><table{style}>{head}<tbody>{body}</tbody></table></div>'
 
 
 def bar(share: float) -> Html:

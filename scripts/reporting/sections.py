@@ -8,6 +8,7 @@ import numpy as np
 
 from ...models.pipeline import sampling_plan
 from ..common.reports import Plain
+from ..common.units import duration, mebibytes
 from ..experiment.config import Config
 from .contents import Quantizers, bytes_by_kind
 from .figures import data_uri, eps_error, group_map, largest_errors, map_size, samples_per_step
@@ -28,27 +29,36 @@ def summary_section(run: Run) -> Section:
         rows = [
             ("method", report.get("method")),
             ("bits of weights/activations", bits),
-            ("size of the quantized file", _mb(report.get("size_mb"))),
+            ("size of the quantized file", mebibytes(report.get("size_mb"), 3)),
             ("of float32", f"{report.get('ratio_to_float32', 0):.1%} of "
-             f"{_mb(report.get('float32_mb'))}"),
+             f"{mebibytes(report.get('float32_mb'), 3)}"),
             ("weights in integers", f"{report.get('weights_quantized', 0):.2%}"),
             ("MACs in integers", f"{report.get('macs_quantized', 0):.2%}"),
-            ("calibration", f"{report.get('seconds')} s, seed {report.get('seed')}"),
+            ("calibration", f"{duration(report.get('seconds'))}, seed {report.get('seed')}"),
         ]  # fmt: skip
-        parts.append(table((), rows))
-    if run.comparison is not None and run.comparison.get("rows"):
-        rows = run.comparison["rows"]
-        columns = list(rows[0])
+        parts.append(table((), rows, kind="facts"))
+    if rows := [row for row in (run.comparison or {}).get("rows") or () if row]:
         parts.append("<h3>As scripts/compare.py saw it</h3>")
-        cells = [[row.get(c, "") for c in columns] for row in rows]
-        parts.append(table(columns, cells, range(2, len(columns))))
+        parts.append(_comparison(rows))
     else:
         parts.append(missing("comparison.json with FID.", "scripts/compare.py writes it."))
     return Section("summary", "Summary", "".join(parts))
 
 
-def _mb(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f} MB (2^20 bytes)"
+def _comparison(rows: Sequence[Plain]) -> str:
+    """A column for each row of compare.py, so that a phone is wide enough; what no row has is left
+    out."""
+    first, *columns = rows[0]
+    shown = [c for c in columns if any(row.get(c, "") not in ("", None) for row in rows)]
+    cells = [[row.get(c) for c in shown] for row in rows]
+    return _side_by_side(shown, [row.get(first, "") for row in rows], cells)
+
+
+def _side_by_side(names: Sequence[str], titles: Sequence[str], columns: Sequence[Sequence]) -> str:
+    """A line for each name, a column for each title."""
+    lines = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
+    shown = [["–" if value in ("", None) else value for value in line] for line in lines]
+    return table(["", *titles], shown, range(1, len(titles) + 1), kind="facts")
 
 
 def eps_section(measured: Measured) -> Section:
@@ -174,7 +184,7 @@ def size_section(run: Run) -> Section:
         for kind, size in sizes.items()
     ]
     rows.append(("the whole file", f"{total:,}", "100%", ""))
-    words = f"{run.file.name}: {total / 2**20:.3f} MB (2^20 bytes)."
+    words = f"{run.file.name}: {mebibytes(total / 2**20, 3)} (of 2^20 bytes)."
     return Section(
         "size", title, paragraph(words) + table(("what", "bytes", "share", ""), rows, (1, 2))
     )
@@ -182,28 +192,28 @@ def size_section(run: Run) -> Section:
 
 def speed_section(run: Run) -> Section:
     parts = ["<h3>Sampling</h3>"]
-    rows = []
+    titles, columns = [], []
     for images, label in ((run.full, "full precision"), (run.quantized, "quantized")):
         report = None if images is None else images.report
         if report is None:
             lack = f"how fast the {label} images were made."
             parts.append(missing(lack, "sample_diffusion.py writes it beside them."))
             continue
-        rows.append(
+        titles.append(label)
+        columns.append(
             (
-                label,
                 report.get("backend"),
                 report.get("images", {}).get("made"),
-                f"{report.get('seconds', {}).get('sample', float('nan')):.1f}",
-                f"{report.get('images_per_second') or float('nan'):.3g}",
+                duration(report.get("seconds", {}).get("sample")),
+                f"{rate:.3g}" if (rate := report.get("images_per_second")) else None,
                 report.get("calls_per_image"),
                 f"{report.get('device')}, {report.get('threads')} threads, "
                 f"{report.get('processes')} processes",
             )
         )
-    header = ("", "backend", "images made", "seconds", "images/s", "calls per image", "on")
-    if rows:
-        parts.append(table(header, rows, (2, 3, 4, 5)))
+    names = ("backend", "images made", "time", "images/s", "calls per image", "on")
+    if columns:
+        parts.append(_side_by_side(names, titles, columns))
     return Section("speed", "Speed", "".join(parts) + _phases(run.report))
 
 
@@ -214,12 +224,21 @@ def _phases(report: Plain | None) -> str:
     rows = []
     for name, values in phases.items():
         rest = "; ".join(f"{k} {_short(v)}" for k, v in values.items() if k != "seconds")
-        rows.append((name, values.get("seconds", ""), rest))
-    total = f"{report.get('seconds')} s in all, {report.get('threads')} threads"
-    return f"<h3>Calibration</h3>{paragraph(total)}" + table(("phase", "seconds", ""), rows, (1,))
+        rows.append((name, duration(_seconds(values)), rest))
+    total = f"{duration(report.get('seconds'))} in all, {report.get('threads')} threads"
+    return f"<h3>Calibration</h3>{paragraph(total)}" + table(
+        ("phase", "time", "what it did"), rows, (1,), kind="facts"
+    )
+
+
+def _seconds(values: Plain) -> float | None:
+    found = values.get("seconds")
+    return found if isinstance(found, int | float) else None
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return f"({len(value)} values)"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -245,4 +264,5 @@ def versions_section(run: Run) -> Section:
     if run.metadata is not None:
         rows.append(("checksum of the quantized tensors", run.metadata.get("digest", "")))
     rows.append(("identity of the calibration", (run.report or {}).get("identity", "")))
-    return Section("versions", "Versions and identity", table((), rows))
+    told = [row for row in rows if row[1] != ""]
+    return Section("versions", "Versions and identity", table((), told, kind="facts"))
