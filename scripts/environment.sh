@@ -4,9 +4,7 @@
 # Uses .venv if it is complete, else the active Python if it satisfies the requirements, else makes
 # .venv (TINYDM_PYTHON names the interpreter, python3 by default).
 
-# A thread that waits for the others spins this often before it sleeps. OpenMP's own 300,000 (a
-# millisecond and more) make a run many times slower as soon as another process needs a core; these
-# cost an idle machine about a seventh (docs/speed.md, Waiting threads).
+# As scripts/common/threads.py, for programs that do not import it; see docs/speed.md.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
 
 wanted="requirements.txt"

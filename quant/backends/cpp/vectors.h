@@ -47,8 +47,7 @@ inline void store_bytes(void* to, Ints v) {  // the lowest byte of each lane
 inline Floats all(float v) { return _mm512_set1_ps(v); }
 inline Ints all(int32_t v) { return _mm512_set1_epi32(v); }
 inline Ints all_bytes(int8_t v) { return _mm512_set1_epi8(v); }
-inline Floats keep(Mask mask, Floats v) { return _mm512_maskz_mov_ps(mask, v); }  // else zeros
-inline Ints keep(Mask mask, Ints v) { return _mm512_maskz_mov_epi32(mask, v); }
+inline Ints keep(Mask mask, Ints v) { return _mm512_maskz_mov_epi32(mask, v); }  // else zeros
 inline Floats keep(Mask mask, Floats v, Floats other) {
   return _mm512_mask_mov_ps(other, mask, v);
 }
@@ -102,7 +101,6 @@ inline void store_bytes(void* to, Ints v) {
 inline Floats all(float v) { return _mm256_set1_ps(v); }
 inline Ints all(int32_t v) { return _mm256_set1_epi32(v); }
 inline Ints all_bytes(int8_t v) { return _mm256_set1_epi8(v); }
-inline Floats keep(Mask mask, Floats v) { return _mm256_and_ps(v, _mm256_castsi256_ps(mask)); }
 inline Ints keep(Mask mask, Ints v) { return _mm256_and_si256(v, mask); }
 inline Floats keep(Mask mask, Floats v, Floats other) {
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(mask));
