@@ -2,10 +2,19 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .checkpoint_files import State, failure, guarded, printable, read_file, tensors_of
+
+WEIGHTS = tuple(
+    f"diffusion_pytorch_model{variant}.{kind}"
+    for variant in ("", ".fp16")
+    for kind in ("safetensors", "bin")
+)
+# Our beta schedules in the words of diffusers.
+BETAS = {"squaredcos_cap_v2": "cosine"}
 
 # What a UNet2DModel must be to compute what DDIMUNet does: key -> (value, default of the library).
 DIFFUSERS_NEEDS = {
@@ -54,10 +63,11 @@ def diffusers_files(folder: Path) -> tuple[Path, Path]:
     for place in (folder / "unet", folder):
         if not (place / "config.json").is_file():
             continue
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        for name in WEIGHTS:
             if (place / name).is_file():
                 return place / "config.json", place / name
-        raise failure(place, "holds no diffusion_pytorch_model.safetensors", "download it")
+        what = "holds no diffusion_pytorch_model.safetensors"
+        raise failure(place, what, "download it, or use model.arch: diffusers for shards")
     raise failure(folder, "a folder without config.json", "name the checkpoint file itself")
 
 
@@ -97,6 +107,10 @@ def _ddim_params(path: Path) -> dict[str, Any]:
             what = f"{key} is {config.get(key, default)}, DDIMUNet computes with {needed}"
             raise failure(path, what, "use a checkpoint of the DDPM kind")
     widths, size = config["block_out_channels"], config["sample_size"]
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int):
+        raise failure(path, f"sample_size is {size}, not a square", "use model.arch: diffusers")
     down, up = config["down_block_types"], config["up_block_types"]
     attention = [kind.startswith("Attn") for kind in down]
     _check_blocks(path, widths, down, up)
@@ -142,3 +156,33 @@ def diffusers_params(folder: str | Path) -> dict[str, Any]:
     """
     path = diffusers_files(Path(folder))[0]
     return guarded(path, lambda: _ddim_params(path))
+
+
+def scheduler_says(folder: Path, schedule: Mapping[str, Any]) -> str:
+    """What the folder's scheduler_config.json, if it has one, asks for that the samplers here with
+    `schedule` (betas, beta_start, beta_end, train_timesteps) do not do; empty if nothing."""
+    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return ""
+    config = guarded(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(config, dict):
+        raise failure(path, "holds no JSON object", "download it again")
+    betas = config.get("beta_schedule", "linear")
+    said = {"beta_schedule": BETAS.get(betas, betas)}
+    ours = {"beta_schedule": schedule["betas"]}
+    keys = {"num_train_timesteps": "train_timesteps"}
+    if said["beta_schedule"] != "cosine":
+        keys |= {"beta_start": "beta_start", "beta_end": "beta_end"}
+    plain = {
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "trained_betas": None,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
+    ours |= plain | {key: schedule[name] for key, name in keys.items()}
+    said |= {key: config.get(key, value) for key, value in ours.items() if key not in said}
+    said["beta_schedule"] = betas if said["beta_schedule"] != ours["beta_schedule"] else ""
+    ours["beta_schedule"] = ""
+    return ", ".join(f"{key} {said[key]}" for key in ours if said[key] != ours[key])

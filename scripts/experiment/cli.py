@@ -43,12 +43,19 @@ USER_ERRORS = (
     StatisticsError,
     RunError,
 )
-NUMBER, TEXT, NUMBERS = str, json.dumps, "[{}]".format  # how an option's text becomes YAML
+
+
+def quoted(value: Any) -> str:
+    """A text or texts as YAML, which has no surrogates."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+NUMBER, TEXT, NUMBERS = str, quoted, "[{}]".format  # how an option's text becomes YAML
 
 
 def one_text(text: str) -> str:
     """A list of one text, as YAML."""
-    return json.dumps([text])
+    return quoted([text])
 
 
 def lines_of(file: str) -> str:
@@ -58,7 +65,7 @@ def lines_of(file: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise ConfigError(f"--prompts {file}: cannot be read ({reason})") from error
-    return json.dumps([line.strip() for line in lines if line.strip()])
+    return quoted([line.strip() for line in lines if line.strip()])
 
 
 # (spellings, key, text -> YAML, metavar, help): the words of ddim, latent-diffusion, q-diffusion
