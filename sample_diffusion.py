@@ -44,7 +44,7 @@ from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
-from tinydm.scripts.experiment.sampling_run import SamplingRun, fill, make_images
+from tinydm.scripts.experiment.sampling_run import SamplingRun, check_channels, fill, make_images
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     backend = chosen.label if args.quantized else None
     loaded = time.perf_counter() - began
     sampling = SamplingRun(config, assembly, folder, device, backend, rank, world)
+    check_channels(sampling)
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, sampling.identity, args.overwrite, rank)
         if rank != 0:

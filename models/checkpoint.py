@@ -34,6 +34,11 @@ from .checkpoint_files import (
 )
 from .diffusers_folder import diffusers_files, diffusers_params, read_diffusers
 
+AVERAGED = "model_ema."
+COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+# Empty tensors by which single files say what the network predicts, or its schedule.
+MARKERS = {"v_pred": "v-prediction", "ztsnr": "a schedule that ends without signal"}
+
 __all__ = [
     "CheckpointError",
     "State",
@@ -58,13 +63,22 @@ def load_state_dict(path: str | Path, *, weights: str = "ema", prefix: str | Non
     file with one copy gives that copy.
     prefix: keep the names below it ("model.diffusion_model"), without it.
 
-    A leading `module.` of all names, `loss.*` and the `model_ema.*` copies are removed. Raises
+    A leading `module.` of all names, `loss.*` and the `model_ema.*` copies are removed. A file
+    whose marker tensors (v_pred, ztsnr) ask for another sampling than ours is refused. Raises
     CheckpointError for a file that cannot be read safely and completely.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got '{weights}'")
     path = Path(path)
     state = guarded(path, lambda: _read(path, weights))
+    marked = [what for name, what in MARKERS.items() if name in state]
+    if marked:
+        raise failure(
+            path,
+            f"says by its tensors {', '.join(n for n in MARKERS if n in state)} that it needs "
+            f"{' and '.join(marked)}, which the samplers of single files do not have",
+            "convert it to a folder of diffusers",
+        )
     if prefix is not None:
         state = select(state, prefix, path)
     return {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
@@ -135,20 +149,27 @@ def _from_ddim_list(content: list | tuple, weights: str, path: Path) -> State:
 
 
 def _with_averaged(state: State, weights: str, path: Path) -> State:
-    """Replace `model.*` by its averaged copies: `model_ema.` and the name without its dots."""
-    copies = {n: t for n, t in state.items() if n.startswith("model_ema.")}
+    """Replace tensors by their averaged copies: `model_ema.` and the name without its dots.
+
+    Lightning's LitEma counts from `model.`, or from the root where the file is that of a first
+    stage. It copies what was trained: a frozen layer has no copy and keeps its weights. Pruned
+    files hold nothing of it but the two counters.
+    """
+    copies = {n: t for n, t in state.items() if n.startswith(AVERAGED)}
     trained = {n: t for n, t in state.items() if n not in copies}
+    copies = {n: t for n, t in copies.items() if n not in COUNTERS}
     if weights == "raw" or not copies:
         return trained
-    inner = {n: n.removeprefix("model.") for n in trained if n.startswith("model.")}
-    flat = {n: "model_ema." + short.replace(".", "") for n, short in inner.items()}
-    if len(set(flat.values())) != len(flat):
-        raise failure(path, "two names share one model_ema copy", RAW)
-    averaged = {n: copies[f] for n, f in flat.items() if f in copies}
-    unused = set(copies) - set(flat.values()) - {"model_ema.decay", "model_ema.num_updates"}
+    own: dict[str, list[str]] = {}  # copy -> names that it could be of
+    for name in trained:
+        own.setdefault(AVERAGED + name.removeprefix("model.").replace(".", ""), []).append(name)
+    unused = set(copies) - set(own)
     if unused:
-        raise failure(path, f"{min(unused)} belongs to no tensor of model.*", RAW)
-    _check_averaged({n: trained[n] for n in inner}, averaged, path)
+        raise failure(path, f"{min(unused)} belongs to no tensor of the model", RAW)
+    if any(len(own[copy]) > 1 for copy in copies):
+        raise failure(path, "two names share one model_ema copy", RAW)
+    averaged = {own[copy][0]: tensor for copy, tensor in copies.items()}
+    _check_shapes(trained, averaged, path)
     return trained | averaged
 
 
@@ -159,6 +180,10 @@ def _check_averaged(raw: State, averaged: State, path: Path) -> None:
     if lacking or surplus:
         name, how = (lacking[0], "no averaged copy") if lacking else (surplus[0], "no original")
         raise failure(path, f"{printable(name, 100)} has {how}", RAW)
+    _check_shapes(raw, averaged, path)
+
+
+def _check_shapes(raw: State, averaged: State, path: Path) -> None:
     for name, tensor in averaged.items():
         if tensor.shape != raw[name].shape:
             shapes = f"{_shape(tensor)} averaged, {_shape(raw[name])} trained"

@@ -67,6 +67,16 @@ class CLIPTextTower(nn.Module):
         embeddings = text_model.embeddings
         embeddings.register_buffer("position_ids", embeddings.position_ids, persistent=True)
 
+    def completed(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint with the numbers of the positions, which are constant: some
+        files lack them, others hold them as floats."""
+        name = "transformer.text_model.embeddings.position_ids"
+        constant = self.state_dict()[name]
+        found = state.get(name)
+        if found is None or (found.is_floating_point() and torch.equal(found.long(), constant)):
+            return dict(state) | {name: constant}
+        return dict(state)
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, L) int64 -> (B, L, D)
         return self.transformer["text_model"](input_ids=tokens).last_hidden_state
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from .checkpoint_files import (
     read_file,
     tensors_of,
 )
+
+# Our beta schedules in the words of diffusers.
+BETAS = {"squaredcos_cap_v2": "cosine"}
 
 # What a UNet2DModel must be to compute what DDIMUNet does: key -> (value, default of the library).
 DIFFUSERS_NEEDS = {
@@ -59,8 +63,9 @@ DIFFUSERS_NAMES = (
 
 
 SUPPORTED = (
-    "of diffusers folders those of a UNet2DModel of the DDPM kind are read here; Stable Diffusion "
-    "and latent diffusion as their original .ckpt (configs/sd_v1.yaml and others)"
+    "this architecture reads those of a UNet2DModel of the DDPM kind; all others are read by the "
+    "diffusers library (--ckpt FOLDER without --config, or model.arch: diffusers), Stable "
+    "Diffusion also as its original .ckpt (configs/sd_v1.yaml)"
 )
 WEIGHT_FILES = tuple(
     f"diffusion_pytorch_model.{name}"
@@ -210,3 +215,33 @@ def diffusers_params(folder: str | Path) -> dict[str, Any]:
     """
     path = diffusers_files(Path(folder))[0]
     return guarded(path, lambda: _ddim_params(path))
+
+
+def scheduler_says(folder: Path, schedule: Mapping[str, Any]) -> str:
+    """What the folder's scheduler_config.json, if it has one, asks for that the samplers here with
+    `schedule` (betas, beta_start, beta_end, train_timesteps) do not do; empty if nothing."""
+    files = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return ""
+    config = guarded(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(config, dict):
+        raise failure(path, "holds no JSON object", "download it again")
+    betas = config.get("beta_schedule", "linear")
+    said = {"beta_schedule": BETAS.get(betas, betas)}
+    ours = {"beta_schedule": schedule["betas"]}
+    keys = {"num_train_timesteps": "train_timesteps"}
+    if said["beta_schedule"] != "cosine":
+        keys |= {"beta_start": "beta_start", "beta_end": "beta_end"}
+    plain = {
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "trained_betas": None,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
+    ours |= plain | {key: schedule[name] for key, name in keys.items()}
+    said |= {key: config.get(key, value) for key, value in ours.items() if key not in said}
+    said["beta_schedule"] = betas if said["beta_schedule"] != ours["beta_schedule"] else ""
+    ours["beta_schedule"] = ""
+    return ", ".join(f"{key} {said[key]}" for key in ours if said[key] != ours[key])

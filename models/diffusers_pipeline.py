@@ -222,7 +222,7 @@ class DiffusersPipeline:
     cannot be loaded and ValueError for values that do not fit together.
     """
 
-    scale_factor = 1.0
+    scale_factor, first_stage = 1.0, None
 
     def __init__(
         self,
@@ -306,6 +306,13 @@ class DiffusersPipeline:
             raise ValueError(f"{name} takes no {self.steps} steps: {printable(error)}") from error
         values = [float(t) for t in self._scheduler.timesteps]
         return [int(t) if t.is_integer() else t for t in values]
+
+    @property
+    def shape(self) -> tuple[int | None, int, int]:
+        """C, H, W of a pixel model's pictures; those of a decoder are always pictures."""
+        size = self._tap.original.config.sample_size
+        side = (size, size) if isinstance(size, int) else tuple(size or (0, 0))
+        return (self._tap.original.config.out_channels if self.kind in PIXELS else None, *side)
 
     @property
     def train_timesteps(self) -> int | None:

@@ -94,7 +94,6 @@ def test_latent_diffusion_copies_are_mapped_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"model_ema.diffusion_modelblocks12bias": None}, "blocks.12.bias has no averaged copy"),
         ({"model_ema.diffusion_modelblocks12bias": torch.ones(4)}, "4 averaged, 3 trained"),
         ({"model_ema.elsewhere": torch.ones(1)}, "model_ema.elsewhere"),
         ({"model.diffusion_model.blocks.1.2.bias": torch.ones(3)}, "share one"),
@@ -102,10 +101,48 @@ def test_latent_diffusion_copies_are_mapped_by_name(tmp_path: Path) -> None:
 )
 def test_doubtful_averaged_copies_are_refused(tmp_path: Path, change: dict, word: str) -> None:
     merged = latent_diffusion_state() | change
-    merged = {n: t for n, t in merged.items() if t is not None}
     path = write(tmp_path / "model.ckpt", {"state_dict": merged})
     assert word in refused(path)
     assert len(load_state_dict(path, weights="raw")) == sum("model_ema" not in n for n in merged)
+
+
+def test_a_frozen_layer_without_a_copy_keeps_its_weights(tmp_path: Path) -> None:
+    state = latent_diffusion_state() | {"model.diffusion_model.frozen": torch.full((2,), 3.0)}
+    averaged = load_state_dict(write(tmp_path / "model.ckpt", {"state_dict": state}))
+    values = {n: t.flatten()[0].item() for n, t in averaged.items() if "diffusion_model" in n}
+    assert list(values.values()) == [5.0, 6.0, 3.0]
+
+
+def test_pruned_files_hold_only_the_counters_of_their_copies(tmp_path: Path) -> None:
+    state = latent_diffusion_state()
+    pruned = {n: t for n, t in state.items() if not n.startswith("model_ema.diffusion")}
+    found = load_state_dict(write(tmp_path / "pruned.ckpt", {"state_dict": pruned}))
+    assert not found["model.diffusion_model.blocks.12.bias"].any()
+    assert not [n for n in found if n.startswith("model_ema")]
+
+
+def test_copies_of_a_first_stage_count_from_the_root(tmp_path: Path) -> None:
+    state = {"encoder.conv_in.bias": torch.zeros(2), "loss.logvar": torch.zeros(())}
+    state |= {"model_ema.encoderconv_inbias": torch.ones(2), "model_ema.decay": torch.ones(())}
+    path = write(tmp_path / "vq.ckpt", {"state_dict": state})
+    assert load_state_dict(path)["encoder.conv_in.bias"].tolist() == [1, 1]
+    assert load_state_dict(path, weights="raw")["encoder.conv_in.bias"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("marker", ["v_pred", "ztsnr"])
+def test_markers_of_another_prediction_are_heeded(tmp_path: Path, marker: str) -> None:
+    state = latent_diffusion_state() | {marker: torch.tensor([])}
+    assert marker in refused(write(tmp_path / "model.ckpt", {"state_dict": state}))
+
+
+def test_files_without_checksums_are_whole(tmp_path: Path) -> None:
+    state, path = {"a": torch.randn(3)}, tmp_path / "model.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_state_dict(path)["a"], state["a"])
 
 
 def test_lightning_files_need_no_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import (
 from tinydm.models.checkpoint import load_into, load_state_dict, sha256_of
 from tinydm.models.checkpoint_files import CheckpointError
 from tinydm.models.ddim_unet import DDIMUNet
-from tinydm.models.diffusers_folder import diffusers_params
+from tinydm.models.diffusers_folder import diffusers_params, scheduler_says
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.downloads import HUB_FILES
@@ -267,3 +267,41 @@ def test_a_model_of_the_hub_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     assert asked == [("google/ddpm-cifar10-32", HUB_FILES)]
     assert not any(pattern.endswith((".py", "/*")) for pattern in HUB_FILES)
+
+
+@pytest.mark.parametrize(
+    ("said", "differs"),
+    [
+        ({}, ""),
+        ({"prediction_type": "epsilon", "beta_schedule": "linear", "clip_sample": True}, ""),
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
+        ({"beta_end": 0.012}, "beta_end 0.012"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        (
+            {"timestep_spacing": "trailing", "steps_offset": 1},
+            "timestep_spacing trailing, steps_offset 1",
+        ),
+    ],
+)
+def test_a_scheduler_that_samples_otherwise_is_told_of(
+    tmp_path: Path, said: dict, differs: str
+) -> None:
+    ours = {"betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "train_timesteps": 1000}
+    assert scheduler_says(tmp_path, ours) == ""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
+    assert scheduler_says(tmp_path, ours) == differs
+    cosine = ours | {"betas": "cosine"}
+    assert ("squaredcos" in scheduler_says(tmp_path, cosine)) is False
+
+
+def test_a_square_may_be_written_as_a_list(tmp_path: Path) -> None:
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()
+    for size, good in (([8, 8], True), ([8, 16], False)):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"sample_size": size}))
+        if good:
+            assert diffusers_params(tmp_path)["image_size"] == 8
+        else:
+            with pytest.raises(CheckpointError, match="not a square"):
+                diffusers_params(tmp_path)

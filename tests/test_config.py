@@ -112,6 +112,12 @@ def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
         ("bits: 4", "bits: 9", "x.yaml:11: quant.weight.bits must be within 2..8, is 9"),
         ("bits: 4", "bits: 1", "x.yaml:11: quant.weight.bits must be within 2..8, is 1"),
         ("[1, 2]", "[1, b]", "x.yaml:5: model.params.ch_mult[1] must be a whole number, is 'b'"),
+        (
+            "{ch: 8,",
+            "{in_channels: 6, ch: 8,",
+            "out_ch is 3; ddim takes 6 of a denoiser that sees 6",
+        ),
+        ("{ch: 8,", "{out_ch: 6, ch: 8,", "out_ch is 6; ddim takes 3 of a denoiser that sees 3"),
         ("{ch: 8,", "{image_size: 31, ch: 8,", "model.params.image_size must be a multiple of 2"),
         ("[1, 2]", "2", "x.yaml:5: model.params.ch_mult must be a list of whole numbers, is 2"),
         ("classes: null", "classes: [1]", "x.yaml:12: sampling.classes is for class-conditional"),

@@ -148,7 +148,9 @@ def to_uint8(x: torch.Tensor, truncate: bool = False) -> torch.Tensor:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """image (H, W, 3) or (H, W, 1) uint8."""
+    """image (H, W, 3) or (H, W, 1) uint8. Raises ImageError for other channels."""
+    if image.shape[-1] not in (1, 3):
+        raise ImageError(f"{path}: {image.shape[-1]} channels are no picture")
     with atomic(path) as temporary:
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 

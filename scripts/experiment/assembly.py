@@ -15,6 +15,7 @@ from ...models.autoencoder import first_stage_from_upstream
 from ...models.checkpoint_files import CheckpointError, State
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.diffusers_denoiser import DiffusersDenoiser
+from ...models.diffusers_folder import scheduler_says
 from ...models.diffusers_pipeline import DiffusersFolder, DiffusersPipeline
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
@@ -150,6 +151,11 @@ def load_denoiser(config: Config, denoiser: nn.Module, files: "_Files | None" = 
     """Fill a denoiser (on the meta device or not) with the checkpoint's weights."""
     files = _Files(config) if files is None else files
     state, source = files.state("checkpoint", config.model.checkpoint)
+    if source.is_dir() and (other := scheduler_says(source, vars(config.schedule))):
+        raise ConfigError(
+            f"{source}: its scheduler_config.json says {other}, this configuration samples "
+            "otherwise; use model.arch: diffusers, which follows it"
+        )
     prefix = config.model.prefix
     if prefix is None and any(name.startswith(f"{LATENT_PREFIX}.") for name in state):
         prefix = LATENT_PREFIX
@@ -201,7 +207,9 @@ def _embedder(
     except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
         reason = printable(error, 300)
         raise ConfigError(f"model.conditioning: no text tower: {reason}") from error
-    _fill(tower, state, conditioning.prefix, source)
+    prefix = conditioning.prefix
+    chosen = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(tower, tower.completed(chosen), source)
     with torch.no_grad():
         return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
 
@@ -243,6 +251,7 @@ def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
 
 def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> None:
     chosen = state if prefix is None else checkpoints.select(state, prefix, source)
+    chosen = {n: t for n, t in chosen.items() if not n.startswith(checkpoints.AVERAGED)}
     checkpoints.load_into(module, chosen, source)
 
 
@@ -268,9 +277,9 @@ class _Files:
         if name not in self._states:
             if not path.exists():
                 path = self._fetched(name, text)
-            self._states[name] = checkpoints.load_state_dict(
-                path, weights=self.config.model.weights
-            )
+            # As latent diffusion does: of a first stage, the weights that were trained.
+            weights = "raw" if name == "first_stage" else self.config.model.weights
+            self._states[name] = checkpoints.load_state_dict(path, weights=weights)
             self.note(name, path)
         return self._states[name], path
 

@@ -341,6 +341,7 @@ def _check(config: Config, where: Where) -> None:
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
     _check_sizes(model.params, ("model", "params"), refuse)
     check_image_size(model.params, refuse)
+    _check_channels(config, refuse)
     if model.first_stage is not None:
         _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
     for name in ("first_stage", "conditioning"):
@@ -411,6 +412,19 @@ def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
             _check_sizes(inner, key, refuse)
     elif isinstance(value, int | float) and not -most <= value <= most:
         refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
+
+
+def _check_channels(config: Config, refuse: Any) -> None:
+    """The samplers take eps of everything that the denoiser sees, guided_ddpm also a variance."""
+    model, name = config.model, config.sampler.name
+    seen = model.params.get("in_channels", 3)
+    key = "out_ch" if model.arch == "ddim_unet" else "out_channels"
+    given = model.params.get(key, 3 if model.arch == "ddim_unet" else seen)
+    fitting = {"guided_ddpm": [2 * seen], "guided_ddim": [seen, 2 * seen]}.get(name, [seen])
+    if given not in fitting:
+        wanted = " or ".join(map(str, fitting))
+        why = f"is {given}; {name} takes {wanted} of a denoiser that sees {seen}"
+        refuse(f"model.params.{key}", why)
 
 
 def check_image_size(params: dict, refuse: Any) -> None:

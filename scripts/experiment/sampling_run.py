@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...models.pipeline import DIFFUSERS
 from ...models.protocols import rows_are_independent
+from ..common.errors import ConfigError
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from .assembly import Assembly
@@ -74,6 +75,17 @@ def identity_of(
         "backend": backend,
         "device": device_name(device),
     }
+
+
+def check_channels(run: SamplingRun) -> None:
+    """Raises ConfigError where what is sampled is no picture: latents without their decoder."""
+    pipeline = run.assembly.pipeline
+    channels = None if pipeline.first_stage is not None else pipeline.shape[0]
+    if channels not in (None, 1, 3):
+        raise ConfigError(
+            f"{run.config.name}: {channels} channels are no picture; "
+            "set model.first_stage, which decodes latents"
+        )
 
 
 def make_images(run: SamplingRun, indices: list[int]) -> None:
