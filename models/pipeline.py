@@ -129,16 +129,22 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((slope * index + offset) % 2**32)
 
 
+OnRows = Callable[[int], None]  # so many rows more have gone through a network
+
+
 class FixedBatch:
     """Calls a model with exactly `size` rows whatever the batch; the last call is padded.
 
     Kernels choose other algorithms for other batch sizes, which changes the last bits. With a
     constant size a row's result does not depend on its place or on its neighbours. A model that
-    declares `independent_rows` needs no padding for that.
+    declares `independent_rows` needs no padding for that. on_rows(n) is called after each call,
+    with the rows of it that were asked for.
     """
 
-    def __init__(self, model: Callable[..., torch.Tensor], size: int):
-        self.model, self.size = model, size
+    def __init__(
+        self, model: Callable[..., torch.Tensor], size: int, on_rows: OnRows | None = None
+    ):
+        self.model, self.size, self.on_rows = model, size, on_rows
         self.pads = not rows_are_independent(model)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -152,6 +158,8 @@ class FixedBatch:
 
             named = {name: part(value) for name, value in kwargs.items()}
             outputs.append(self.model(part(x), part(t), *map(part, args), **named))
+            if self.on_rows is not None:
+                self.on_rows(min(self.size, rows - start))
         return outputs[0] if len(outputs[0]) == rows else torch.cat(outputs)[:rows]
 
 
@@ -216,16 +224,21 @@ class Pipeline:
         classes: Sequence[int] | None = None,
         on_step: StepHook | None = None,
         device: str | torch.device = "cpu",
+        on_rows: OnRows | None = None,
     ) -> torch.Tensor:
         """Images around [-1, 1], (B, C, H, W). Raises SamplingError for values not finite.
 
-        classes are given to the indices in turn; without them each index has its own.
+        classes are given to the indices in turn; without them each index has its own. on_rows(n)
+        is called after every call of the denoiser and for every image that is decoded.
         """
-        x = self.latents(denoiser, indices, seed, classes, on_step, device)
+        x = self.latents(denoiser, indices, seed, classes, on_step, device, on_rows=on_rows)
         if self.first_stage is None:
             return x
-        # One at a time: a constant size, as in FixedBatch, and little memory.
-        parts = [decode_first_stage(self.first_stage, z, self.scale_factor) for z in x.split(1)]
+        parts = []
+        for z in x.split(1):  # a constant size, as in FixedBatch, and little memory
+            parts.append(decode_first_stage(self.first_stage, z, self.scale_factor))
+            if on_rows is not None:
+                on_rows(1)
         images = torch.cat(parts)
         if not torch.isfinite(images).all():
             raise SamplingError("the first stage decodes to values that are NaN or infinite")
@@ -241,10 +254,12 @@ class Pipeline:
         on_step: StepHook | None = None,
         device: str | torch.device = "cpu",
         on_output: OnOutput | None = None,
+        on_rows: OnRows | None = None,
     ) -> torch.Tensor:
         """What the sampler ends with, before the first stage's decoder, (B, C, H, W).
 
         on_output(x, t, eps) -> the output that the sampler goes on with, after guidance.
+        on_rows(n) is called after every call of the denoiser.
         """
         generators = [image_generator(seed, index) for index in indices]
 
@@ -253,7 +268,7 @@ class Pipeline:
             return draws.to(device, memory_format=torch.channels_last)
 
         labels = self.labels(indices, seed, classes)
-        model = FixedBatch(denoiser, self.micro_batch)
+        model = FixedBatch(denoiser, self.micro_batch, on_rows)
         model = self.conditioned(model, None if labels is None else labels.to(device))
         if on_output is not None:
             model = _observed(model, on_output)

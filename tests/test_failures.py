@@ -283,7 +283,7 @@ def test_every_failed_allocation_is_one_line(error: Exception) -> None:
 
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     def main(arguments: list[str]) -> None:
-        open("out of memory.yaml")
+        Path("out of memory.yaml").read_text()
 
     assert refusal(forks.run(main)).endswith("out of memory.yaml: No such file or directory")
 

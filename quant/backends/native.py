@@ -24,6 +24,7 @@ from ..core.affine import QuantizerStep
 
 SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
 SOURCES = tuple(Path(__file__).with_name("cpp") / f"{name}.cpp" for name in SOURCE_NAMES)
+PATIENCE = 600  # seconds for one file, which takes two
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
 SPEED_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512")
@@ -60,11 +61,14 @@ class Compiled:
 
     def __init__(self) -> None:
         self._library = _compile()
-        self.products = bool(self._library.has_products())
-        functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
-        for name, arguments in functions.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = arguments, None
+        try:
+            self.products = bool(self._library.has_products())
+            functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
+            for name, arguments in functions.items():
+                function = getattr(self._library, name)
+                function.argtypes, function.restype = arguments, None
+        except AttributeError as error:
+            raise CompileError(f"what the compiler made lacks a function: {error}") from error
 
     def __reduce__(self) -> tuple[type["Compiled"], tuple[()]]:
         return Compiled, ()
@@ -326,7 +330,19 @@ def _compile() -> ctypes.CDLL:
 
         def run(*arguments: str | Path) -> None:
             command = [compiler, *LANGUAGE_FLAGS, *map(str, arguments)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            try:
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=PATIENCE,
+                )
+            except OSError as error:  # a script whose interpreter is missing, for example
+                raise CompileError(f"{compiler}: cannot be run ({error.strerror})") from error
+            except subprocess.TimeoutExpired as error:
+                raise CompileError(f"{compiler}: not done after {PATIENCE} s") from error
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 line = next((line for line in lines if "error" in line), lines[-1])

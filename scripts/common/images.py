@@ -1,6 +1,7 @@
 """Image sets in, PNG files out."""
 
-import os
+import io
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,13 @@ from .files import atomic
 
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
+LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
+# What Pillow raises for files that are no image or not a whole one.
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
+    *(zlib.error, struct.error, Image.DecompressionBombError),
+)
+
 
 def load_images(source: str | Path, size: int) -> torch.Tensor:
     """All images of a folder (recursive) or of array `x` in a .npz, (N, 3, size, size) uint8.
@@ -21,7 +29,7 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
     Other sizes are centre-cropped to a square and resampled (Lanczos). Raises ImageError.
     """
     source = Path(source)
-    if source.suffix == ".npz":
+    if source.suffix == ".npz" and (source.is_file() or not source.exists()):
         try:
             with np.load(source, allow_pickle=False) as archive:
                 x = archive["x"] if "x" in archive else archive["arr_0"]
@@ -40,6 +48,8 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
         raise ImageError(f"{source}: no image in this folder")
     images = []
     for path in paths:
+        if not path.is_file():  # a pipe would wait for a writer
+            raise ImageError(f"{path}: is no file; take it out of the folder")
         try:
             with Image.open(path) as image:
                 images.append(_square(_rgb(image, path), size))
@@ -84,14 +94,23 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def is_whole_png(path: str | Path) -> bool:
-    """True if the file ends with a PNG's last chunk, so that no earlier write was cut short."""
+    """True if all of it is there, its checksums match, and every pixel can be decoded.
+
+    0.2 ms for 32 x 32 pixels and 3 ms for 256 x 256: 10 s and two minutes for 50,000 images.
+    """
     try:
-        with open(path, "rb") as handle:
-            head = handle.read(8)
-            handle.seek(-12, os.SEEK_END)
-            return head == b"\x89PNG\r\n\x1a\n" and handle.read(12)[4:8] == b"IEND"
-    except OSError:
+        if not Path(path).is_file():  # a pipe would wait for a writer
+            return False
+        data = Path(path).read_bytes()
+        if not data.endswith(LAST_CHUNK):
+            return False
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()  # decoding alone does not compare the checksums
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+    except DAMAGED:
         return False
+    return True
 
 
 def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:

@@ -1,5 +1,6 @@
 """From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 
 from ...models import checkpoint as checkpoints
 from ...models.autoencoder import first_stage_from_upstream
-from ...models.checkpoint_files import CheckpointError, State
+from ...models.checkpoint_files import CheckpointError, State, is_out_of_memory
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.pipeline import Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
@@ -79,12 +80,25 @@ def full_precision(
 
 def empty_denoiser(config: Config) -> nn.Module:
     """The architecture on the meta device. Raises ConfigError for parameters that do not fit."""
+    what = f"{config.name}: model.params build no denoiser"
+    with torch.device("meta"):
+        return built(what, lambda: build_denoiser(config.model.arch, config.model.params))
+
+
+def built(what: str, maker: Callable[[], nn.Module]) -> nn.Module:
+    """maker(), of values that may not fit together. Raises ConfigError: "what: reason"."""
     try:
-        with torch.device("meta"):
-            return build_denoiser(config.model.arch, config.model.params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes of 0, which are refused below
+            model = maker()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        reason = printable(error, 200)
-        raise ConfigError(f"{config.name}: model.params build no denoiser: {reason}") from error
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{what}: {printable(error, 200)}") from error
+    for name, value in model.named_parameters():
+        if value.numel() == 0:
+            raise ConfigError(f"{what}: {name} is empty {tuple(value.shape)}; a size is 0")
+    return model
 
 
 def select_backend(
@@ -198,11 +212,9 @@ def _scale_factor(value: torch.Tensor, source: Path) -> float:
 
 
 def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return maker(values).eval().requires_grad_(False)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"model.{name} cannot be built: {printable(error, 200)}") from error
+    with torch.device("meta"):
+        model = built(f"model.{name} cannot be built", lambda: maker(values))
+    return model.eval().requires_grad_(False)
 
 
 def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> None:

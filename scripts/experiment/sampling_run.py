@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ...models.protocols import rows_are_independent
+from ..common.errors import ImageError, RunError
 from ..common.files import write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
+from ..common.progress import ImageBar
 from .assembly import Assembly
 from .config import Config, calls_per_image, resolved_yaml
 from .runs import beside, missing_images, png_name, surplus_images
 
+AGAIN = "the same command makes what is missing"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 
 
@@ -71,21 +73,46 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches and write each image as soon as it is there."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
     truncate = config.model.arch != "ddim_unet"  # as each family's own scripts do
-    with tqdm(total=len(indices), unit="image", disable=run.rank != 0, delay=1) as bar:
+    rows = calls_per_image(config) + (assembly.pipeline.first_stage is not None)
+    with ImageBar(len(indices), rows, disable=run.rank != 0, delay=1) as bar:
         for start in range(0, len(indices), sampling.batch_size):
             batch = indices[start : start + sampling.batch_size]
             x = assembly.pipeline.sample(
-                assembly.denoiser, batch, sampling.seed, sampling.classes, device=run.device
+                assembly.denoiser,
+                batch,
+                sampling.seed,
+                sampling.classes,
+                device=run.device,
+                on_rows=bar.update,
             )
-            for index, image in zip(batch, to_uint8(x, truncate).numpy(), strict=True):
+            images = to_uint8(x, truncate).numpy()  # (B, H, W, C)
+            if not run.folder.is_dir():
+                raise RunError(f"{run.folder}: was removed while images were made; {AGAIN}")
+            for index, image in zip(batch, images, strict=True):
                 write_png(run.folder / png_name(index), image)
-            bar.update(len(batch))
+
+
+def check_there(run: SamplingRun, indices: list[int]) -> None:
+    """Raises RunError where images that were there, or were made, are not there now.
+
+    An identity that is gone is written again: the images that are there have it.
+    """
+    note = beside(run.folder, "identity.json")
+    if not note.exists():
+        write_json(note, run.identity)
+    there = {path.name for path in run.folder.glob("*.png")}
+    gone = [index for index in indices if png_name(index) not in there]
+    if gone:
+        first = png_name(gone[0])
+        raise RunError(f"{run.folder}: {len(gone)} images are gone, such as {first}; {AGAIN}")
 
 
 def write_grid(folder: Path, count: int, file: str) -> None:
     """The first images that are there, in one picture."""
     paths = [folder / png_name(index) for index in range(min(count, GRID_IMAGES))]
     images = [np.asarray(Image.open(path).convert("RGB")) for path in paths if is_whole_png(path)]
+    if len({image.shape for image in images}) > 1:
+        raise ImageError(f"{folder}: its images are not all of one size; remove those of others")
     if images:
         write_png(file, grid(np.stack(images), GRID_COLUMNS))
 
@@ -117,6 +144,8 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
     began = time.perf_counter()
     make_images(run, todo)
     seconds = time.perf_counter() - began
+    of_others = set(missing).difference(todo)
+    check_there(run, [i for i in range(sampling.count) if i not in of_others])
     if grid_file is not None:
         write_grid(folder, sampling.count, grid_file)
     if surplus := surplus_images(folder, sampling.count):

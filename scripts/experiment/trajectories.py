@@ -1,13 +1,13 @@
 """Calibration trajectories: what the denoiser sees and outputs while the pipeline samples."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...models.pipeline import Pipeline
+from ...models.pipeline import OnRows, Pipeline
 from ...quant.calibration.states import CalibrationStates
 from .processes import ALONE, Team, Tensors
 
@@ -37,22 +37,23 @@ def record_states(
     first: int = 0,
     classes: list[int] | None = None,
     device: str | torch.device = "cpu",
-    on_images: Callable[[int], None] = lambda n: None,
+    on_rows: OnRows = lambda n: None,
     team: Team = ALONE,
 ) -> CalibrationStates | None:
     """The states of `count` trajectories first..first+count-1 and the denoiser's outputs.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_images(n) reports progress. The calls are spread over the team; rank 0 gets the states that
-    one process would have made, the others None.
+    on_rows(n) is called after calls with n rows. They are spread over the team; rank 0 gets the
+    states that one process would have made, the others None.
     """
     size = pipeline.micro_batch
 
     def make(block: int) -> Tensors:
         recorder = _Recorder(denoiser)
         indices = range(first + block * size, first + (block + 1) * size)
-        pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
+        latents = partial(pipeline.latents, recorder, indices, SEED_DOMAIN + seed, classes)
+        latents(device=device, on_rows=on_rows)
         return _to_tensors(_stack(recorder, 2 if pipeline.guided else 1, str(device)))
 
     states, blocks = None, -(-count // size)
@@ -60,7 +61,8 @@ def record_states(
         block = _from_tensors(value, str(device))
         states = _room_for(block, blocks) if states is None else states
         _put(states, number, block)
-        on_images(size)
+        if number % team.world != team.rank:  # made by another process
+            on_rows(block.trajectories * len(block.timesteps))
     return states
 
 

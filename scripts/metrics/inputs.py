@@ -152,6 +152,8 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def read_image(file: Path) -> np.ndarray:
     """Decode one image to uint8 RGB (H, W, 3)."""
+    if not file.is_file():  # a pipe would wait for a writer
+        raise MetricError(f"{file}: is no file; take it out of the folder")
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
