@@ -27,19 +27,37 @@ from tinydm.scripts.experiment.calibration_run import (
     RESULT,
     CalibrationRun,
     calibrate_run,
+    check_config_file,
     help_calibrate,
 )
-from tinydm.scripts.experiment.cli import add_config, add_out, make_parser
+from tinydm.scripts.experiment.cli import (
+    HOW_OPTIONS,
+    QUANT_OPTIONS,
+    SAMPLER_OPTIONS,
+    WHAT_OPTIONS,
+    add_config,
+    add_out,
+    make_parser,
+    refuse_options,
+)
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.experiment.runs import locked
 
+# What the options of sampling are called here, where they would change nothing.
+CALIBRATION_KEYS = {
+    "sampling.count": "calibration.trajectories",
+    "sampling.batch_size": "calibration.batch_size",
+    "sampling.seed": "calibration.seed",
+}
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_config(parser, required=False)
+    add_config(parser, (*SAMPLER_OPTIONS, *WHAT_OPTIONS, *QUANT_OPTIONS), required=False)
+    refuse_options(parser, HOW_OPTIONS, CALIBRATION_KEYS)
     add_out(parser, "run folder")
     parser.add_argument("--resume", action="store_true", help="go on after the last phase")
     parser.add_argument("--overwrite", action="store_true", help="calibrate anew into OUT")
@@ -60,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         if team.rank != 0:
             help_calibrate(calibration)
             return
+        check_config_file(calibration, Path(args.config), args.overwrite)
         with locked(folder / LOCK):
             lines = calibrate_run(calibration, resume=args.resume, overwrite=args.overwrite)
     if lines is None:

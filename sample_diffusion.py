@@ -39,12 +39,18 @@ from tinydm.scripts.experiment.cli import (
     add_out,
     make_parser,
 )
-from tinydm.scripts.experiment.config import Config, load_config, parse_config
+from tinydm.scripts.experiment.config import Config, keep_written, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
-from tinydm.scripts.experiment.sampling_run import SamplingRun, check_channels, fill, make_images
+from tinydm.scripts.experiment.sampling_run import (
+    SamplingRun,
+    check_channels,
+    check_there,
+    fill,
+    make_images,
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +86,11 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     check_backend(args)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: is a file, not a folder")
-    if args.grid is not None and Path(args.grid).resolve().parent == folder.resolve():
+    if args.grid is None:
+        return
+    if Path(args.grid).suffix.lower() != ".png" or Path(args.grid).is_dir():
+        raise ConfigError(f"--grid {args.grid}: must be a file that ends in .png")
+    if Path(args.grid).resolve().parent == folder.resolve():
         raise ConfigError(f"--grid {args.grid}: must not lie among the images")
 
 
@@ -90,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     config, device = read_config(args), resolve_device(args.device)
     folder = Path(args.out)
     check_paths(args, folder)
+    ours = args.overwrite or beside(folder, "identity.json").exists()
+    keep_written(beside(folder, "config.yaml"), config, args.config, ours)
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
         compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
@@ -102,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, sampling.identity, args.overwrite, rank)
         if rank != 0:
-            make_images(sampling, sampling.share(sampling.missing()))
+            own = sampling.share(sampling.missing())
+            make_images(sampling, own)
+            check_there(sampling, own)
             return
         notes = []
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):

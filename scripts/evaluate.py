@@ -19,7 +19,7 @@ import argparse
 import sys
 
 from tinydm.scripts.common.errors import MetricError
-from tinydm.scripts.common.files import write_json
+from tinydm.scripts.common.files import refuse_overwriting, write_json
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.processes import team_of_processes
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
         raise MetricError("REF and GEN are needed (or REF and --save-stats); see --help")
     if args.gen is None and args.paired is not None:
         raise MetricError("--paired needs GEN")
+    for option, path in (("--json", args.json), ("--save-stats", args.save_stats)):
+        if path is not None:
+            refuse_overwriting(option, path, args.ref, args.gen, args.inception)
     names = [] if args.metrics == "none" else [m.strip() for m in args.metrics.split(",")]
     with team_of_processes() as team:
         first = team.rank == 0

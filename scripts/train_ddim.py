@@ -23,8 +23,10 @@ from tinydm.models.checkpoint import load_into, load_state_dict
 from tinydm.models.checkpoint_files import State
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import refuse_overwriting
 from tinydm.scripts.common.images import grid, load_images, to_uint8
-from tinydm.scripts.common.schema import check_arguments, printable, read_value
+from tinydm.scripts.common.schema import check_arguments, read_value
+from tinydm.scripts.experiment.assembly import build_checked
 from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.config import check_image_size
 from tinydm.scripts.experiment.devices import resolve_device
@@ -57,10 +59,7 @@ def build(params: dict[str, Any]) -> DDIMUNet:
         raise ConfigError(f"--set: {key.rpartition('.')[2]} {why}")
 
     check_image_size(params, refuse)
-    try:
-        model = DDIMUNet(**params)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"--set: these build no denoiser: {printable(error)}") from error
+    model = build_checked("--set: these build no denoiser", lambda: DDIMUNet(**params))
     if (model.in_channels, model.conv_out.out_channels) != (3, 3):
         raise ConfigError("--set: in_channels and out_ch must be 3, images are read as RGB")
     return model
@@ -84,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device, settings = resolve_device(args.device), settings_of(args)
     params = read_params(args.set)
+    refuse_overwriting("--out", Path(args.out) / "ema.pt", args.warm_start)
     torch.manual_seed(args.seed)
     model = build(params).to(device, memory_format=torch.channels_last)
     if args.warm_start:

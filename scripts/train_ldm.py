@@ -34,8 +34,9 @@ from tinydm.models.ldm_unet import LDMUNet, ResBlock
 from tinydm.models.pipeline import build_pipeline, sampling_plan
 from tinydm.scripts.common.arrays import opened
 from tinydm.scripts.common.errors import ConfigError, ImageError
-from tinydm.scripts.common.files import save_tensors
+from tinydm.scripts.common.files import refuse_overwriting, remove_stale, save_tensors
 from tinydm.scripts.common.images import grid, load_images, to_uint8
+from tinydm.scripts.experiment.assembly import build_checked
 from tinydm.scripts.experiment.cli import add_config, make_parser
 from tinydm.scripts.experiment.config import Config, load_config, number_of_classes
 from tinydm.scripts.experiment.devices import resolve_device
@@ -190,10 +191,17 @@ def build(config: Config, device: torch.device) -> tuple[VQAutoencoder, Conditio
     model = config.model
     if model.first_stage is None or model.conditioning is None or model.conditioning.prompts:
         raise ConfigError(f"{config.name}: model.first_stage and conditioning.n_classes are needed")
-    first_stage = first_stage_from_upstream(vars(model.first_stage))
+    stage = vars(model.first_stage)
+    first_stage = build_checked(
+        f"{config.name}: model.first_stage cannot be built",
+        lambda: first_stage_from_upstream(stage),
+    )
     if not isinstance(first_stage, VQAutoencoder):
         raise ConfigError(f"{config.name}: only VQ first stages are trained here")
-    denoiser = LDMUNet.from_upstream(model.params)
+    denoiser = build_checked(
+        f"{config.name}: model.params build no denoiser",
+        lambda: LDMUNet.from_upstream(model.params),
+    )
     start_residuals_at_zero(denoiser)
     embedder = ClassEmbedder(model.conditioning.n_classes, model.conditioning.embed_dim)
     both = ConditionalDenoiser(denoiser, embedder)
@@ -204,7 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     config, device = load_config(args.config, args.overrides), resolve_device(args.device)
     out, settings = Path(args.out), settings_of(args)
+    refuse_overwriting("--out", out / "model.pt", args.warm_start)
     torch.manual_seed(args.seed)
+    remove_stale(out)
     first_stage, model = build(config, device)
     images = load_images(args.data, config.model.first_stage.params["ddconfig"]["resolution"])
     count = number_of_classes(config.model)

@@ -106,7 +106,7 @@ def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
         ("steps: 10", "steps: 0", "x.yaml:8: sampler.steps must be within 1..100000, is 0"),
         ("eta: 0", "eta: .nan", "x.yaml:9: sampler.eta must be a number, is .nan"),
         ("eta: 0", f"eta: {'9' * 400}", "is too large a number"),
-        ("eta: 0", f"eta: {'1:' * 300}1.5", "x.yaml:9: cannot read the value 1:1:1:"),
+        ("eta: 0", f"eta: {'1:' * 300}1.5", "x.yaml:9: sampler.eta must be a number, is '1:1:1:"),
         ("ch: 8", f"ch: -{'9' * 400}", "x.yaml:5: -9999"),
         ("eta: 0", "eta: 1.5", "x.yaml:9: sampler.eta must be within 0.0..1.0, is 1.5"),
         ("bits: 4", "bits: 9", "x.yaml:11: quant.weight.bits must be within 2..8, is 9"),

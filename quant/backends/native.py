@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.affine import QuantizerStep
-from .build import library
+from .build import CompileError, library
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int32
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
@@ -46,15 +46,18 @@ class Compiled:
     def __init__(self, instructions: str | None = None) -> None:
         self._wanted = instructions
         self._library = library(instructions)
-        self._library.instruction_set.restype = ctypes.c_char_p
-        self.instructions = self._library.instruction_set().decode()
-        self.products = self.instructions != ""
-        functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
-        for name, arguments in functions.items():
-            function = getattr(self._library, name)
-            function.argtypes, function.restype = arguments, None
-        if self.products:
-            self._library.depth_of.restype = ctypes.c_int64
+        try:
+            self._library.instruction_set.restype = ctypes.c_char_p
+            self.instructions = self._library.instruction_set().decode()
+            self.products = self.instructions != ""
+            functions = _ARGUMENTS | (_PRODUCTS if self.products else {})
+            for name, arguments in functions.items():
+                function = getattr(self._library, name)
+                function.argtypes, function.restype = arguments, None
+            if self.products:
+                self._library.depth_of.restype = ctypes.c_int64
+        except AttributeError as error:
+            raise CompileError(f"what the compiler made lacks a function: {error}") from error
 
     def __reduce__(self) -> tuple[type["Compiled"], tuple[str | None]]:
         return Compiled, (self._wanted,)

@@ -222,12 +222,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
-    """A deployed model from the file alone.
-
-    denoiser: the architecture; its own weights are not used (random or on the meta device), and it
-    is changed in place. Raises PackedFileError with the first thing that does not fit.
-    """
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and metadata (see read_metadata) whose checksum matches. Raises PackedFileError."""
     metadata = read_metadata(path)
     try:
         with safe_open(path, framework="pt") as handle:
@@ -235,6 +231,20 @@ def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
             texts = dict(handle.metadata())
         if digest_of(tensors, texts) != metadata.get("digest"):
             raise ValueError("its content does not match its checksum; copy or make it again")
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PackedFileError(f"{path}: {reason}") from error
+    return tensors, metadata
+
+
+def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
+    """A deployed model from the file alone.
+
+    denoiser: the architecture; its own weights are not used (random or on the meta device), and it
+    is changed in place. Raises PackedFileError with the first thing that does not fit.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
         shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
         if architecture_hash(shapes) != metadata.get("architecture"):
             raise ValueError("it was made from another architecture; check model.params")

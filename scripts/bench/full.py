@@ -15,7 +15,7 @@ import torch
 from ...models.checkpoint_files import unreadable_now
 from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
-from ..common.files import save_tensors
+from ..common.files import load_tensors, save_tensors
 from ..experiment.assembly import Assembly, assemble
 from ..experiment.calibration_run import CalibrationRun, make_states
 from ..experiment.config import Config
@@ -103,7 +103,7 @@ class FullPrecision:
             save_tensors(path, {"states": vars(states), "seconds": seconds})
             return states, seconds
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = load_tensors(path)
         except Exception as error:  # torch has many exceptions for a damaged file
             if reason := unreadable_now(error, path):
                 raise RunError(f"{path}: {reason}; it is kept") from error

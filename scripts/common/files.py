@@ -6,12 +6,15 @@ import os
 import re
 import socket
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from .errors import ConfigError
 
 STALE_SECONDS = 3600  # after that a temporary of another machine has no writer any more
 
@@ -125,3 +128,18 @@ def save_tensors(path: str | Path, value: Any) -> None:
             torch.save(value, output)
         except RuntimeError as error:
             raise output.error or error from None
+
+
+def load_tensors(path: str | Path) -> Any:
+    """What save_tensors wrote, on the CPU. Raises whatever a damaged file makes it raise."""
+    with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+        if archive.testzip() is not None:
+            raise ValueError("a checksum does not match")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def refuse_overwriting(option: str, path: str | Path, *read: str | Path | None) -> None:
+    """Raises ConfigError if a file that is to be written is one of those that are read."""
+    for other in (Path(name) for name in read if name is not None):
+        if other.exists() and other.resolve() == Path(path).resolve():
+            raise ConfigError(f"{option} {path}: would overwrite what is read; choose another name")

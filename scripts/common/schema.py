@@ -24,6 +24,7 @@ from .errors import ConfigError
 Key = tuple[str, ...]  # ("model", "params", "ch")
 Where = Callable[[Key], str]  # where a key was written: "configs/x.yaml:12"
 
+WHOLE, REAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 MAXIMAL_DEPTH = 20
 LARGEST_WHOLE = 2**63
@@ -49,7 +50,7 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (in YAML 1.1 it is text); no aliases."""
+    """SafeLoader that reads decimal numbers alone, 1e-4 among them; no aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -58,11 +59,22 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+def _read_numbers_as_decimal() -> None:
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90: both are text here, which no number accepts."""
+    kept = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in (WHOLE, REAL)]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _Loader.yaml_implicit_resolvers = kept
+    for tag, pattern in (
+        (WHOLE, r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)"),
+        (REAL, r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"),
+        (REAL, r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    ):
+        _Loader.add_implicit_resolver(tag, re.compile(f"^({pattern})$"), list("-+.0123456789"))
+
+
+_read_numbers_as_decimal()
 
 
 @dataclass(frozen=True)

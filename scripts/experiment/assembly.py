@@ -1,6 +1,7 @@
 """From a configuration to what runs: the denoiser with its weights and the pipeline around it."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from ...models import checkpoint as checkpoints
 from ...models.architecture import built
 from ...models.autoencoder import first_stage_from_upstream
-from ...models.checkpoint_files import CheckpointError, State
+from ...models.checkpoint_files import CheckpointError, State, is_out_of_memory
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.diffusers_denoiser import DiffusersDenoiser
 from ...models.diffusers_folder import scheduler_says
@@ -119,12 +120,25 @@ def _of_folder(
 
 def empty_denoiser(config: Config) -> nn.Module:
     """The architecture on the meta device. Raises ConfigError for parameters that do not fit."""
+    what = f"{config.name}: model.params build no denoiser"
+    with torch.device("meta"):
+        return build_checked(what, lambda: build_denoiser(config.model.arch, config.model.params))
+
+
+def build_checked(what: str, maker: Callable[[], nn.Module]) -> nn.Module:
+    """maker(), of values that may not fit together. Raises ConfigError: "what: reason"."""
     try:
-        with torch.device("meta"):
-            return build_denoiser(config.model.arch, config.model.params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes of 0, which are refused below
+            model = maker()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        reason = printable(error, 200)
-        raise ConfigError(f"{config.name}: model.params build no denoiser: {reason}") from error
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{what}: {printable(error, 200)}") from error
+    for name, value in model.named_parameters():
+        if value.numel() == 0:
+            raise ConfigError(f"{what}: {name} is empty {tuple(value.shape)}; a size is 0")
+    return model
 
 
 def select_backend(
@@ -242,11 +256,9 @@ def _scale_factor(value: torch.Tensor, source: Path) -> float:
 
 
 def _built(name: str, maker: Any, values: Mapping[str, Any]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return maker(values).eval().requires_grad_(False)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError) as error:
-        raise ConfigError(f"model.{name} cannot be built: {printable(error, 200)}") from error
+    with torch.device("meta"):
+        model = build_checked(f"model.{name} cannot be built", lambda: maker(values))
+    return model.eval().requires_grad_(False)
 
 
 def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> None:

@@ -24,19 +24,24 @@ from ...quant.calibration.phases.correct import correct_noise
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
-from ...quant.runtime.packed_file import load_quantized, to_bytes
+from ...quant.runtime.packed_file import (
+    PackedFileError,
+    load_quantized,
+    read_tensors,
+    to_bytes,
+)
 from ..common.errors import ConfigError, RunError
 from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
+from ..common.progress import ImageBar
 from .assembly import Assembly
-from .config import Config, resolved_yaml
-from .counted import Counted
+from .config import Config, keep_written, resolved_yaml
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
 from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
 
-RESULT, LOCK = "quantized.safetensors", ".lock"
+RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
 
 
 class Bars:
@@ -98,7 +103,8 @@ class CalibrationRun:
 
 
 def is_done(run: CalibrationRun) -> bool:
-    """True if the folder holds this run's result. Raises RunError for another run's."""
+    """True if the folder holds this run's result. Raises RunError for another run's, and
+    PackedFileError for one that is damaged."""
     if not (run.folder / RESULT).exists():
         return False
     try:
@@ -111,25 +117,34 @@ def is_done(run: CalibrationRun) -> bool:
             f"{run.folder / RESULT}: was made from another configuration or checkpoint; "
             "--overwrite calibrates anew, --out names another folder"
         )
+    try:
+        read_tensors(run.folder / RESULT)
+    except PackedFileError as error:
+        raise PackedFileError(f"{error} (--overwrite calibrates anew)") from error
     return True
+
+
+def check_config_file(run: CalibrationRun, source: Path, overwrite: bool) -> None:
+    """See keep_written: of OUT/config.yaml."""
+    ours = overwrite or any((run.folder / name).exists() for name in (STATE, "report.json"))
+    keep_written(run.folder / CONFIG, run.config, source, ours)
 
 
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
     total, size = config.calibration.trajectories, config.sampling.micro_batch
+    title, whole = f"{'trajectories':20}", -(-total // size) * size
     calls = run.assembly.pipeline.calls_per_image
-    title, whole = f"{'trajectories':20}", -(-total // size) * size * calls
-    with tqdm(total=whole, desc=title, unit="call", disable=run.team.rank != 0) as bar:
-        alone = run.team.world == 1  # other processes are heard of with each of their blocks
+    with ImageBar(whole, calls, title, disable=run.team.rank != 0) as bar:
         return record_states(
             run.assembly.pipeline,
-            Counted(run.assembly.denoiser, bar) if alone else run.assembly.denoiser,
+            run.assembly.denoiser,
             total,
             config.calibration.seed,
             classes=config.sampling.classes,
             device=run.device,
-            on_images=lambda n: None if alone else bar.update(n * calls),
+            on_rows=bar.update,
             team=run.team,
         )
 
@@ -188,7 +203,7 @@ def calibrate_run(
     if done:
         (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
-    write_text(folder / "config.yaml", resolved_yaml(config))
+    write_text(folder / CONFIG, resolved_yaml(config))
     state = RunState()
 
     def save(state: RunState) -> None:
@@ -240,7 +255,6 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
         fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / "config.yaml", resolved_yaml(config))
     return write_result(run, states, Outcome(model, phases, began))
 
 
@@ -272,6 +286,7 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
             "torch": torch.__version__,
         },
     )
+    write_text(run.folder / CONFIG, resolved_yaml(config))
     lines = write_report(run, outcome, rows, len(data))
     write_bytes(run.folder / RESULT, data)
     return lines

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 from ...models.checkpoint_files import CheckpointError, is_out_of_memory
 from ...models.samplers import SamplingError
 from ...quant.calibration.statistics import StatisticsError
@@ -88,14 +90,17 @@ SAMPLER_OPTIONS = (
     (("--scale",), "sampler.guidance_scale", NUMBER, "S", "classifier-free guidance"),
     CHECKPOINT_OPTION,
 )
-SAMPLING_OPTIONS = (
+HOW_OPTIONS = (
     (("--count", "-n", "--n_samples", "--max_images"), "sampling.count", NUMBER, "N", "images"),
     (("--batch_size",), "sampling.batch_size", NUMBER, "B", "images made together"),
     (("--seed",), "sampling.seed", NUMBER, "S", "seed of the images"),
+)
+WHAT_OPTIONS = (
     (("--classes",), "sampling.classes", NUMBERS, "1,7", "classes, given to the images in turn"),
     (("--prompt",), "model.conditioning.prompts", one_text, "TEXT", "the text of all images"),
     (("--prompts",), "model.conditioning.prompts", lines_of, "FILE", "texts, one a line"),
 )
+SAMPLING_OPTIONS = (*HOW_OPTIONS, *WHAT_OPTIONS)
 QUANT_OPTIONS = (
     (("--method",), "quant.method", TEXT, "NAME", "preset of all other keys of quant"),
     (("--weight_bit", "--wq"), "quant.weight.bits", NUMBER, "BITS", "bits of the weights"),
@@ -121,6 +126,18 @@ class _Alias(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         override = Override(self.key, self.form(value), str(option))
         namespace.overrides = [*namespace.overrides, override]
+
+
+class _Elsewhere(argparse.Action):
+    """An option of other commands, which is refused with the key that is meant here."""
+
+    def __init__(self, *args: Any, key: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.key = key
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        shown = "VALUE" if value is None else value
+        parser.error(f"{option} is of the images, not of this command: --set {self.key}={shown}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,6 +197,21 @@ def add_config(
             default=argparse.SUPPRESS,
             metavar=metavar,
             help=argparse.SUPPRESS if key in unseen else f"{text} ({key})",
+        )
+
+
+def refuse_options(
+    parser: argparse.ArgumentParser, options: Sequence[tuple], keys: dict[str, str]
+) -> None:
+    """Options for keys, each refused with the key of `keys` that stands for it here."""
+    for names, key, *_ in options:
+        parser.add_argument(
+            *spellings(*names),
+            action=_Elsewhere,
+            key=keys[key],
+            nargs="?",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
         )
 
 
@@ -256,6 +288,8 @@ def explain(error: Exception, again: str = "run it again", less: str | None = No
 
 
 def _complain(line: str) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):  # half-drawn; the line stands by itself
+        bar.close()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rank = f"rank {os.environ.get('RANK')}: " if ranks > 1 else ""
     print(f"error: {rank}{line}", file=sys.stderr)

@@ -252,6 +252,25 @@ def resolved_yaml(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
 
 
+def keep_written(path: Path, config: Config, source: str | Path | None, ours: bool) -> None:
+    """Raises ConfigError where the resolved configuration would replace a file of the user's.
+
+    source: the file that the configuration was read from; ours: a run has left other files beside
+    `path`. What was resolved before is no loss: all of it is written again.
+    """
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text in (resolved_yaml(config), resolved_yaml(load_config(path))):
+            return
+    except (ConfigError, UnicodeDecodeError):
+        pass  # not what was resolved
+    read = source is not None and Path(source).exists() and path.samefile(source)
+    if read or not ours:
+        raise ConfigError(f"{path}: is a file of yours and would be replaced; give another --out")
+
+
 def repository_path(text: str) -> Path:
     """A path of a loaded configuration as one that can be opened."""
     path = ROOT / text
@@ -355,9 +374,13 @@ def _check(config: Config, where: Where) -> None:
         limits = f"1..{schedule.train_timesteps}"
         refuse("sampler.steps", f"must be within {limits}, is {sampler.steps}")
     try:
-        sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
+        plan = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
     except ValueError as error:
         refuse("sampler", f"does not fit: {error}")
+    for t in plan[0]:
+        if not 0 < plan[1][t] < 1:
+            what = "no noise" if plan[1][t] >= 1 else "nothing but noise"
+            refuse("schedule", f"has {what} in an image at timestep {t}; other betas are needed")
     if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
         refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
     if sampler.guidance_scale is None:

@@ -1,20 +1,20 @@
-"""Progress bars that move with every call of the denoiser."""
+"""A denoiser that tells of its calls, for progress bars."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 
 class Counted:
-    """A denoiser whose calls move a bar by their rows; padding moves it no further than its end."""
+    """Called like the denoiser that it wraps; on_rows(n) follows each call of n rows."""
 
-    def __init__(self, denoiser: Any, bar: tqdm):
-        self.denoiser, self.bar = denoiser, bar
+    def __init__(self, denoiser: Any, on_rows: Callable[[int], Any]):
+        self.denoiser, self.on_rows = denoiser, on_rows
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = self.denoiser(x, *args, **kwargs)
-        self.bar.update(min(len(x), self.bar.total - self.bar.n))
+        self.on_rows(len(x))
         return out
 
     def __getattr__(self, name: str) -> Any:

@@ -5,7 +5,6 @@ until that phase is done: a run whose end-to-end steps diverged goes on with a l
 """
 
 import dataclasses
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ...quant.calibration.phases import PHASES, unfinished_phase
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
-from ..common.files import save_tensors
+from ..common.files import load_tensors, save_tensors
 from .config import Config
 from .runs import digest_of
 
@@ -90,10 +89,7 @@ def load_state(
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
-            if archive.testzip() is not None:
-                raise ValueError("a checksum does not match")
-        value = torch.load(path, weights_only=True, map_location="cpu")
+        value = load_tensors(path)
         if not value.keys() >= {"identity", "settings", "state", "states"}:
             raise ValueError("it is not whole")
     except Exception as error:  # torch has many exceptions for a damaged file

@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ...models.pipeline import DIFFUSERS
 from ...models.protocols import rows_are_independent
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, ImageError, RunError
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
+from ..common.progress import ImageBar
 from .assembly import Assembly
 from .config import Config, resolved_yaml
 from .counted import Counted
 from .devices import device_name
 from .runs import beside, missing_images, png_name, surplus_images
 
+AGAIN = "the same command makes what is missing"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
 
 
@@ -92,23 +93,42 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches and write each image as soon as it is there."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
     truncate = config.model.arch not in ("ddim_unet", DIFFUSERS)  # as each family's own scripts do
-    rows = len(indices) * assembly.pipeline.calls_per_image
-    with tqdm(total=rows, unit="call", disable=run.rank != 0, delay=1) as bar:
+    calls = assembly.pipeline.calls_per_image
+    with ImageBar(len(indices), calls, disable=run.rank != 0, delay=1) as bar:
         for start in range(0, len(indices), sampling.batch_size):
             batch = indices[start : start + sampling.batch_size]
-            denoiser = Counted(assembly.denoiser, bar)
-            bar.set_postfix_str(f"image {start + 1} of {len(indices)}", refresh=False)
+            denoiser = Counted(assembly.denoiser, bar.update)
             x = assembly.pipeline.sample(
                 denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
-            for index, image in zip(batch, to_uint8(x, truncate).numpy(), strict=True):
+            images = to_uint8(x, truncate).numpy()  # (B, H, W, C)
+            if not run.folder.is_dir():
+                raise RunError(f"{run.folder}: was removed while images were made; {AGAIN}")
+            for index, image in zip(batch, images, strict=True):
                 write_png(run.folder / png_name(index), image)
+
+
+def check_there(run: SamplingRun, indices: list[int]) -> None:
+    """Raises RunError where images that were there, or were made, are not there now.
+
+    An identity that is gone is written again: the images that are there have it.
+    """
+    note = beside(run.folder, "identity.json")
+    if not note.exists():
+        write_json(note, run.identity)
+    there = {path.name for path in run.folder.glob("*.png")}
+    gone = [index for index in indices if png_name(index) not in there]
+    if gone:
+        first = png_name(gone[0])
+        raise RunError(f"{run.folder}: {len(gone)} images are gone, such as {first}; {AGAIN}")
 
 
 def write_grid(folder: Path, count: int, file: str) -> None:
     """The first images that are there, in one picture."""
     paths = [folder / png_name(index) for index in range(min(count, GRID_IMAGES))]
     images = [np.asarray(Image.open(path).convert("RGB")) for path in paths if is_whole_png(path)]
+    if len({image.shape for image in images}) > 1:
+        raise ImageError(f"{folder}: its images are not all of one size; remove those of others")
     if images:
         write_png(file, grid(np.stack(images), GRID_COLUMNS))
 
@@ -142,6 +162,8 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
     began = time.perf_counter()
     make_images(run, todo)
     seconds = time.perf_counter() - began
+    of_others = set(missing).difference(todo)
+    check_there(run, [i for i in range(sampling.count) if i not in of_others])
     if grid_file is not None:
         write_grid(folder, sampling.count, grid_file)
     if surplus := surplus_images(folder, sampling.count):

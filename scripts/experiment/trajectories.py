@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from ...models.pipeline import Pipeline
 from ...quant.calibration.record import Recorder
 from ...quant.calibration.states import CalibrationStates
 from ...quant.core.context import plain_timestep
+from .counted import Counted
 from .processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
@@ -24,20 +26,20 @@ def record_states(
     first: int = 0,
     classes: list[int] | None = None,
     device: str | torch.device = "cpu",
-    on_images: Callable[[int], None] = lambda n: None,
+    on_rows: Callable[[int], Any] = lambda n: None,
     team: Team = ALONE,
 ) -> CalibrationStates | None:
     """The states of `count` trajectories first..first+count-1 and the denoiser's outputs.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_images(n) reports progress. The calls are spread over the team; rank 0 gets the states that
-    one process would have made, the others None.
+    on_rows(n) follows calls with n rows. They are spread over the team; rank 0 gets the
+    states that one process would have made, the others None.
     """
     size = pipeline.micro_batch
 
     def make(block: int) -> Tensors:
-        recorder = Recorder(denoiser)
+        recorder = Recorder(Counted(denoiser, on_rows))
         indices = range(first + block * size, first + (block + 1) * size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
         return _to_tensors(recorder.states(2 if pipeline.guided else 1, str(device)))
@@ -47,7 +49,8 @@ def record_states(
         block = _from_tensors(value, str(device))
         states = _room_for(block, blocks) if states is None else states
         _put(states, number, block)
-        on_images(size)
+        if number % team.world != team.rank:  # made by another process
+            on_rows(block.trajectories * len(block.timesteps))
     return states
 
 

@@ -24,6 +24,7 @@ from ..bench.measure import eps_errors
 from ..bench.record import Record
 from ..common.errors import ConfigError, RunError
 from ..common.json_files import DamagedJsonError, check_type
+from ..common.progress import ImageBar
 from ..common.reports import LayersSection, Plain, StatesSection
 from ..experiment.assembly import Assembly, assemble
 from ..experiment.config import Config, repository_path
@@ -131,7 +132,7 @@ class Networks:
     def _record(self, assembly: Assembly) -> CalibrationStates:
         sampling = self.config.sampling
         total = -(-self.trajectories // sampling.micro_batch) * sampling.micro_batch
-        with tqdm(total=total, desc="fresh trajectories", unit="image") as bar:
+        with ImageBar(total, assembly.pipeline.calls_per_image, "fresh trajectories") as bar:
             return record_states(
                 assembly.pipeline,
                 assembly.denoiser,
@@ -139,7 +140,7 @@ class Networks:
                 FRESH_SEED_DOMAIN + sampling.seed,
                 classes=sampling.classes,
                 device=self.device,
-                on_images=bar.update,
+                on_rows=bar.update,
             )
 
     @cached_property

@@ -4,11 +4,14 @@
 
 OUT/state.pt holds everything a resumed run needs, OUT/ema.pt the averaged weights (a plain state
 dict), OUT/training.json how they were made, OUT/grid.png what the caller draws with them. Each file
-is whole at any moment, so that a run killed anywhere continues from the last one.
+is whole at any moment, so that a run killed anywhere continues from the last one. The state is
+written last: once it says that the run has ended, the rest is there. A finished run that is started
+again looks whether it still is, and writes what is missing or damaged.
 """
 
 import argparse
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -24,8 +27,8 @@ from tqdm import tqdm
 from ...models.checkpoint_files import CheckpointError, State, unreadable_now
 from ...models.samplers import SamplingError
 from ..common.errors import ConfigError, RunError
-from ..common.files import save_tensors, write_json
-from ..common.images import write_png
+from ..common.files import load_tensors, remove_stale, save_tensors, write_json
+from ..common.images import is_whole_png, write_png
 from ..experiment.cli import spellings
 from ..experiment.runs import locked
 
@@ -109,7 +112,7 @@ def profits_from_bfloat16(device: torch.device) -> bool:
 def read_state(path: Path) -> dict[str, Any]:
     """The state of an interrupted run, on the CPU. Raises CheckpointError."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return load_tensors(path)
     except Exception as error:  # torch has many exceptions for a damaged file
         if reason := unreadable_now(error, path):
             raise CheckpointError(f"{path}: {reason}; it is kept") from error
@@ -136,6 +139,7 @@ def fit(
     trains, and SamplingError when the loss is not finite.
     """
     with locked(out / ".lock"):
+        remove_stale(out)
         return _fit(model, loss, settings, out, info, grid, identity, warm)
 
 
@@ -163,6 +167,7 @@ def _fit(
         _restore(read_state(out / "state.pt"), model, optimizer, state, identity, out)
         print(f"{out}: resumed at iteration {state.step}")
     model.train()
+    first = state.step
     with tqdm(total=settings.iterations, initial=state.step, unit="it", mininterval=5) as bar:
         while (done := settings.progress(state.step, state.seconds)) < 1:
             began = time.perf_counter()
@@ -179,10 +184,17 @@ def _fit(
             bar.update()
             bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
             ended = settings.progress(state.step, state.seconds) >= 1
-            if ended or state.step % settings.save_every == 0:
-                _save(out, model, optimizer, state, settings, info, identity)
-            if ended or state.step % settings.grid_every == 0:
-                write_png(out / "grid.png", grid(state.ema))
+            due = ended or state.step % settings.save_every == 0
+            if due:
+                _write_weights(out, model, state, settings, info)
+            try:
+                if ended or state.step % settings.grid_every == 0:
+                    write_png(out / "grid.png", grid(state.ema))
+            finally:  # a picture that cannot be drawn costs no training
+                if due:
+                    _save_state(out, model, optimizer, state, identity)
+    if state.step == first:
+        _complete(out, model, state, settings, info, grid)
     print(
         f"{out / 'ema.pt'}: {state.step} iterations, loss {state.loss:.5f}, {state.seconds:.0f} s"
     )
@@ -231,13 +243,11 @@ def _restore(
     torch.set_rng_state(saved["torch_rng"].cpu())
 
 
-def _save(
+def _save_state(
     out: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: LoopState,
-    settings: LoopSettings,
-    info: dict[str, Any],
     identity: str,
 ) -> None:
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -245,6 +255,16 @@ def _save(
     counts = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
     counts["identity"] = identity
     save_tensors(out / "state.pt", {**parts, "ema": state.ema, **draws, **counts})
+
+
+def _write_weights(
+    out: Path,
+    model: nn.Module,
+    state: LoopState,
+    settings: LoopSettings,
+    info: dict[str, Any],
+) -> None:
+    """ema.pt and training.json."""
     save_tensors(out / "ema.pt", {k: v.contiguous().cpu() for k, v in state.ema.items()})
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -256,3 +276,40 @@ def _save(
         "torch": torch.__version__,
     }
     write_json(out / "training.json", {**info, **about, **asdict(settings)})
+
+
+def _complete(
+    out: Path,
+    model: nn.Module,
+    state: LoopState,
+    settings: LoopSettings,
+    info: dict[str, Any],
+    grid: Grid,
+) -> None:
+    """Writes what a finished run lacks beside its state."""
+    if not (_holds(out / "ema.pt", state.ema) and _is_json(out / "training.json")):
+        print(f"{out}: ema.pt or training.json is missing or damaged; written again")
+        _write_weights(out, model, state, settings, info)
+    if not is_whole_png(out / "grid.png"):
+        print(f"{out}: grid.png is missing or damaged; written again")
+        write_png(out / "grid.png", grid(state.ema))
+
+
+def _holds(path: Path, ema: State) -> bool:
+    """Whether a file holds these weights."""
+    try:
+        found = load_tensors(path)
+        return found.keys() == ema.keys() and all(
+            torch.equal(found[name], value.cpu()) for name, value in ema.items()
+        )
+    except Exception as error:  # torch has many exceptions for a damaged file
+        if reason := unreadable_now(error, path):
+            raise CheckpointError(f"{path}: {reason}; it is kept") from error
+        return False
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
