@@ -4,11 +4,16 @@
     python scripts/benchmark.py --speed --configs configs/emoji32.yaml --batches 1,4 --threads 1 \\
         --variants fp32,fake-w4a8,int8-w4a8 --repeats 3 --out runs/speed-small    # under a minute
 
-Architectures with random weights; no checkpoint is read. Every variant is timed in turn with fp32
-in one process, call by call, so that what else the machine does meets both. The ratio is the median
-over the pairs of calls, with the quartiles: of seconds on the clock, and of CPU time, which waiting
-for a busy core does not lengthen. Memory is that of a fresh process that loads the variant and
-makes one call of the first batch size: at its peak, and afterwards.
+    python scripts/benchmark.py --speed --quantized runs/emoji32-w4a8/quantized.safetensors \\
+        --variants fp32,int8-w4a8-compiled --peers onnxruntime,openvino --out runs/speed-peers
+
+Architectures with random weights; with --quantized the checkpoint and what calibrate.py made of it,
+and then the signal-to-noise ratio of eps over ten timesteps stands beside each time. --peers runs
+the same float32 network in other runtimes, and quantized by their own tools. Every variant is timed
+in turn with fp32 in one process, call by call, so that what else the machine does meets both. The
+ratio is the median over the pairs of calls, with the quartiles: of seconds on the clock, and of CPU
+time, which waiting for a busy core does not lengthen. Memory is that of a fresh process that loads
+the variant and makes one call of the first batch size: at its peak, and afterwards.
 
 OUT receives speed.json, speed.md and the quantized files in models/. The same command continues a
 killed run; another processor or another --repeats measures anew. Use an idle machine.
@@ -30,15 +35,17 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile
 
+from ...quant.runtime.packed_file import PackedFileError, read_metadata
 from ..common.files import write_text
 from ..common.paths import ROOT
 from ..experiment.cli import add_out, make_parser
-from ..experiment.config import calls_per_image, load_config
+from ..experiment.config import calls_per_image, load_config, parse_config
 from . import speed_tables
 from .environment import environment, processor
+from .peers import PEERS
 from .plan import read_names, read_numbers
 from .record import Record
-from .speed_models import VARIANTS, Call, Models, Variant, obstacle
+from .speed_models import PEER_VARIANTS, VARIANTS, Call, Models, Variant
 
 DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
 FULL = "fp32"  # what all are compared with
@@ -64,6 +71,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", metavar="A,B", default=known, help=f"some of {known} (all)")
     parser.add_argument("--batches", metavar="N,M", default="1,4,16", help="images of one call")
     parser.add_argument("--threads", metavar="N,M", default="1,2", help="of the process")
+    known = ",".join(PEERS)
+    parser.add_argument("--peers", metavar="A,B", default="", help=f"some of {known} (none)")
+    parser.add_argument("--quantized", metavar="FILE", help="in place of random weights, --configs")
     parser.add_argument("--repeats", metavar="N", default="7", help="pairs of calls (7)")
     return parser.parse_args(argv)
 
@@ -112,12 +122,12 @@ class Bench:
 
     def rows(self) -> Iterator[Values]:
         for name in self.plan.variants:
-            yield from self._variant(name, VARIANTS[name])
+            yield from self._variant(name, (VARIANTS | PEER_VARIANTS)[name])
 
     def _variant(self, name: str, variant: Variant) -> Iterator[Values]:
         config, plan = self.models.config, self.plan
         start = {"model": config.name, "variant": name, "label": variant.label}
-        reason = obstacle(variant)
+        reason = self.models.obstacle(variant)
         if reason is not None:
             yield start | {"reason": reason}
             return
@@ -144,6 +154,8 @@ class Bench:
 
     def _section(self, name: str, settings: Values, make: Any) -> Values:
         where = {"processor": processor(), "torch": torch.__version__}
+        if self.models.quantized is not None:
+            where["quantized"] = self.models.digest
         return self.record.section(name, where | settings, make)
 
     def _measure(
@@ -162,6 +174,7 @@ class Bench:
         torch.set_num_threads(threads)
         try:
             values = timed(full, call, self.plan.repeats)
+            values["sqnr"] = None if call is None else self.models.sqnr(built[0])
             return values | {"operators": operators(call or full)}
         finally:
             torch.set_num_threads(before)
@@ -178,22 +191,32 @@ def say(row: Values) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    configs = [load_config(path, []) for path in args.configs]
+    peers = read_names("--peers", args.peers, tuple(PEERS)) if args.peers else []
     plan = Plan(
-        read_names("--variants", args.variants, tuple(VARIANTS)),
+        read_names("--variants", args.variants, tuple(VARIANTS))
+        + [name for name, variant in PEER_VARIANTS.items() if variant.peer in peers],
         read_numbers("--batches", args.batches),
         read_numbers("--threads", args.threads),
         read_numbers("--repeats", args.repeats)[0],
     )
+    if args.quantized is None:
+        configs = [load_config(path, []) for path in args.configs]
+    else:
+        text = read_metadata(args.quantized).get("config")
+        if text is None:
+            raise PackedFileError(f"{args.quantized}: holds no configuration")
+        configs = [parse_config(text, args.quantized)]
     folder = Path(args.out)
     record, rows = Record(folder / "speed.json"), []
     for config in configs:
-        for row in Bench(Models(config, folder / "models"), record, plan).rows():
+        quantized = None if args.quantized is None else Path(args.quantized)
+        for row in Bench(Models(config, folder / "models", quantized), record, plan).rows():
             say(row)
             rows.append(row)
         gc.collect()
     where = environment()
     machine = f"{where['processor']}, {os.cpu_count()} processors, torch {torch.__version__}"
-    text = speed_tables.document(rows, machine, where["commit"])
+    weights = "random weights" if args.quantized is None else str(args.quantized)
+    text = speed_tables.document(rows, machine, where["commit"], weights)
     write_text(folder / "speed.md", text)
     print(f"\n{text}\n{folder / 'speed.md'}")

@@ -5,28 +5,40 @@ are packed into a file once and loaded from it, as a user would.
 """
 
 import contextlib
+import math
 import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...models.checkpoint import sha256_of
 from ...quant.backends.build import COMPILERS, instructions_here
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported
+from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.files import write_bytes
 from ..common.memory import keep_freed_memory
-from ..experiment.assembly import empty_denoiser, select_backend
+from ..experiment.assembly import (
+    empty_denoiser,
+    full_precision,
+    load_denoiser,
+    select_backend,
+)
 from ..experiment.config import Config, resolved_yaml
+from ..experiment.trajectories import record_states
+from . import peers
 from .random_models import deployed_of, example_call, parameters_of, with_random_weights
 
 Call = Callable[[], torch.Tensor]
 STATUS = Path("/proc/self/status")
+PEER_BATCHES, PEER_ROWS = 20, 8  # calls, and images of a call, that peers calibrate with
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Variant:
     backend: str = "fake"
     compiled: bool = False  # by torch.compile; a quantized one by --compile
     instructions: str | None = None  # of --compile, by default the processor's best
+    peer: str | None = None  # another runtime, see peers.py; bits 8 are its own int8
     half: bool = False  # bfloat16 where autocast allows it
 
 
@@ -66,8 +79,17 @@ VARIANTS = {
 }
 
 
+PEER_VARIANTS = {
+    f"{peer}-{kind}": Variant(f"{name} {kind}", bits, peer=peer)
+    for peer, name in peers.PEERS.items()
+    for kind, bits in (("fp32", None), ("int8", 8))
+}
+
+
 def obstacle(variant: Variant) -> str | None:
     """Why this machine cannot run it, or None."""
+    if variant.peer is not None:
+        return peers.missing(variant.peer, variant.bits is not None)
     if variant.compiled and not any(map(shutil.which, COMPILERS)):
         return "no C++ compiler"
     if variant.backend == "fake":
@@ -79,13 +101,28 @@ def obstacle(variant: Variant) -> str | None:
 
 
 class Models:
-    """Builds the variants of one configuration. folder: where quantized files are kept."""
+    """Builds the variants of one configuration. folder: where quantized files are kept.
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+    quantized: a file of calibrate.py, whose configuration `config` is; without, all weights are
+    random.
+    """
+
+    def __init__(self, config: Config, folder: Path, quantized: Path | None = None):
+        self.config, self.folder, self.quantized = config, folder, quantized
+        self.digest = None if quantized is None else sha256_of(quantized)
+        self._states: dict[int, CalibrationStates] = {}  # by seed
+
+    def obstacle(self, variant: Variant) -> str | None:
+        """Why this variant cannot run here, or None."""
+        own = variant.bits is not None and variant.peer is None
+        if self.quantized and own and variant.bits != self.config.quant.weight.bits:
+            return f"--quantized has weights of {self.config.quant.weight.bits} bits"
+        return obstacle(variant)
 
     def file(self, bits: int) -> Path:
         """The quantized file, made if it is not there."""
+        if self.quantized is not None:
+            return self.quantized
         path = self.folder / f"{self.config.name}-w{bits}a8.safetensors"
         if not path.exists():
             quant = self.config.quant
@@ -98,14 +135,23 @@ class Models:
         return path
 
     def bytes(self, variant: Variant) -> int:
-        """Size of the quantized file; for full precision, of the float32 parameters."""
+        """Size of the quantized file, or of a peer's; for full precision, of the float32
+        parameters."""
+        if variant.peer is not None:
+            files = [self._peer_file(variant)]
+            files += [path for path in [files[0].with_suffix(".bin")] if path.exists()]
+            return sum(path.stat().st_size for path in files)
         if variant.bits is not None:
             return self.file(variant.bits).stat().st_size
         return (2 if variant.half else 4) * parameters_of(empty_denoiser(self.config))
 
     def build(self, variant: Variant) -> nn.Module:
+        if variant.peer is not None:
+            return peers.PeerModel(variant.peer, self._peer_file(variant))
         model = empty_denoiser(self.config)
-        if variant.bits is not None:
+        if variant.bits is None and self.quantized is not None:
+            load_denoiser(self.config, model)
+        elif variant.bits is not None:
             compiled = Compiled(variant.instructions) if variant.compiled else None
             model = load_quantized(self.file(variant.bits), model)
             model = select_backend(model, variant.backend, compiled=compiled)
@@ -116,6 +162,63 @@ class Models:
                     with_random_weights(module, generator)
         model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         return torch.compile(model) if variant.compiled and variant.bits is None else model
+
+    def _peer_file(self, variant: Variant) -> Path:
+        """The network in the peer's form, made if it is not there."""
+        name = f"{self.config.name}{'' if self.quantized is None else '-trained'}"
+        exported = self.folder / f"{name}.onnx"
+        if not exported.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            peers.export(self.build(VARIANTS["fp32"]), self._calibration(1)[0], exported)
+        if variant.bits is None:
+            return exported
+        suffix = "xml" if variant.peer == "openvino" else "onnx"
+        path = self.folder / f"{name}-{variant.peer}-int8.{suffix}"
+        if not path.exists():
+            peers.quantize(variant.peer, exported, self._calibration(PEER_BATCHES), path)
+        return path
+
+    def _calibration(self, count: int) -> list[peers.Inputs]:
+        """Inputs of so many calls: states of the sampler, or noise for random weights."""
+        if self.quantized is not None:
+            return [peers.named(x, t, given) for x, t, given, _ in self.states(count, seed=0)]
+        x, _, given = example_call(self.config)
+        generator = torch.Generator().manual_seed(1)
+        found = []
+        for i in range(count):
+            noise = torch.randn(PEER_ROWS, *x.shape[1:], generator=generator)
+            t = torch.full((PEER_ROWS,), i * self.config.schedule.train_timesteps // count)
+            rest = {
+                k: torch.zeros(PEER_ROWS, *v.shape[1:], dtype=v.dtype) for k, v in given.items()
+            }
+            found.append(peers.named(noise, t, rest))
+        return found
+
+    def states(self, count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor, dict, Any]]:
+        """(x, t, conditioning, eps) of PEER_ROWS trajectories of the full-precision sampler, at
+        `count` of its steps. Of the configuration's checkpoint."""
+        if seed not in self._states:
+            model, pipeline = full_precision(self.config)
+            with torch.inference_mode():
+                classes = self.config.sampling.classes
+                made = record_states(pipeline, model, PEER_ROWS, seed, classes=classes)
+            self._states[seed] = made
+        made, rows = self._states[seed], torch.arange(PEER_ROWS)
+        steps = torch.linspace(0, len(made.timesteps) - 1, count).round().long()
+        found = [made.gather(torch.stack([rows.new_full(rows.shape, k), rows], 1)) for k in steps]
+        return [(x, t, given, eps) for x, t, eps, given in found]
+
+    def sqnr(self, model: nn.Module) -> float | None:
+        """dB of eps against full precision over ten timesteps of fresh trajectories, pooled; None
+        for random weights, whose error says nothing."""
+        if self.quantized is None:
+            return None
+        signal = error = 0.0
+        with torch.inference_mode():
+            for x, t, given, eps in self.states(10, seed=1):
+                signal += float(eps.double().square().sum())
+                error += float((model(x, t, **given).double() - eps).square().sum())
+        return 10 * math.log10(signal / error) if error else math.inf
 
     def call(self, variant: Variant, model: nn.Module, batch: int) -> Call:
         """One denoiser call on `batch` random inputs of one timestep."""

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 MB = 2**20
 COLUMNS = [
     *("model", "variant", "batch", "threads", "ms per call", "s per image", "times fp32"),
-    *("by CPU time", "peak MB", "MB", "of Python", "file MB", "load s (CPU)"),
+    *("SQNR, dB", "by CPU time", "peak MB", "MB", "of Python", "file MB", "load s (CPU)"),
 ]
 
 
@@ -38,6 +38,7 @@ def cells(row: Row) -> Row:
         "ms per call": f"{1000 * seconds:.4g}",
         "s per image": f"{seconds / row['batch'] * row['calls']:.3g}",
         "times fp32": ratio(row["seconds"], row["full_seconds"]),
+        "SQNR, dB": "" if row.get("sqnr") is None else f"{row['sqnr']:.1f}",
         "by CPU time": ratio(row["cpu"], row["full_cpu"]),
         "peak MB": megabytes(first["peak"]),
         "MB": megabytes(first["after"]),
@@ -60,14 +61,15 @@ def profiles(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def document(rows: list[Row], machine: str, commit: str | None) -> str:
+def document(rows: list[Row], machine: str, commit: str | None, weights: str) -> str:
     return f"""# Speed
 
 {format_table([cells(row) for row in rows], COLUMNS)}
 
-- {machine}; commit {commit}; random weights.
+- {machine}; commit {commit}; {weights}.
 - times fp32: of the eager float32 model in channels_last, called in turn with the variant; median
   of the pairs and quartiles. s per image: the denoiser alone, all steps of the configuration.
+- SQNR: of eps against float32 over ten timesteps of fresh trajectories (--quantized).
 - peak MB, MB, load s: a fresh process with one thread that loads the model and makes its first
   call, with the smallest number of images: its memory at most and at the end, and what Python and
   PyTorch take of it.
