@@ -22,7 +22,13 @@ from pathlib import Path
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
-from tinydm.scripts.experiment.backend import Backend, add_backend, check_backend, compiled_code
+from tinydm.scripts.experiment.backend import (
+    Backend,
+    add_backend,
+    check_backend,
+    compiled_code,
+    simulated_note,
+)
 from tinydm.scripts.experiment.cli import add_config, add_out, make_parser, run
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank != 0:
             make_images(sampling, sampling.share(sampling.missing()))
             return
-        notes = []
+        notes = [note for note in [simulated_note(assembly.denoiser)] if note is not None]
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
         fill(sampling, loaded, notes, args.grid)

@@ -100,7 +100,9 @@ def select_backend(
     if reason is not None:
         other = " or int8-avx2" if vnni and int8_supported(device, False) is None else ""
         raise ConfigError(f"--backend {backend}: {reason}; use --backend fake{other}")
-    model = to_int8(model, vnni, compiled)
+    if torch.device(device).type == "cuda" and compiled is not None:
+        raise ConfigError("--compile: is for processors; leave it out on a CUDA device")
+    model = to_int8(model, vnni, compiled, device)
     return_freed_memory()
     return model
 
