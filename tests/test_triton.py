@@ -40,6 +40,19 @@ def interpreter_obstacle() -> str | None:
     return None
 
 
+def test_what_the_interpreter_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 fails with NumPy 2.4 and runs with 2.2; 3.7 and 3.8 run with both."""
+    pytest.importorskip("triton", reason="this PyTorch came without Triton")
+    for triton, numpy, runs in (("3.6.0", "2.4.6", False), ("3.6.0", "2.2.6", True)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=triton: found)
+        monkeypatch.setattr(np, "__version__", numpy)
+        assert (interpreter_obstacle() is None) == runs
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.7.0")
+    assert interpreter_obstacle() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "without Triton" in (interpreter_obstacle() or "")
+
+
 def run_cases(interpret: str) -> None:
     """triton_cases.py in a process of its own."""
     done = subprocess.run(

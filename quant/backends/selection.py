@@ -94,8 +94,9 @@ def to_int8(
 def fake_layers(model: QuantDenoiser, vnni: bool = True) -> dict[str, str]:
     """Quantized layers that (would) stay simulated -> why. Those of the timestep are not listed:
     they run in floating point by design, once per timestep."""
-    if hasattr(model, "simulated"):  # a TritonDenoiser
-        return dict(model.simulated)
+    simulated = getattr(model, "simulated", None)
+    if isinstance(simulated, dict):  # of a TritonDenoiser
+        return simulated
     return {
         name: reason
         for name, module in model.denoiser.named_modules()

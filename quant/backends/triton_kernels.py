@@ -330,11 +330,11 @@ def attention_kernel(
 class Steps(NamedTuple):
     """A quantizer at every calibrated timestep, and the current one; all on the device.
 
-    index int32 (1,); inverse float32 (S,), zero_point int32 (S,): of the whole codes; scale float32
-    and plane_zero int32, (planes, S): of each plane; top: the highest code.
+    current int32 (1,): the index; inverse float32 and zero_point int32, (S,): of the whole codes;
+    scale float32 and plane_zero int32, (planes, S): of each plane; top: the highest code.
     """
 
-    index: torch.Tensor
+    current: torch.Tensor
     inverse: torch.Tensor
     zero_point: torch.Tensor
     scale: torch.Tensor
@@ -392,7 +392,7 @@ def quantize_map(
     grid = triton.cdiv(pixels, block_p), batch, triton.cdiv(channels, block_c)
     codes_kernel[grid](
         *(x, mean, rstd, gamma, beta, x if factors is None else factors, out),
-        *(steps.index, steps.inverse, steps.zero_point),
+        *(steps.current, steps.inverse, steps.zero_point),
         *(height, width, channels, *strides, steps.top, out[0].numel()),
         G=0 if norm is None else norm.num_groups,
         HAS_FACTOR=factors is not None,
@@ -452,7 +452,7 @@ def product(
     product_kernel[grid](
         *(codes, weight.codes, weight.sum if weight.zero_point is None else weight.zero_point),
         *(weight.sum, weight.scale, weight.scale if bias is None else bias, added, out),
-        *(steps.index, steps.scale[plane], steps.plane_zero[plane]),
+        *(steps.current, steps.scale[plane], steps.plane_zero[plane]),
         *(rows, height, width, channels, outputs, *out_size),
         *(triton.cdiv(channels, tiles["BK"]), plus_b, plus_y, plus_x, plus_c),
         KH=kh,
@@ -492,7 +492,7 @@ def attention_product(
     grid = triton.cdiv(rows, block[0]), triton.cdiv(columns, block[1]), batch
     a, b = steps
     attention_kernel[grid](
-        *(left, right, out, a.index),
+        *(left, right, out, a.current),
         *(a.inverse, a.scale, a.zero_point, b.inverse, b.scale, b.zero_point),
         *(rows, inner, columns, *left.stride(), *right.stride(), a.top, b.top),
         1.0 if score_scale is None else score_scale,

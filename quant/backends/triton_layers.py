@@ -238,17 +238,20 @@ class TritonDenoiser(QuantDenoiser):
     def _shared(self, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         """All rows share one timestep, which the context knows."""
         self.current.index.fill_(self.context.index)
-        if x.device.type != "cuda" or self.simulated:
+        if x.device.type != "cuda":
             return self.denoiser(x, t, *args, **kwargs)
-        inputs = [x, t.to(x.device), *args, *kwargs.values()]
-        key = tuple((v.shape, v.dtype, v.stride()) if _is_tensor(v) else v for v in inputs)
-        key += tuple(kwargs)
-        recorded = self._recorded.get(key)
-        if recorded is None:
-            with _timesteps_computed(self.denoiser):
-                recorded = Recorded(self.denoiser, inputs, tuple(kwargs))
-            self._recorded[key] = recorded
-        return recorded(inputs)
+        with torch.cuda.device(x.device):  # where Triton launches
+            if self.simulated:
+                return self.denoiser(x, t, *args, **kwargs)
+            inputs = [x, t, *args, *kwargs.values()]
+            key = tuple((v.shape, v.dtype, v.stride()) if _is_tensor(v) else v for v in inputs)
+            key += tuple(kwargs)
+            recorded = self._recorded.get(key)
+            if recorded is None:
+                with _timesteps_computed(self.denoiser):
+                    recorded = Recorded(self.denoiser, inputs, tuple(kwargs))
+                self._recorded[key] = recorded
+            return recorded(inputs)
 
     def _row(
         self, i: int, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict
@@ -271,11 +274,13 @@ class TritonDenoiser(QuantDenoiser):
 class Recorded:
     """The launches of one call of a denoiser, as a CUDA graph over copies of its inputs.
 
-    inputs: the call's positional arguments, then the values of the keywords `names`.
+    inputs: the call's positional arguments, then the values of the keywords `names`; of its
+    tensors, t may lie on the host.
     """
 
     def __init__(self, denoiser: nn.Module, inputs: list[Any], names: tuple[str, ...]):
-        self.inputs = [v.clone() if _is_tensor(v) else v for v in inputs]
+        device = inputs[0].device
+        self.inputs = [v.to(device, copy=True) if _is_tensor(v) else v for v in inputs]
         count = len(inputs) - len(names)
         given, named = self.inputs[:count], dict(zip(names, self.inputs[count:], strict=True))
         # What is made at the first call (compiled kernels, weights in floating point, workspaces)
@@ -309,9 +314,11 @@ def _timesteps_computed(denoiser: nn.Module) -> Iterator[None]:
     layers = [m for m in denoiser.modules() if isinstance(m, TimestepLayer)]
     for layer in layers:
         layer.keeps_values = False
-    yield
-    for layer in layers:
-        del layer.keeps_values
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.keeps_values
 
 
 def to_triton(model: QuantDenoiser, packed: bool = False) -> TritonDenoiser:
