@@ -29,6 +29,7 @@ from tinydm.scripts.experiment.backend import (
     add_backend,
     check_backend,
     compiled_code,
+    simulated_note,
     slow_backend,
 )
 from tinydm.scripts.experiment.cli import (
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             make_images(sampling, own)
             check_there(sampling, own)
             return
-        notes = []
+        notes = [note for note in [simulated_note(assembly.denoiser)] if note is not None]
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
         note = slow_backend(args)

@@ -3,11 +3,15 @@
     model = to_int8(load_quantized(path, denoiser))     # in place
     fake_layers(model)                                  # {name: reason} of what was left as it is
 
+On CUDA, layers of triton_layers.py do. What follows is about CPUs.
+
 It computes what fake quantization computes, up to float rounding: activations are quantized once
 per layer to uint8 with the scale of the current timestep, multiplied with one int8 weight, and come
 back as float32 for norms, SiLU, softmax and residual sums. The products are those of cpp/ where
 they are compiled, else oneDNN's.
 """
+
+import importlib.util
 
 import torch
 from torch import nn
@@ -18,6 +22,7 @@ from .native import Compiled
 from .native_layers import CompiledLayer, CompiledMatMul, CompiledNorm, layers_are_independent
 from .onednn import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
 
+OLDEST_CARD = (8, 0)  # compute capability: A100, RTX 30 and later
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -27,8 +32,10 @@ class Int8Error(RuntimeError):
 
 def int8_supported(device: str | torch.device = "cpu") -> str | None:
     """None, or the reason why there is no int8 execution on this device."""
+    if torch.device(device).type == "cuda":
+        return _cuda_obstacle(device)
     if torch.device(device).type != "cpu":
-        return f"int8 kernels exist for x86 CPUs only, not for {torch.device(device).type}"
+        return f"int8 kernels exist for x86 CPUs and CUDA, not for {torch.device(device).type}"
     if not all(hasattr(torch.ops.onednn, name) for name in OPERATORS):
         return "this PyTorch was built without oneDNN's int8 operators (x86 only)"
     if not torch.cpu._is_avx2_supported():
@@ -41,10 +48,24 @@ def onednn_is_fast() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
+def _cuda_obstacle(device: str | torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "this PyTorch came without Triton"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_CARD:
+        wanted = ".".join(map(str, OLDEST_CARD))
+        return f"this card has compute capability {found[0]}.{found[1]}, and int8 needs {wanted}"
+    return None
+
+
 def to_int8(
-    model: QuantDenoiser, vnni: bool | None = None, compiled: Compiled | None = None
+    model: QuantDenoiser,
+    vnni: bool | None = None,
+    compiled: Compiled | None = None,
+    device: str | torch.device = "cpu",
 ) -> QuantDenoiser:
-    """Replaces, in place, what can run in integers. model: deployed, on the CPU.
+    """Replaces, in place, what can run in integers. model: deployed, on the CPU; device: where it
+    will run.
 
     compiled: C++ for all of it but grouped and dilated convolutions, which oneDNN executes, as it
     does everything without. vnni: whether oneDNN may rely on AVX512-VNNI, by default where it is
@@ -52,9 +73,13 @@ def to_int8(
     simulated; the results are the same. The uint8 codes and float copies of replaced layers are
     freed as it goes. Raises Int8Error.
     """
-    reason = int8_supported()
+    reason = int8_supported(device)
     if reason is not None:
         raise Int8Error(reason)
+    if torch.device(device).type == "cuda":
+        from .triton_layers import to_triton  # not every PyTorch comes with Triton
+
+        return to_triton(model)
     vnni = onednn_is_fast() if vnni is None else vnni
     # Large layers first: what they leave behind in memory has room for the others.
     modules = sorted(model.denoiser.named_modules(), key=lambda item: -_size(item[1]))
@@ -77,6 +102,9 @@ def fake_layers(
 ) -> dict[str, str]:
     """Quantized layers that (would) stay simulated, see `to_int8` -> why. Those of the timestep are
     not listed: they run in floating point by design, once per timestep."""
+    simulated = getattr(model, "simulated", None)
+    if isinstance(simulated, dict):  # of a TritonDenoiser
+        return simulated
     vnni = onednn_is_fast() if vnni is None else vnni
     return {
         name: reason

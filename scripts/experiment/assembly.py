@@ -156,7 +156,9 @@ def select_backend(
     reason = int8_supported(device)
     if reason is not None:
         raise ConfigError(f"--backend {backend}: {reason}; use --backend fake")
-    model = to_int8(model, compiled=compiled)
+    if torch.device(device).type == "cuda" and compiled is not None:
+        raise ConfigError("--compile: is for processors; leave it out on a CUDA device")
+    model = to_int8(model, compiled=compiled, device=device)
     return_freed_memory()
     return model
 

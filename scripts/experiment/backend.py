@@ -84,3 +84,12 @@ def compiled_code(speak: bool) -> Compiled | None:
         if speak:
             print(f"note: --compile changes nothing here: {error}", flush=True)
         return None
+
+
+def simulated_note(denoiser: object) -> str | None:
+    """A line that names the layers which the backend on CUDA left simulated, and says why."""
+    simulated: dict[str, str] = getattr(denoiser, "simulated", {})
+    if not simulated:
+        return None
+    names = "; ".join(f"{name}: {reason}" for name, reason in simulated.items())
+    return f"note: layers that stay simulated, so that there is no CUDA graph: {names}"
