@@ -191,10 +191,9 @@ def build(config: Config, device: torch.device) -> tuple[VQAutoencoder, Conditio
     model = config.model
     if model.first_stage is None or model.conditioning is None or model.conditioning.prompts:
         raise ConfigError(f"{config.name}: model.first_stage and conditioning.n_classes are needed")
-    stage = vars(model.first_stage)
     first_stage = build_checked(
         f"{config.name}: model.first_stage cannot be built",
-        lambda: first_stage_from_upstream(stage),
+        lambda: first_stage_from_upstream(vars(model.first_stage)),
     )
     if not isinstance(first_stage, VQAutoencoder):
         raise ConfigError(f"{config.name}: only VQ first stages are trained here")
