@@ -115,9 +115,9 @@ def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
         (
             "{ch: 8,",
             "{in_channels: 6, ch: 8,",
-            "out_ch is 3; ddim takes 6 of a denoiser that sees 6",
+            "out_ch is 3; ddim takes 6 of a",
         ),
-        ("{ch: 8,", "{out_ch: 6, ch: 8,", "out_ch is 6; ddim takes 3 of a denoiser that sees 3"),
+        ("{ch: 8,", "{out_ch: 6, ch: 8,", "out_ch is 6; ddim takes 3 of a"),
         ("{ch: 8,", "{image_size: 31, ch: 8,", "model.params.image_size must be a multiple of 2"),
         ("[1, 2]", "2", "x.yaml:5: model.params.ch_mult must be a list of whole numbers, is 2"),
         ("classes: null", "classes: [1]", "x.yaml:12: sampling.classes is for class-conditional"),

@@ -121,6 +121,49 @@ def test_prompts_are_numbered_like_classes(text_model: Path, tmp_path: Path) -> 
         assert (named / name).read_bytes() == (numbered / name).read_bytes()
 
 
+@pytest.mark.parametrize("kind", [None, torch.float32, torch.float16])
+def test_numbers_of_the_positions_are_constant(
+    text_model: Path, tmp_path: Path, kind: torch.dtype | None
+) -> None:
+    content = torch.load(text_model / "text.ckpt", weights_only=True)
+    state = content["state_dict"]
+    (name,) = [n for n in state if n.endswith("position_ids")]
+    positions = state.pop(name)
+    if kind is not None:
+        state[name] = positions.to(kind)
+    torch.save(content, tmp_path / "text.ckpt")
+    given = [f"model.checkpoint={tmp_path / 'text.ckpt'}"]
+    ours = assemble(load_config(text_model / "text.yaml", given)).pipeline
+    whole = assemble(load_config(text_model / "text.yaml")).pipeline
+    assert torch.equal(ours.embedder.contexts, whole.embedder.contexts)
+
+
+def test_a_prompt_may_hold_any_character(text_model: Path) -> None:
+    option = cli.one_text('a \N{GRINNING FACE} "b": c # d')
+    given = [f"model.conditioning.prompts={option}"]
+    config = load_config(text_model / "text.yaml", given)
+    assert config.model.conditioning.prompts == ('a \N{GRINNING FACE} "b": c # d',)
+
+
+def test_latents_are_no_pictures(text_model: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(text_model / "text.yaml"), "--out", str(tmp_path / "images")]
+    without = [
+        "model.first_stage=null",
+        "model.params.in_channels=4",
+        "model.params.out_channels=4",
+    ]
+    config = load_config(text_model / "text.yaml", without)
+    net = build_denoiser("ldm_unet", config.model.params)
+    content = torch.load(text_model / "text.ckpt", weights_only=True)
+    state = {n: t for n, t in content["state_dict"].items() if n.startswith("cond_stage_model.")}
+    state |= {f"model.diffusion_model.{n}": t for n, t in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "four.ckpt")
+    with pytest.raises(ConfigError, match="4 channels are no picture"):
+        sample_diffusion.main(
+            [*arguments, "--ckpt", str(tmp_path / "four.ckpt"), "--set", *without]
+        )
+
+
 def test_conditioning_is_classes_or_texts() -> None:
     def error_of(conditioning: dict[str, Any]) -> str:
         config = CONFIG | {"model": CONFIG["model"] | {"conditioning": conditioning}}

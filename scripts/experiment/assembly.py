@@ -82,6 +82,20 @@ def assemble(
     return Assembly(model, parts, files.digests, files.sizes)
 
 
+def source_digest(config: Config) -> str:
+    """sha256 of the full-precision checkpoint, as Assembly.sources has it."""
+    if config.model.arch == DIFFUSERS:
+        return _folder_of(config).digest(with_denoiser=True)[0]
+    return checkpoints.sha256_of(repository_path(config.model.checkpoint))
+
+
+def _folder_of(config: Config) -> DiffusersFolder:
+    path = repository_path(config.model.checkpoint)
+    return DiffusersFolder.open(
+        path if path.exists() else config.model.checkpoint, config.model.weights
+    )
+
+
 def _of_folder(
     config: Config, files: "_Files", device: torch.device, quantized: str | Path | None
 ) -> tuple[DiffusersDenoiser, DiffusersPipeline]:
@@ -89,8 +103,7 @@ def _of_folder(
     model, sampler = config.model, config.sampler
     if model.checkpoint is None:
         raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
-    path = repository_path(model.checkpoint)
-    folder = DiffusersFolder.open(path if path.exists() else model.checkpoint, model.weights)
+    folder = _folder_of(config)
     if quantized is None:
         denoiser: nn.Module = folder.full_precision()
     else:
@@ -113,8 +126,8 @@ def _of_folder(
         if isinstance(error, CheckpointError):
             raise
         raise ConfigError(f"{config.name}: {error}") from error
-    digest, size = folder.digest(with_denoiser=quantized is None)
-    files.digests["checkpoint"], files.sizes["checkpoint"] = digest, size
+    part = "checkpoint" if quantized is None else "surroundings"
+    files.digests[part], files.sizes[part] = folder.digest(with_denoiser=quantized is None)
     return denoiser, pipeline
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ...models.checkpoint import sha256_of
 from ...models.checkpoint_files import CheckpointError
 from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.denoiser import QuantDenoiser, replace_module
@@ -26,7 +25,7 @@ from ..common.errors import ConfigError, RunError
 from ..common.json_files import DamagedJsonError, check_type
 from ..common.progress import ImageBar
 from ..common.reports import LayersSection, Plain, StatesSection
-from ..experiment.assembly import Assembly, assemble
+from ..experiment.assembly import Assembly, assemble, source_digest
 from ..experiment.config import Config, repository_path
 from ..experiment.trajectories import record_states
 from .run_folder import Run
@@ -105,7 +104,7 @@ def _checkpoint(config: Config, report: Plain) -> tuple[str | None, str]:
     name = config.model.checkpoint
     if name is None or not repository_path(name).exists():
         return None, f"the full-precision checkpoint ({name}) is not there."
-    digest = sha256_of(repository_path(name))
+    digest = source_digest(config)
     if report.get("sources", {}).get("checkpoint") not in (None, digest):
         return None, f"{name} is not the checkpoint that was calibrated (its sha256 differs)."
     return digest, ""
