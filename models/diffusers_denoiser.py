@@ -11,7 +11,7 @@ Shapes: B batch, C x H x W what the denoiser sees, h heads.
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +90,7 @@ class ProductAttention(nn.Module):
 
 def _expose_products(model: nn.Module) -> None:
     """Gives attention that is computed in the common way its products as modules."""
+    module: Any  # diffusers' own, which it may lack
     for module in model.modules():
         if type(module).__name__ != "Attention" or not hasattr(module, "set_processor"):
             continue
@@ -111,6 +112,8 @@ class DiffusersDenoiser(nn.Module):
     Its arguments besides x and t go by their names; a tensor within a dict, as in
     added_cond_kwargs, goes by the names of both with a dot between them.
     """
+
+    model: Any  # of a class of diffusers, which is not imported here
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -167,7 +170,7 @@ def _of_timestep_alone(model: nn.Module, modules: dict[str, nn.Module]) -> list[
     return [name for name in found if isinstance(modules.get(name), nn.Linear)]
 
 
-def _concatenated(model: nn.Module) -> dict[str, int]:
+def _concatenated(model: Any) -> dict[str, int]:
     """Layers that see a concatenation with a skip connection -> channels of its first part, what
     the block before gave."""
     found: dict[str, int] = {}
@@ -233,7 +236,7 @@ class LikeDiffusers(nn.Module):
     def __init__(self, original: nn.Module, denoiser: nn.Module | None, device: Any = None):
         super().__init__()
         self.__dict__["original"], self.__dict__["place"] = original, device
-        self.call = denoiser
+        self.call: Callable[..., torch.Tensor] | None = denoiser
 
     def __getattr__(self, name: str) -> Any:
         if name in ("original", "place"):  # not there yet, while a copy is made
@@ -258,6 +261,7 @@ class LikeDiffusers(nn.Module):
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
         t = t.to(x.device)
         t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
+        assert self.call is not None  # given before the pipeline runs
         out = self.call(x, t, **named)
         return SimpleNamespace(sample=out) if return_dict else (out,)
 
@@ -280,7 +284,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def class_of(name: object, place: object) -> type:
+def class_of(name: object, place: object) -> Any:
     """The class of a denoiser. Raises CheckpointError for one that is not supported."""
     known = {"Transformer2DModel": "DiTTransformer2DModel"}  # as DiT was called at first
     name = known.get(str(name), str(name))

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint_files import CheckpointError, failure, open_file, printable
+from .checkpoint import sha256_of
+from .checkpoint_files import CheckpointError, failure, printable
 from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import SamplingError
@@ -121,9 +122,7 @@ class DiffusersFolder:
         """sha256 over the files and their names, and their bytes."""
         digest, size = hashlib.sha256(), 0
         for path in self.files(with_denoiser):
-            with open_file(path) as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.parent.name}/{path.name} {content}\n".encode())
+            digest.update(f"{path.parent.name}/{path.name} {sha256_of(path)}\n".encode())
             size += path.stat().st_size
         return digest.hexdigest(), size
 
@@ -179,7 +178,7 @@ def _check_parts(index: Mapping[str, Any], file: Path) -> None:
 class _PixelLoop:
     """Samples a pixel model (UNet2DModel): any scheduler, with or without classes."""
 
-    def __init__(self, unet: nn.Module, scheduler: Any):
+    def __init__(self, unet: Any, scheduler: Any):
         self.unet, self.scheduler = unet, scheduler
         self.components = {"unet": unet, "scheduler": scheduler}
 
@@ -376,7 +375,7 @@ class DiffusersPipeline:
         if classes is not None and self.num_classes and max(classes) >= self.num_classes:
             limits = f"0..{self.num_classes - 1}"
             raise ValueError(f"sampling.classes must be a list of numbers within {limits}")
-        return labels_of(self.num_classes, indices, seed, classes, shuffled=not self.prompts)
+        return labels_of(self.num_classes or 0, indices, seed, classes, shuffled=not self.prompts)
 
     # ---- sampling ----
 
@@ -438,6 +437,7 @@ class DiffusersPipeline:
         if "batch_size" in self._wanted:
             arguments["batch_size"] = len(indices)
         if self.prompts:
+            assert labels is not None  # the numbers of the prompts
             arguments["prompt"] = [self.prompts[i] for i in labels.tolist()]
             negative = arguments.get("negative_prompt")
             if isinstance(negative, str):
@@ -504,7 +504,7 @@ def _scheduler_of(folder: DiffusersFolder) -> Any:
     config = read_json(folder.scheduler)
     diffusers = library()
     name = str(config.get("_class_name"))
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
         what = f"names the scheduler {printable(name, 60)}, which diffusers does not have"
         raise failure(folder.scheduler, what, "use a newer diffusers or another folder")
@@ -543,7 +543,7 @@ def _pipe_of(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> Any
         if isinstance(part, nn.Module) and part is not tap:
             part.to(tap.device).eval().requires_grad_(False)
             if hasattr(part, "use_slicing"):
-                part.use_slicing = True  # one image after the other: less memory
+                cast(Any, part).use_slicing = True  # one image after the other: less memory
     return pipe
 
 

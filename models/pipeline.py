@@ -132,7 +132,7 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 def labels_of(
-    count: int | None,
+    count: int,
     indices: Sequence[int],
     seed: int,
     classes: Sequence[int] | None = None,

@@ -226,13 +226,17 @@ class TritonDenoiser(QuantDenoiser):
         self.current, self.simulated = current, simulated
         self._recorded: dict[tuple, Recorded] = {}
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.context.set(t)
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        t = torch.as_tensor(t)
+        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
+        self.context.set(t, x.device)
         if isinstance(self.context.index, int):
             eps = self._shared(x, t, args, kwargs)
         else:
             eps = torch.cat([self._row(i, x, t, args, kwargs) for i in range(len(x))])
-            self.context.set(t)
+            self.context.set(t, x.device)
         return eps if self.correction is None else self.correction(eps)
 
     def _shared(self, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -242,7 +246,7 @@ class TritonDenoiser(QuantDenoiser):
             return self.denoiser(x, t, *args, **kwargs)
         with torch.cuda.device(x.device):  # where Triton launches
             if self.simulated:
-                return self.denoiser(x, t, *args, **kwargs)
+                return self.denoiser(x, t.to(x.device), *args, **kwargs)
             inputs = [x, t, *args, *kwargs.values()]
             key = tuple((v.shape, v.dtype, v.stride()) if _is_tensor(v) else v for v in inputs)
             key += tuple(kwargs)

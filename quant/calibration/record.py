@@ -28,7 +28,7 @@ class Recorder:
         so many as the images are split into. PLMS calls once more in its first step, which then
         counts as a step of its own."""
         calls = self.rows
-        x, eps = (torch.cat([c[i] for c in calls]) for i in (0, 3))
+        x, eps = torch.cat([c[0] for c in calls]), torch.cat([c[3] for c in calls])
         count = len(calls) // together
         conditioning = {k: torch.cat([c[2][k] for c in calls[:together]]) for k in calls[0][2]}
         return CalibrationStates(
