@@ -84,8 +84,20 @@ def test_kernels_on_a_card() -> None:
     run_cases("0")
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """There is a card of this compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def test_no_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert int8_supported("cuda") == "this PyTorch sees no CUDA device"
+
+
 def test_an_old_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    pretend(monkeypatch, (7, 5))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "7.5" in (int8_supported("cuda") or "")
     with pytest.raises(Int8Error, match=r"8\.0"):
@@ -105,7 +117,7 @@ def test_other_devices_are_refused() -> None:
 
 def test_a_recent_card_gets_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="this PyTorch came without Triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: selection.OLDEST_CARD)
+    pretend(monkeypatch, selection.OLDEST_CARD)
     assert int8_supported("cuda:1") is None
     model = assembly.select_backend(small_unet(weight=4, activation=8), "int8", "cuda")
     assert type(model).__name__ == "TritonDenoiser" and simulated_note(model) is None

@@ -51,6 +51,8 @@ def onednn_is_fast() -> bool:
 def _cuda_obstacle(device: str | torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "this PyTorch came without Triton"
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA device"
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST_CARD:
         wanted = ".".join(map(str, OLDEST_CARD))
