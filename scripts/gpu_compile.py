@@ -11,6 +11,8 @@ the registers. Without cuobjdump, which Triton brings along, the instructions ar
 Exit codes: 0 done, 1 a product without integer matrix instructions, 2 bad input.
 """
 
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
 import re
 import shutil
 import subprocess
@@ -28,7 +30,7 @@ from torch import nn
 
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import write_json
-from tinydm.scripts.experiment.cli import make_parser, run
+from tinydm.scripts.experiment.cli import make_parser
 
 try:
     import triton

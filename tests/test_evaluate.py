@@ -98,7 +98,7 @@ def test_statistics_files_need_no_network(tmp_path, capsys):
         (["{one}", "{images}"], "one: 1 images, but fid needs at least 2"),
         (["{images}", "{images}", "--metrics", "recall"], "2 images, but recall needs at least 4"),
         (["{stats}", "--save-stats", "new.npz"], "is statistics already"),
-        (["{array}", "--save-stats", "{array}"], "would overwrite what is scored"),
+        (["{array}", "--save-stats", "{array}"], "would overwrite what is read"),
         (["{images}", "{stats}", "--paired", "{images}"], "stats.npz: not a folder of images"),
     ],
 )

@@ -224,7 +224,7 @@ def write_config(folder: Path, model: dict[str, Any], **more: Any) -> dict[str, 
 def test_sample_lsun_without_checkpoint_and_network_says_what_to_do(tmp_path: Path) -> None:
     url = "http://127.0.0.1:9/model.ckpt"
     model = {k: v for k, v in CONFIG["model"].items() if k != "conditioning"} | {"params": PARAMS}
-    write_config(tmp_path, model, checkpoint="nowhere/model.ckpt", url=url)
+    write_config(tmp_path, model, checkpoint=str(tmp_path / "nowhere/model.ckpt"), url=url)
     done = script("sample_lsun.sh", tmp_path)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = done.stderr.splitlines()

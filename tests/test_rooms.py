@@ -51,7 +51,11 @@ OUTSIDE = {
 # Only inside functions: not in requirements.txt, or with much to import.
 OPTIONAL = {"models": {"transformers", "diffusers", "accelerate", "huggingface_hub", "PIL"}}
 TRITON_FILES = {"quant/backends/triton_kernels.py"}  # not every PyTorch comes with Triton
-YAML_READERS = {"scripts/common/schema.py", "scripts/experiment/config.py"}
+YAML_READERS = {
+    "scripts/common/schema.py",
+    "scripts/experiment/config.py",
+    "scripts/experiment/folder_config.py",  # writes one
+}
 
 
 def module_of(path: str) -> str:

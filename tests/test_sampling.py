@@ -304,7 +304,7 @@ def test_bad_checkpoints(
         ("--set model.params.ch=16", "does not fit DDIMUNet"),
         ("--backend int8", "--backend int8: needs --quantized"),
         ("--compile", "--compile: needs --backend int8"),
-        ("--device tpu", "invalid choice: 'tpu'"),
+        ("--device tpu", "must be auto, cpu, cuda or cuda:N"),
         ("--stesp 3", "unrecognized arguments: --stesp 3"),
     ],
 )

@@ -22,6 +22,7 @@ COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
     if "\nif __name__" in path.read_text(encoding="utf-8")
+    and path.name != "check_environment.py"  # runs where nothing is installed, on old Pythons too
 )
 
 
@@ -60,9 +61,8 @@ def test_every_command_watches_first(command: str) -> None:
     """Nothing is imported before, and the import is not there for nothing."""
     lines = (ROOT / command).read_text(encoding="utf-8").splitlines()
     imports = [line for line in lines if line.startswith(("import ", "from "))]
-    name = "watch" if command.endswith("check_environment.py") else "run"
-    assert imports[0].startswith(f"from tinydm.scripts.start import {name}")
-    assert any(line.startswith(f"    {name}(") for line in lines)
+    assert imports[0].startswith("from tinydm.scripts.start import run")
+    assert any(line.startswith("    run(") for line in lines)
 
 
 def test_the_message_names_the_command_that_continues(room: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ INSTRUCTIONS: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx512-vnni": (("-march=native",), _AVX512_VNNI),
 }
 KEPT = 16  # libraries of a cache, the newest
+LONGEST_SECONDS = 1200  # of one command of the compiler
 STALE_SECONDS = 3600  # after that a folder of objects has no writer any more
 
 
@@ -171,7 +172,19 @@ def _build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
 
     def run(*arguments: str | Path) -> None:
         command = [compiler, *LANGUAGE_FLAGS, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=LONGEST_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"{compiler}: no answer in {LONGEST_SECONDS} s") from error
+        except OSError as error:
+            raise CompileError(f"{compiler}: cannot be run ({error.strerror})") from error
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             line = next((line for line in lines if "error" in line), lines[-1])
@@ -183,6 +196,8 @@ def _build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(translate, SOURCES, objects))
     run("-shared", *objects, "-o", file)
+    if not file.exists():
+        raise CompileError(f"what {compiler} made cannot be loaded: there is nothing")
     file.chmod(0o700)
     return file
 

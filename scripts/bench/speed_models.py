@@ -25,12 +25,7 @@ from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.files import write_bytes
 from ..common.memory import keep_freed_memory
-from ..experiment.assembly import (
-    empty_denoiser,
-    full_precision,
-    load_denoiser,
-    select_backend,
-)
+from ..experiment.assembly import assemble, empty_denoiser, load_denoiser, select_backend
 from ..experiment.config import Config, resolved_yaml
 from ..experiment.trajectories import record_states
 from . import peers
@@ -198,7 +193,8 @@ class Models:
         """(x, t, conditioning, eps) of PEER_ROWS trajectories of the full-precision sampler, at
         `count` of its steps. Of the configuration's checkpoint."""
         if seed not in self._states:
-            model, pipeline = full_precision(self.config)
+            full = assemble(self.config)
+            model, pipeline = full.denoiser, full.pipeline
             with torch.inference_mode():
                 classes = self.config.sampling.classes
                 made = record_states(pipeline, model, PEER_ROWS, seed, classes=classes)

@@ -84,7 +84,7 @@ def read_rgb(
     Raises ImageError, before it decodes anything, for deeper or too large images.
     """
     if path.exists() and not path.is_file():
-        raise ImageError(f"{path}: no regular file")  # a pipe would be waited for
+        raise ImageError(f"{path}: is no file; take it out of the folder")  # a pipe would wait
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > LARGEST_PICTURE:
@@ -106,7 +106,7 @@ def read_rgb(
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height, from its header. Raises ImageError."""
     if path.exists() and not path.is_file():
-        raise ImageError(f"{path}: no regular file")
+        raise ImageError(f"{path}: is no file; take it out of the folder")
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.size
@@ -179,10 +179,26 @@ def is_whole_png(path: str | Path) -> bool:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.verify()  # decoding alone does not compare the checksums
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            image.load()
+            image.load()  # no error where a whole zlib stream ends before the last row
+        return _has_all_rows(data)
     except DAMAGED:
         return False
-    return True
+
+
+def _has_all_rows(data: bytes) -> bool:
+    """Whether the compressed bytes of a PNG unfold to as many as its header asks for."""
+    width, height, depth, kind, *_, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    if interlaced:
+        return True
+    packed, at = b"", 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"IDAT":
+            packed += data[at + 8 : at + 8 + size]
+        at += 12 + size
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    wanted = height * (1 + -(-width * channels * depth // 8))  # each row behind its filter
+    return len(zlib.decompressobj().decompress(packed, wanted)) == wanted
 
 
 def grid(images: np.ndarray, columns: int, pad: int = 2) -> np.ndarray:

@@ -124,7 +124,7 @@ def is_done(run: CalibrationRun) -> bool:
     return True
 
 
-def check_config_file(run: CalibrationRun, source: Path, overwrite: bool) -> None:
+def check_config_file(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
     """See keep_written: of OUT/config.yaml."""
     ours = overwrite or any((run.folder / name).exists() for name in (STATE, "report.json"))
     keep_written(run.folder / CONFIG, run.config, source, ours)
