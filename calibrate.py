@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 calibrate.py --config configs/cifar10.yaml --out ...
 
 A folder of diffusers needs no configuration: what is used is written to OUT/config.yaml.
-OUT receives quantized.safetensors (everything sampling needs), config.yaml, report.json (times,
+OUT receives quantized.safetensors (the denoiser, packed), config.yaml, report.json (times,
 errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
 --resume goes on after the last one, and gives the same file as an uninterrupted run. So does
 torchrun, which spreads the trajectories and the activation statistics over its processes; the rest
