@@ -117,6 +117,8 @@ class Archive:
 def opened(path: str | Path, error: type[Exception]) -> Iterator[Archive]:
     """Raises `error`, of one line that names the file, for whatever a damaged one causes."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: is no file")  # a pipe would wait for a writer
     try:
         with zipfile.ZipFile(path) as file:
             yield Archive(path, file, error)
