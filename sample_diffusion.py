@@ -43,6 +43,7 @@ from tinydm.scripts.experiment.cli import (
 from tinydm.scripts.experiment.config import Config, keep_written, load_config, parse_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
+from tinydm.scripts.experiment.precision import add_precision, check_precision, precision_note
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
 from tinydm.scripts.experiment.sampling_run import (
@@ -60,6 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
     add_backend(parser)
+    add_precision(parser)
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")
     parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first images")
     return parser.parse_args(argv)
@@ -101,16 +103,19 @@ def main(argv: list[str] | None = None) -> None:
     config, device = read_config(args), resolve_device(args.device)
     folder = Path(args.out)
     check_paths(args, folder)
+    check_precision(args.precision, device, args.backend)
     ours = args.overwrite or beside(folder, "identity.json").exists()
     keep_written(beside(folder, "config.yaml"), config, args.config, ours)
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
         compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
         chosen = Backend(args.backend, None if compiling is None else compiling.result)
-        assembly = assemble(config, args.quantized, chosen.name, device, chosen.code)
+        source = config, args.quantized, chosen.name, device, chosen.code
+        assembly = assemble(*source, precision=args.precision)
     backend = chosen.label if args.quantized else None
     loaded = time.perf_counter() - began
-    sampling = SamplingRun(config, assembly, folder, device, backend, rank, world)
+    made_of = config, assembly, folder, device, backend, args.precision
+    sampling = SamplingRun(*made_of, rank, world)
     check_channels(sampling)
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, sampling.identity, args.overwrite, rank)
@@ -119,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
             make_images(sampling, own)
             check_there(sampling, own)
             return
-        notes = [note for note in [simulated_note(assembly.denoiser)] if note is not None]
+        said = simulated_note(assembly.denoiser), precision_note(assembly.denoiser)
+        notes = [note for note in said if note is not None]
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
         note = slow_backend(args)

@@ -20,11 +20,12 @@ def tuples_of_steps(
     Each step walks through its own random order of the trajectories, so that none repeats before
     all were used.
     """
-    order = {int(k): torch.randperm(trajectories, generator=generator) for k in steps.unique()}
+    walks = {k: torch.randperm(trajectories, generator=generator) for k in steps.unique().tolist()}
+    order = {k: walk.tolist() for k, walk in walks.items()}
     used = dict.fromkeys(order, 0)
     pairs = []
     for k in steps.tolist():
-        pairs.append((k, int(order[k][used[k] % trajectories])))
+        pairs.append((k, order[k][used[k] % trajectories]))
         used[k] += 1
     return torch.tensor(pairs)
 

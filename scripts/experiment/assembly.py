@@ -28,6 +28,7 @@ from ..common.memory import return_freed_memory
 from ..common.schema import printable
 from .config import ConditioningConfig, Config, parse_config, repository_path
 from .downloads import hub_folder, is_hub_id
+from .precision import PRECISIONS, in_precision
 
 BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
@@ -52,11 +53,12 @@ def assemble(
     backend: str = "fake",
     device: str | torch.device = "cpu",
     compiled: Callable[[], Compiled | None] | None = None,
+    precision: str = PRECISIONS[0],
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
-    CheckpointError or PackedFileError.
+    compiled: gives what `select_backend` takes, called once the file is read. precision: see
+    precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
     if config.model.arch == DIFFUSERS:
@@ -79,6 +81,7 @@ def assemble(
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
+    model = in_precision(model, precision)
     return Assembly(model, parts, files.digests, files.sizes)
 
 
