@@ -26,7 +26,8 @@ from ...quant.runtime.packed_file import load_quantized, read_metadata
 from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
-from .config import ConditioningConfig, Config, parse_config, repository_path
+from .config import Config, parse_config, repository_path
+from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
 from .precision import PRECISIONS, in_precision
 
