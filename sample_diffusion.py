@@ -41,6 +41,7 @@ from tinydm.scripts.experiment.cli import (
     make_parser,
 )
 from tinydm.scripts.experiment.config import Config, keep_written, load_config, parse_config
+from tinydm.scripts.experiment.device_defaults import SAMPLED, device_memory
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.precision import add_precision, check_precision, precision_note
@@ -67,19 +68,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """--config, what the quantized file holds, or what a folder of diffusers needs. Raises
-    ConfigError, PackedFileError or CheckpointError."""
+def read_config(args: argparse.Namespace, memory: float | None) -> Config:
+    """--config, what the quantized file holds, or what a folder of diffusers needs. memory: GiB of
+    a GPU. Raises ConfigError, PackedFileError or CheckpointError."""
     if args.config is not None:
-        return load_config(args.config, args.overrides)
+        return load_config(args.config, args.overrides, memory)
     if args.quantized is None:
         if not any(getattr(o, "key", "") == "model.checkpoint" for o in args.overrides):
             raise ConfigError("give --config FILE, --quantized FILE or --ckpt FOLDER of diffusers")
-        return config_of_folder(args.overrides)
+        return config_of_folder(args.overrides, memory)
     text = read_metadata(args.quantized).get("config")
     if text is None:
         raise PackedFileError(f"{args.quantized}: holds no configuration; give --config FILE")
-    return parse_config(text, args.quantized, args.overrides)
+    # The rows of the device that it was calibrated on are not those of a GPU here.
+    own = [] if memory is None else [f"{'.'.join(key)}=auto" for key in SAMPLED]
+    return parse_config(text, args.quantized, [*own, *args.overrides], memory=memory)
 
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:
@@ -100,7 +103,8 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     rank, world = rank_and_world()
-    config, device = read_config(args), resolve_device(args.device)
+    device = resolve_device(args.device)
+    config = read_config(args, device_memory(device))
     folder = Path(args.out)
     check_paths(args, folder)
     check_precision(args.precision, device, args.backend)

@@ -82,9 +82,10 @@ class Sampler:
 class Plan:
     """Configurations of the cells. Raises ConfigError for those that cannot be."""
 
-    def __init__(self, path: str, overrides: Sequence[str | Override]):
-        self.path, self.overrides = path, list(overrides)
-        self.base = load_config(path, self.overrides)
+    def __init__(self, path: str, overrides: Sequence[str | Override], memory: float | None = None):
+        """memory: GiB of a GPU, see device_defaults.py."""
+        self.path, self.overrides, self.memory = path, list(overrides), memory
+        self.base = load_config(path, self.overrides, memory)
 
     def config(self, cell: Cell, sampler: Sampler | None = None) -> Config:
         """With `sampler`, the same but for how images are sampled."""
@@ -98,10 +99,11 @@ class Plan:
         return load_config(
             self.path,
             [*self.overrides, *coordinates, *_sampler_keys(sampler), *cell.overrides],
+            self.memory,
         )
 
     def full_config(self, sampler: Sampler) -> Config:
-        return load_config(self.path, [*self.overrides, *_sampler_keys(sampler)])
+        return load_config(self.path, [*self.overrides, *_sampler_keys(sampler)], self.memory)
 
     def sampler(self, steps: int) -> Sampler:
         """The configuration's own, with so many steps."""

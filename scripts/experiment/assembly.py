@@ -222,6 +222,7 @@ def _surroundings(
         first_stage=None if first_stage is None else first_stage.to(device),
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
+        decode_batch=config.sampling.decode_batch,
     )
 
 

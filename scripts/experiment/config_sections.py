@@ -125,6 +125,9 @@ class SamplingConfig:
         64, "images made together; changes nothing in an image", within=(1, 65_536)
     )
     micro_batch: int = setting(16, "rows of each network call", within=(1, 65_536))
+    decode_batch: int = setting(
+        1, "latents that the first stage decodes together", within=(1, 65_536)
+    )
     seed: int = setting(1234, "seed of the images", within=(0, 2**63 - 1))
     classes: tuple[int, ...] | None = setting(
         None, "given to the images in turn; null: all classes evenly"

@@ -74,7 +74,9 @@ def identity_of(
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
         for name in ("checkpoint", "url", "digest"):
             place.pop(name, None)
-    newer = {} if precision == PRECISIONS[0] else {"precision": precision}
+    newer: dict[str, Any] = {} if precision == PRECISIONS[0] else {"precision": precision}
+    if config.model.first_stage is not None and sampling.decode_batch != 1:
+        newer["decode_batch"] = sampling.decode_batch
     return newer | {
         "model": model | {"scale_factor": assembly.pipeline.scale_factor},
         "files_sha256": assembly.sources,
