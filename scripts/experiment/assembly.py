@@ -17,7 +17,8 @@ from ...models.checkpoint_files import CheckpointError, State, is_out_of_memory
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.diffusers_denoiser import DiffusersDenoiser
 from ...models.diffusers_folder import scheduler_says
-from ...models.diffusers_pipeline import DiffusersFolder, DiffusersPipeline
+from ...models.diffusers_loading import DiffusersFolder
+from ...models.diffusers_pipeline import DiffusersPipeline
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
