@@ -160,7 +160,7 @@ def test_a_graph_serves_all_timesteps() -> None:
         t = torch.full((1,), timestep, device=DEVICE)
         found = new(x, t, *rest)
         assert relative(found, new.denoiser(x, t, *rest)) < 1e-6
-    assert len(new._recorded) == 1
+    assert len(new.graphs) == 1
 
 
 def test_what_cannot_run_is_named_and_stays() -> None:

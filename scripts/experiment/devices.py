@@ -8,7 +8,7 @@ import torch
 from ...quant.backends.tensor_cores import allow_tf32
 from ..common.errors import ConfigError
 
-__all__ = ["allow_tf32", "device_name", "forget_peak", "peak_memory", "resolve_device"]
+__all__ = ["allow_tf32", "device_name", "forget_peak", "peak_memory", "resolve_device", "wait_for"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -38,6 +38,12 @@ def resolve_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """ "cpu", or the model of the GPU. Images of another kind of device differ in the last bits."""
     return torch.cuda.get_device_name(device) if _is_there(device) else device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done."""
+    if _is_there(device):
+        torch.cuda.synchronize(device)
 
 
 def forget_peak(device: torch.device) -> None:
