@@ -66,10 +66,13 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
+    """fresh: whether the memory of a fresh process is measured too."""
+
     variants: list[str]
     batches: list[int]
     threads: list[int]
     repeats: int
+    fresh: bool = True
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -165,11 +168,13 @@ class Bench:
             return
         size = self.models.bytes(variant)
         given = {"batch": plan.batches[0], "bytes": size}
-        first = self._section(
-            f"{config.name}/{name}/first call",
-            given,
-            lambda: self.models.first_call(variant, plan.batches[0]),
-        )
+        first = None
+        if plan.fresh:
+            first = self._section(
+                f"{config.name}/{name}/first call",
+                given,
+                lambda: self.models.first_call(variant, plan.batches[0]),
+            )
         built: list[nn.Module] = []
         for batch in plan.batches:
             for threads in plan.threads:

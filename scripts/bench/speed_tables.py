@@ -33,6 +33,13 @@ def cells(row: Row) -> Row:
     if "reason" in row:
         return line | {"times fp32": row["reason"]}
     seconds, first = statistics.median(row["seconds"]), row["first"]
+    if first is not None:
+        line |= {
+            "peak MB": megabytes(first["peak"]),
+            "MB": megabytes(first["after"]),
+            "of Python": megabytes(first["before"]),
+            "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
+        }
     return line | {
         "batch": row["batch"],
         "threads": row["threads"],
@@ -42,11 +49,7 @@ def cells(row: Row) -> Row:
         "SQNR, dB": "" if row.get("sqnr") is None else f"{row['sqnr']:.1f}",
         "by CPU time": ratio(row["cpu"], row["full_cpu"]),
         "device MB": megabytes(row.get("device_bytes")),
-        "peak MB": megabytes(first["peak"]),
-        "MB": megabytes(first["after"]),
-        "of Python": megabytes(first["before"]),
         "file MB": f"{row['bytes'] / MB:.2f}",
-        "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
     }
 
 
