@@ -158,3 +158,16 @@ def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert device_defaults.device_memory(torch.device("cuda", 1)) == pytest.approx(A5000)
+
+
+def test_the_table_of_the_documentation() -> None:
+    """docs/gpu.md has the rows, the memory and the parts that are resolved."""
+    text = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    for name in ("cifar10", "lsun_bedroom", "imagenet256", "sd_v1"):
+        path = ROOT / f"configs/{name}.yaml"
+        row = device_defaults.row_bytes(vars(load_config(path).model)) / 2**30
+        found = [load_config(path, memory=memory) for memory in (A5000, A100)]
+        rows = [config.sampling.micro_batch for config in found]
+        cells = [f"`{name}`", *rows, *(f"{row * n:.1f} GB" for n in rows)]
+        cells += [config.quant.search.accumulate for config in found]
+        assert f"| {' | '.join(map(str, cells))} |" in text
