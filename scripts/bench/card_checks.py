@@ -141,7 +141,7 @@ def check_images(card: Card) -> list[Verdict]:
     for quantized, backend, precisions in (
         (None, "fake", ("float32", "tf32", "bf16", "fp16")),
         (file, "fake", ("float32", "tf32")),
-        (file, "int8", ("float32",)),
+        (file, "int8", ("float32", "fp16") if card.is_one else ("float32",)),
     ):
         what = "full precision" if quantized is None else backend
         wanted = None
@@ -158,7 +158,7 @@ def check_images(card: Card) -> list[Verdict]:
             made = images_of(card, card.device, quantized, backend, precision)
             decibel = float(np.minimum(psnr(squared_error(made, wanted)), 999.0))
             # Full precision in fewer bits is another result, which is told, not judged.
-            judged = precision == "float32" or quantized is not None
+            judged = precision == "float32" or backend == "fake" and quantized is not None
             text = f"{decibel:.1f} dB to float32 fake quantization on the CPU"
             text = text if quantized is not None else f"{decibel:.1f} dB to float32 on the CPU"
             if judged:
