@@ -22,6 +22,7 @@ from .models.diffusers_pipeline import DiffusersPipeline, denoiser_of
 from .quant.backends.native import Compiled
 from .quant.backends.selection import int8_supported, to_int8
 from .quant.calibration.calibrate import calibrate as calibrate_task
+from .quant.calibration.distinct import enough_trajectories
 from .quant.calibration.record import Recorder
 from .quant.calibration.states import CalibrationStates, joined
 from .quant.calibration.task import OnOutput, Task
@@ -111,9 +112,14 @@ def calibrate(
         if pipeline.uncorrected() is not None:
             settings = replace(settings, correction="none")
     device = str(next(denoiser.parameters()).device)
-    blocks = range(0, calibration.trajectories, batch_size)
-    parts = [source.states(denoiser, range(i, i + batch_size), device) for i in blocks]
-    states = joined(parts)
+    first = source.states(denoiser, range(batch_size), device)
+    total = calibration.trajectories
+    if total is None:
+        enough = enough_trajectories(calibration.samples, len(first.timesteps))
+        total = -(-enough * batch_size // first.trajectories)  # guidance makes two of each
+    blocks = range(batch_size, total, batch_size)
+    more_states = [source.states(denoiser, range(i, i + batch_size), device) for i in blocks]
+    states = joined([first, *more_states])
     importance = source.importance(len(states.timesteps))
     task = Task(denoiser, states, settings, calibration, limit, importance, source, _Bars())
     deployed, _ = calibrate_task(task)

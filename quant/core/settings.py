@@ -165,8 +165,11 @@ class QuantSettings:
 @dataclass(frozen=True)
 class CalibrationSettings:
     samples: int = setting(1024, "samples (x_t, t) that learn", within=(1, 10_000_000))
-    trajectories: int = setting(
-        64, "full-precision trajectories that they come from", within=(1, 1_000_000)
+    trajectories: int | None = setting(
+        None,
+        "full-precision trajectories that they come from; null: as many as have no sample twice at "
+        "20 timesteps, for every rule alike; a number that is too small for the rule is refused",
+        within=(1, 1_000_000),
     )
     timesteps: str = setting(
         "active",

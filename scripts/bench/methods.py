@@ -82,8 +82,9 @@ def measure_all(args: argparse.Namespace, bench: Bench) -> list[Row]:
         parts = read_names("--ablate", args.ablate, tuple(PARTS))
         cells += ablation_cells(parts, bits, steps, seeds)
     for cell in cells:  # so that a mistake is told before hours of work
-        for sampler in (None, *transfers[cell.steps]):
-            plan.config(cell, sampler)
+        for sampler in (*transfers[cell.steps], None):
+            config = plan.config(cell, sampler)
+        bench.full(config).trajectories(config)
     rows = []
     if "fp" in methods:
         samplers = [s for count in steps for s in (plan.sampler(count), *transfers[count])]

@@ -39,7 +39,13 @@ from .config import Config, keep_written, resolved_yaml
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
-from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
+from .trajectories import (
+    FIRST_FRESH_TRAJECTORY,
+    SEED_DOMAIN,
+    guided_rows,
+    record_states,
+    trajectories_of,
+)
 
 RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
 
@@ -85,6 +91,13 @@ class CalibrationRun:
     def identity(self) -> str:
         """Digest of everything that the result depends on."""
         return identity_of(self.config, self.assembly.sources)
+
+    @property
+    def trajectories(self) -> int:
+        """Images whose trajectories are made. Raises ConfigError where they are too few."""
+        pipeline, config = self.assembly.pipeline, self.config
+        size = config.sampling.micro_batch
+        return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
 
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
@@ -133,7 +146,8 @@ def check_config_file(run: CalibrationRun, source: str | None, overwrite: bool) 
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
-    total, size = config.calibration.trajectories, config.sampling.micro_batch
+    total = run.trajectories
+    size = config.sampling.micro_batch
     title, whole = f"{'trajectories':20}", -(-total // size) * size
     calls = run.assembly.pipeline.calls_per_image
     with ImageBar(whole, calls, title, disable=run.team.rank != 0) as bar:
@@ -187,6 +201,7 @@ def calibrate_run(
             f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
             "to be reconstructed; use quantized"
         )
+    _ = run.trajectories  # a mistake is told before the work
     quant = config.quant
     if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
         print(f"note: no correction of the output: {why}", flush=True)

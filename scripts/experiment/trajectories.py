@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from ...models.pipeline import Pipeline
+from ...quant.calibration.distinct import (
+    TooFewTrajectoriesError,
+    check_trajectories,
+    enough_trajectories,
+)
 from ...quant.calibration.record import Recorder
 from ...quant.calibration.states import CalibrationStates
 from ...quant.core.context import plain_timestep
+from ...quant.core.settings import CalibrationSettings
+from ..common.errors import ConfigError
 from .counted import Counted
 from .processes import ALONE, Team, Tensors
 
@@ -52,6 +59,23 @@ def record_states(
         if number % team.world != team.rank:  # made by another process
             on_rows(block.trajectories * len(block.timesteps))
     return states
+
+
+def trajectories_of(
+    calibration: CalibrationSettings, steps: int, guided: bool, micro_batch: int
+) -> int:
+    """How many are to be made: calibration.trajectories, or as many as have no sample twice.
+
+    steps, guided, micro_batch: of the pipeline. Raises ConfigError where that number is too small.
+    """
+    count, size, halves = calibration.trajectories, micro_batch, 2 if guided else 1
+    if count is None:
+        return -(-enough_trajectories(calibration.samples, steps) // halves)
+    try:
+        check_trajectories(calibration, steps, -(-count // size) * size * halves, halves)
+    except TooFewTrajectoriesError as error:
+        raise ConfigError(str(error)) from error
+    return count
 
 
 def _room_for(block: CalibrationStates, blocks: int) -> CalibrationStates:
