@@ -219,24 +219,35 @@ def test_integer_backend(room: Path) -> None:
     assert whole[1]["eps_mse_of_steps"] != fake[1]["eps_mse_of_steps"]
 
 
-def test_ptqd_is_fitted_to_the_model_of_its_base(room: Path) -> None:
-    """With Q-Diffusion there already, the same file as from nothing, and no reconstruction."""
-    both = ("--methods", "qdiffusion,ptqd", "--bits", "w4a8")
-    benchmark.main(options(room, "based", *both))
-    benchmark.main(options(room, "alone", "--methods", "ptqd", "--bits", "w4a8"))
+@pytest.mark.parametrize(
+    ("base", "method", "phase"),
+    [
+        ("qdiffusion", "ptqd", "reconstruct"),
+        ("e2e_plain", "e2e", "finetune"),
+    ],
+)
+def test_a_correction_is_fitted_to_the_model_of_its_base(
+    room: Path, base: str, method: str, phase: str
+) -> None:
+    """With Q-Diffusion there already, PTQD is the same file as from nothing, and nothing is
+    reconstructed again."""
+    both = ("--methods", f"{method},{base}", "--bits", "w4a8")
+    based, alone = (room / f"{method}-{name}" for name in ("based", "alone"))
+    benchmark.main(options(room, based.name, *both))
+    benchmark.main(options(room, alone.name, "--methods", method, "--bits", "w4a8"))
     files = [
-        next((room / n).glob("cells/*-ptqd-*/quantized.safetensors")) for n in ("based", "alone")
+        next(folder.glob(f"cells/*-{method}-*/quantized.safetensors")) for folder in (based, alone)
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
     reports = [json.loads((f.parent / "report.json").read_text()) for f in files]
     assert reports[0]["identity"] == reports[1]["identity"]
     assert reports[0]["layers"] == reports[1]["layers"]
-    base = next((room / "based").glob("cells/*-qdiffusion-*/report.json"))
-    shared = json.loads(base.read_text())["phases"]["reconstruct"]
-    assert reports[0]["phases"]["reconstruct"] == shared  # with its seconds
-    before = made(room / "based")
-    benchmark.main(options(room, "based", *both))
-    assert made(room / "based") == before
+    report = next(based.glob(f"cells/*-{base}-*/report.json"))
+    shared = json.loads(report.read_text())["phases"][phase]
+    assert reports[0]["phases"][phase] == shared  # with its seconds
+    before = made(based)
+    benchmark.main(options(room, based.name, *both))
+    assert made(based) == before
 
 
 def test_another_command_adds_and_keeps(first: Path, room: Path) -> None:

@@ -167,9 +167,6 @@ class _OwnSampler:
 
         self.sample(observed, range(FRESH, FRESH + count))
 
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        return eps
-
 
 @dataclass
 class _PipelineSampler:
@@ -190,12 +187,6 @@ class _PipelineSampler:
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         numbers = range(FRESH, FRESH + count)
         self.pipeline.latents(model, numbers, self.seed, self.classes, on_output=on_output)
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        if not self.pipeline.guided:
-            return eps
-        halves = eps.unflatten(0, (-1, 2, self.pipeline.micro_batch))
-        return self.pipeline.guide(halves[:, 0], halves[:, 1]).flatten(0, 1)
 
 
 class _Bars:

@@ -27,7 +27,7 @@ from ..experiment.resume import identity_of as identity_of_calibration
 from ..experiment.runs import digest_of
 from . import measure
 from .full import FullPrecision, sample_images
-from .plan import BENCHMARK, Cell, Plan, Sampler, is_current
+from .plan import BASES, BENCHMARK, Cell, Plan, Sampler, is_current
 from .record import Record
 from .scoring import Scorer
 
@@ -130,12 +130,15 @@ class Bench:
         }
 
     def _base(self, cell: Cell, config: Config) -> Path | None:
-        """The finished run that this cell differs from in PTQD's correction alone, if any."""
-        if cell.table != BENCHMARK or cell.method != "ptqd":
+        """The finished run that this cell differs from in the correction alone, if any."""
+        method, kind = cell.method, config.quant.correction
+        if cell.table != BENCHMARK or method not in BASES or kind == "none":
             return None
-        cell = replace(cell, label="qdiffusion")
+        cell = replace(cell, label=BASES[method])
         base = self.plan.config(cell)
-        corrected = replace(base.quant, method="ptqd", correction="ptqd")
+        if base.quant.correction != "none":
+            return None
+        corrected = replace(base.quant, method=method, correction=kind)
         folder = self._folder(cell)
         same = replace(base, quant=corrected) == config
         return folder if same and (folder / RESULT).exists() else None
@@ -147,7 +150,8 @@ class Bench:
         states, seconds = self.full(config).calibration_states(config)
         assembly = assemble(config, device=self.device)
         run = CalibrationRun(config, assembly, folder, self.device)
-        if base is not None and not (folder / RESULT).exists():
+        corrected = assembly.pipeline.uncorrected() is None
+        if base is not None and corrected and not (folder / RESULT).exists():
             correct_run(run, base, states)
         calibrate_run(run, resume=True, states=states)
         report = read_json(folder / "report.json", CalibrationReport)

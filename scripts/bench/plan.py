@@ -21,11 +21,17 @@ NAMES = {
     "fp": "FP",
     "minmax": "MinMax",
     "ptq4dm": "PTQ4DM",
+    "tfmq": "TFMQ-DM",
+    "apqdm": "APQ-DM",
     "qdiffusion": "Q-Diffusion",
     "ptqd": "PTQD",
+    "e2e_plain": "E2E, no correction",
+    "e2e": "E2E",
     "tinydm": "TinyDM",
 }  # in the order of the table
 METHODS = ("fp", *QUANTIZED)
+# Methods that differ from another one in the correction of the output alone -> that one.
+BASES = {"ptqd": "qdiffusion", "e2e": "e2e_plain"}
 LARGEST_SEED = 2**63 - 1
 
 
@@ -125,10 +131,11 @@ def _sampler_keys(sampler: Sampler) -> list[str]:
 def benchmark_cells(
     methods: Sequence[str], bits: Sequence[tuple[int, int]], steps: Sequence[int], seeds: list[int]
 ) -> Iterator[Cell]:
-    """All but full precision, which is no cell."""
+    """All but full precision, which is no cell; those in BASES after what they differ from."""
+    in_order = sorted(methods, key=lambda method: method in BASES)
     for count in steps:
         for width in bits:
-            for method in methods:
+            for method in in_order:
                 if method != "fp":
                     yield from (Cell(BENCHMARK, method, width, count, seed) for seed in seeds)
 

@@ -20,7 +20,7 @@ from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
-from ...quant.calibration.phases.correct import correct_noise
+from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
@@ -42,7 +42,6 @@ from .shared_statistics import collect_together, help_collect
 from .trajectories import (
     FIRST_FRESH_TRAJECTORY,
     SEED_DOMAIN,
-    guided_rows,
     record_states,
     trajectories_of,
 )
@@ -109,10 +108,6 @@ class CalibrationRun:
             device=self.device,
             on_output=on_output,
         )
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """See quant.calibration.task.Sampler."""
-        return guided_rows(self.assembly.pipeline, eps)
 
 
 def is_done(run: CalibrationRun) -> bool:
@@ -254,8 +249,8 @@ def calibrate_run(
 
 
 def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
-    """Makes a PTQD run out of the finished Q-Diffusion run in the folder `base`: only the
-    correction of the output is fitted, since the two methods differ in nothing else.
+    """Makes a run out of the finished one in the folder `base`, whose method has no correction of
+    the output and differs in nothing else (PTQD and Q-Diffusion): only the correction is fitted.
 
     The reported seconds count those of the base.
     """
@@ -267,7 +262,8 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     model = model.to(states.device).to(memory_format=torch.channels_last)
     with closing(Bars()) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
+        kind, denoiser = config.quant.correction, assembly.denoiser
+        fitted = correct(kind, model, denoiser, run, states, bars)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
     return write_result(run, states, Outcome(model, phases, began))

@@ -114,17 +114,6 @@ def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
     return CalibrationStates(value["x"], value["eps"], timesteps, conditioning, device)
 
 
-def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of all rows at one step (N, C, H, W) -> what the sampler makes of them.
-
-    With guidance one of each pair of rows, (N / 2, C, H, W), without it the outputs themselves.
-    """
-    if not pipeline.guided:
-        return rows
-    first, second = _halves(rows, pipeline.micro_batch).unbind(1)
-    return pipeline.guide(first, second).flatten(0, 1)
-
-
 def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:
     """Numbers of rows (S, N) -> of its trajectories, (S, N / 2) with guidance."""
     if not pipeline.guided:

@@ -112,13 +112,16 @@ def search(job: Job) -> dict[str, Any] | None:
     if activation.search != "differentiable":
         _select(job, None)
         return None
+    # The other root is in how often the search chooses a step.
+    weigh = job.settings.reconstruct.weigh_steps
+    importance = job.importance.sqrt() if weigh else torch.ones_like(job.importance)
     job.progress.begin("group search", settings.rounds)
     result = search_groups(
         job.model,
         job.states,
         settings,
         job.generator("search"),
-        job.importance.sqrt(),  # the other root is in how often the search chooses a step
+        importance,
         lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
     )
     job.progress.end()
