@@ -75,7 +75,9 @@ def _noise_tables(
     Applied to each half of a guided one they are the same, since the halves' weights sum to 1. The
     second run goes along the first one's trajectories, whatever the quantized model says.
     """
-    full, outputs, indices = [], [], []
+    full: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    indices: list[int] = []
 
     def keep_full(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         full.append(eps)
@@ -88,8 +90,8 @@ def _noise_tables(
 
     run(denoiser, keep_full)
     run(model, keep)
-    both = (torch.cat(values).cpu() for values in (full, outputs))
-    return fit_tables(model.context, *both, torch.tensor(indices)), {}
+    eps, eps_q = torch.cat(full).cpu(), torch.cat(outputs).cpu()
+    return fit_tables(model.context, eps, eps_q, torch.tensor(indices)), {}
 
 
 def _drift_tables(
