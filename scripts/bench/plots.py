@@ -39,7 +39,7 @@ def _save(path: Path, draw: Callable[[Axes], None], size: tuple[float, float] = 
 
 def write_plots(folder: Path, rows: list[Row]) -> list[str]:
     """All plots of the benchmark's rows; returns their names."""
-    lines = [line for line in lines_of(rows, ablations=False) if line.cell.label != "fp"]
+    lines = [line for line in lines_of(rows) if line.cell.label != "fp"]
     own = [line for line in lines if not line.transferred]
     written = []
 
