@@ -25,12 +25,7 @@ class Sampler(Protocol):
 
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """Samples `count` fresh images at once, the same ones each time. on_output sees and may
-        change each output that the sampler gets."""
-        ...
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """Outputs of all rows of the calibration states at a step -> what the sampler makes of them
-        (guidance)."""
+        change each output that the sampler gets (after guidance)."""
         ...
 
 

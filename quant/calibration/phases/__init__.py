@@ -19,7 +19,7 @@ def _no_settings(settings: QuantSettings) -> Values:
 
 
 def _search_settings(settings: QuantSettings) -> Values:
-    return dict(vars(settings.search))
+    return vars(settings.search) | {"weigh_steps": settings.reconstruct.weigh_steps}
 
 
 def _block_settings(settings: QuantSettings) -> Values:

@@ -1,11 +1,12 @@
 """The first phases: scaling of channels, ranges and groups, rounding, search."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from .. import gptq, grouping, timesteps
+from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
 from ..search import SearchResult
 from ..search import search as search_groups
@@ -85,22 +86,20 @@ def rounding(job: Job) -> dict[str, Any] | None:
 
 
 def _select(job: Job, result: SearchResult | None) -> None:
-    """Chooses the calibration tuples. result: of the search, for active selection."""
+    """Chooses the calibration tuples, all different. result: of the search, for the rule active."""
     calibration, generator = job.calibration, job.generator("search")
     samples, count = calibration.samples, len(job.states.timesteps)
     tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
-        tuples = timesteps.spread(result.tuples, samples)
-        steps = result.selector.pick(samples - len(tuples))
+        tuples, draw = timesteps.spread(result.tuples, samples), result.selector.pick
     elif calibration.timesteps == "uniform":
-        steps = timesteps.uniform_steps(samples, count)
+        draw = partial(timesteps.uniform_steps, count=count, spaced=distinct.UNIFORM_STEPS)
     elif calibration.timesteps == "normal":
-        steps = timesteps.normal_steps(samples, count, generator)
+        draw = partial(timesteps.normal_steps, count=count, generator=generator)
     else:
-        steps = timesteps.all_steps(samples, count)
-    if len(steps):
-        more = timesteps.tuples_of_steps(steps, job.states.trajectories, generator)
-        tuples = torch.cat([tuples, more])
+        draw = partial(timesteps.all_steps, count=count)
+    trajectories = job.states.trajectories
+    tuples = distinct.fill(tuples, draw, samples, count, trajectories, generator)
     job.state.tuples = tuples
     job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
 
@@ -113,13 +112,16 @@ def search(job: Job) -> dict[str, Any] | None:
     if activation.search != "differentiable":
         _select(job, None)
         return None
+    # The other root is in how often the search chooses a step.
+    weigh = job.settings.reconstruct.weigh_steps
+    importance = job.importance.sqrt() if weigh else torch.ones_like(job.importance)
     job.progress.begin("group search", settings.rounds)
     result = search_groups(
         job.model,
         job.states,
         settings,
         job.generator("search"),
-        job.importance.sqrt(),  # the other root is in how often the search chooses a step
+        importance,
         lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
     )
     job.progress.end()
