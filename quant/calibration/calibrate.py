@@ -13,6 +13,7 @@ import torch
 from ..core.context import Timestep, TimestepContext
 from ..runtime.denoiser import QuantDenoiser
 from .finite import check_finite
+from .mixed_bits import set_bits
 from .phases import PHASES
 from .run_state import restore
 from .task import Job, Task
@@ -44,6 +45,7 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     model = quantize(task.denoiser, context, policy, on_layer=progress.step)
     progress.end()
     if state.tensors:
+        set_bits(model, (state.report.get("bits") or {}).get("bits", {}))
         restore(model, state.tensors)
         state.tensors = {}
     job = Job(task, model)
