@@ -15,7 +15,8 @@ from tinydm.scripts import benchmark
 from tinydm.scripts.bench import speed, speed_tables
 from tinydm.scripts.bench.speed_models import VARIANTS, Models, obstacle
 from tinydm.scripts.common.errors import ConfigError
-from tinydm.scripts.experiment.config import calls_per_image, load_config
+from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.experiment.config_sections import calls_per_image
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -30,17 +30,7 @@ class IntegerProductLayer(QuantLayer):
     `float32_reason`. A batch of mixed timesteps, or a hook on its quantizer, is as before."""
 
     def __init__(self, layer: QuantLayer):
-        super().__init__(
-            layer.op,
-            layer.qweight,
-            layer.w_scale,
-            layer.w_zero_point,
-            layer.bias,
-            layer.bits,
-            list(layer.inputs),
-            layer.split,
-            layer.channel_scale,
-        )
+        super().__init__(*layer.contents())
         self._integers: torch.Tensor | None = None  # likewise not part of the state
         self._scales: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 

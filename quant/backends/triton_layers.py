@@ -1,4 +1,4 @@
-"""Layers that execute on CUDA in integers (triton_kernels.py), and a denoiser that runs them.
+"""Layers that execute on CUDA in integers (triton_launch.py), and a denoiser that runs them.
 
     model = to_triton(load_quantized(path, denoiser)).to("cuda")
     model.simulated                                     # {name: reason} of what was left as it is
@@ -21,7 +21,7 @@ from ..runtime.denoiser import QuantDenoiser, replace_module
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from ..runtime.packing import pack
 from ..runtime.quantizer import ActivationQuantizer
-from . import triton_kernels as kernels
+from . import triton_launch as kernels
 from .onednn import integer_codes, weights_fit
 
 

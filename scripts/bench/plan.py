@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...quant.core.settings import METHODS as QUANTIZED
 from ..common.errors import ConfigError
 from ..common.schema import suggestion
-from ..experiment.config import METHODS as QUANTIZED
 from ..experiment.config import Config, Override, load_config
 from .ablations import PARTS, Variant
 

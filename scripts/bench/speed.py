@@ -39,7 +39,8 @@ from ...quant.runtime.packed_file import PackedFileError, read_metadata
 from ..common.files import write_text
 from ..common.paths import ROOT
 from ..experiment.cli import add_out, make_parser
-from ..experiment.config import calls_per_image, load_config, parse_config
+from ..experiment.config import load_config, parse_config
+from ..experiment.config_sections import calls_per_image
 from . import speed_tables
 from .environment import environment, processor
 from .peers import PEERS

@@ -17,7 +17,8 @@ from ...models.checkpoint_files import CheckpointError, State, is_out_of_memory
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.diffusers_denoiser import DiffusersDenoiser
 from ...models.diffusers_folder import scheduler_says
-from ...models.diffusers_pipeline import DiffusersFolder, DiffusersPipeline
+from ...models.diffusers_loading import DiffusersFolder
+from ...models.diffusers_pipeline import DiffusersPipeline
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
@@ -26,7 +27,8 @@ from ...quant.runtime.packed_file import load_quantized, read_metadata
 from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
-from .config import ConditioningConfig, Config, parse_config, repository_path
+from .config import Config, parse_config, repository_path
+from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
 
 BACKENDS = ("fake", "int8")

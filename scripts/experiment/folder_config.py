@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ...models.diffusers_denoiser import read_json
-from ...models.diffusers_pipeline import DiffusersFolder
+from ...models.diffusers_loading import DiffusersFolder
 from ..common.errors import ConfigError
 from ..common.schema import read_value
 from .config import Config, Override, parse_config
