@@ -116,8 +116,11 @@ def refine(
 def cheapest_groups(
     table: torch.Tensor, groups: int, free: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest groups that lose no more than SPARED beside `groups` of them; a group that is worth
-    nothing would only take samples from the others. free: they need not be contiguous."""
+    """The fewest groups that lose no more than SPARED beside `groups` of them.
+
+    A group that is worth nothing would only take samples from the others. free: groups need not be
+    contiguous.
+    """
     found = []
     for count in range(1, min(groups, len(table)) + 1):
         group_of_timestep, chosen = contiguous_groups(table, count)

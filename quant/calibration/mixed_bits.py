@@ -1,14 +1,14 @@
 """Bits of each layer's weights under a common budget.
 
-The eps error of a model whose weights alone are off by D is, near full precision, the quadratic form
-|J D|^2, with J the derivative of eps by the weights. Rounding errors are unrelated to each other, so
-that its diagonal is what counts:
+If the weights alone are off by D, the eps error is the quadratic form |J D|^2 near full precision,
+where J is the derivative of eps by the weights. Rounding errors of different weights are unrelated,
+so that the diagonal is what counts:
 
-    loss of a layer at b bits = sum over its weights of h D(b)^2,   h = E[(J^T r)^2],   r random signs
+    loss of a layer at b bits = sum over its weights of h D(b)^2
+    h = E[(J^T r)^2], where r are random signs
 
-h takes one backward pass for each batch of samples, whatever the number of layers and bits. The bits
-are then shared out one step at a time to the layer that gains most for each bit of the file: with
-losses that fall ever more slowly this is the best choice for its size.
+h takes one backward pass for each batch of samples, whatever the number of layers and bits. The
+bits are then given out one after the other, each to the layer that gains most for its size.
 
 Legend: O output channels, I input channels.
 """

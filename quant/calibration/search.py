@@ -80,9 +80,7 @@ def take_most_likely(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     return decided / max(total, 1), moved / max(total, 1)
 
 
-def _errors(
-    model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor
-) -> torch.Tensor:
+def _errors(model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor) -> torch.Tensor:
     """Mean squared eps error of each tuple (n, 2); (n,)."""
     x, t, eps, conditioning = states.gather(index)
     return (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
@@ -108,7 +106,6 @@ def search(
     quantizers = [q for q in every if q.groups > 1]
     of_groups = [q for q in every if q.bits <= MOST_GROUPED_BITS]
     learned = quantizers or of_groups  # those that would have more groups, were there more
-    count = len(states.timesteps)
     selector = ActiveSelector(importance, settings.exploration, settings.error_weight)
     selector.error = first_errors.clone()
     if not learned:
@@ -129,7 +126,8 @@ def search(
         temperature = settings.temperature**progress
         for q in quantizers:
             q.temperature = temperature
-        shares = selector.shares().clamp(min=SMALLEST_SHARE)  # what is drawn more often counts less: the sum is the same
+        # What is drawn more often counts less, so that the loss stays that of the importance.
+        shares = selector.shares().clamp(min=SMALLEST_SHARE)
         weight = importance / importance.mean() * shares.mean() / shares
         index = tuples_of_steps(selector.pick(settings.batch_size), states.trajectories, generator)
         optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+FEWEST_BITS = 2  # of a weight or an activation
 METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
 
 
@@ -36,8 +37,8 @@ class WeightSettings:
     bits: int = setting(4, "bits of the weights", within=(2, 8))
     average_bits: float = setting(
         0.0,
-        "mean bits of a weight, shared out among the layers by what their errors do to the image; 0: "
-        "`bits` for all of them",
+        "mean bits of a weight, shared out among the layers by what their errors do to the image; "
+        "0: `bits` for all of them",
         within=(0.0, 8.0),
     )
     scale: str = setting(

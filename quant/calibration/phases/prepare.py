@@ -84,7 +84,12 @@ def ranges(job: Job) -> dict[str, Any]:
     for _ in range(passes):
         for name, quantizer in quantizers:
             grouping.assign(
-                quantizer, stats[name], activation.groups, activation.search, activation.scale, weight
+                quantizer,
+                stats[name],
+                activation.groups,
+                activation.search,
+                activation.scale,
+                weight,
             )
             job.progress.step("")
         if weighed and weight is None:
