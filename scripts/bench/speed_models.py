@@ -24,7 +24,7 @@ from ...quant.backends.selection import int8_supported
 from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.files import write_bytes
-from ..common.memory import keep_freed_memory
+from ..common.memory import keep_freed_memory, resident
 from ..experiment.assembly import assemble, empty_denoiser, load_denoiser, select_backend
 from ..experiment.config import Config, resolved_yaml
 from ..experiment.devices import wait_for
@@ -36,7 +36,6 @@ from .random_models import deployed_of, example_call, parameters_of, with_random
 
 Call = Callable[[], torch.Tensor]
 CPU = torch.device("cpu")
-STATUS = Path("/proc/self/status")
 PEER_BATCHES, PEER_ROWS = 20, 8  # calls, and images of a call, that peers calibrate with
 
 
@@ -302,14 +301,3 @@ def _first_call(models: Models, variant: Variant, batch: int) -> dict[str, float
     done = time.perf_counter()
     times = {"load": loaded - began, "first": done - loaded, "cpu": time.process_time() - used}
     return {"before": before, "peak": resident("VmHWM"), "after": resident("VmRSS"), **times}
-
-
-def resident(kind: str) -> float | None:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM); None where the system
-    does not say."""
-    try:
-        lines = STATUS.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
-    return 1024.0 * int(found[0]) if found else None

@@ -20,7 +20,7 @@ from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
-from ...quant.calibration.phases.correct import correct_noise
+from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
@@ -40,7 +40,12 @@ from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
-from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
+from .trajectories import (
+    FIRST_FRESH_TRAJECTORY,
+    SEED_DOMAIN,
+    record_states,
+    trajectories_of,
+)
 
 RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
 
@@ -94,6 +99,13 @@ class CalibrationRun:
         """Digest of everything that the result depends on."""
         return identity_of(self.config, self.assembly.sources)
 
+    @property
+    def trajectories(self) -> int:
+        """Images whose trajectories are made. Raises ConfigError where they are too few."""
+        pipeline, config = self.assembly.pipeline, self.config
+        size = config.sampling.micro_batch
+        return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
+
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
         self.assembly.pipeline.latents(
@@ -104,10 +116,6 @@ class CalibrationRun:
             device=self.device,
             on_output=on_output,
         )
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """See quant.calibration.task.Sampler."""
-        return guided_rows(self.assembly.pipeline, eps)
 
 
 def is_done(run: CalibrationRun) -> bool:
@@ -141,7 +149,8 @@ def check_config_file(run: CalibrationRun, source: str | None, overwrite: bool) 
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
-    total, size = config.calibration.trajectories, config.sampling.micro_batch
+    total = run.trajectories
+    size = config.sampling.micro_batch
     title, whole = f"{'trajectories':20}", -(-total // size) * size
     calls = run.assembly.pipeline.calls_per_image
     with ImageBar(whole, calls, title, disable=run.team.rank != 0) as bar:
@@ -195,6 +204,7 @@ def calibrate_run(
             f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
             "to be reconstructed; use quantized"
         )
+    _ = run.trajectories  # a mistake is told before the work
     quant = config.quant
     if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
         print(f"note: no correction of the output: {why}", flush=True)
@@ -247,8 +257,8 @@ def calibrate_run(
 
 
 def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
-    """Makes a PTQD run out of the finished Q-Diffusion run in the folder `base`: only the
-    correction of the output is fitted, since the two methods differ in nothing else.
+    """Makes a run out of the finished one in the folder `base`, whose method has no correction of
+    the output and differs in nothing else (PTQD and Q-Diffusion): only the correction is fitted.
 
     The reported seconds count those of the base.
     """
@@ -260,7 +270,8 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     model = model.to(states.device).to(memory_format=torch.channels_last)
     with closing(Bars(run.device)) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
+        kind, denoiser = config.quant.correction, assembly.denoiser
+        fitted = correct(kind, model, denoiser, run, states, bars)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
     return write_result(run, states, Outcome(model, phases, began, bars.peaks))

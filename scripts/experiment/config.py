@@ -86,7 +86,8 @@ def parse_config(
     source: name of the text in error messages; paths may be relative to `folder`. memory: see
     load_config.
 
-    Where overrides name another method than the text, the text's end-to-end steps do not count.
+    Where overrides name another method than the text, and one without end-to-end steps, the text's
+    steps do not count.
     """
     tree = read_yaml(text, source)
     written, given = _method(tree), set()
@@ -96,8 +97,10 @@ def parse_config(
         tree.set(key, read_value(override.text, override.label), override.label)
         given.add(key)
     method = _checked_method(tree)
-    if method != written and not any(END_TO_END[: len(key)] == key for key in given):
-        tree.drop(END_TO_END)  # what the file says is for its own method
+    has_steps = preset(method)[0].reconstruct.finetune_iterations > 0
+    told = any(END_TO_END[: len(key)] == key for key in given)
+    if method != written and not told and not has_steps:
+        tree.drop(END_TO_END)  # what the file says is for methods with such steps
     _translate_old_keys(tree)
     quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
