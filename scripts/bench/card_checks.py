@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from ...models.pipeline import build_denoiser
 from ...quant.backends.selection import int8_supported
 from ...quant.backends.tensor_cores import EXACT_SUM, allow_tf32
 from ..common.errors import MetricError
-from ..common.files import save_tensors, write_text
+from ..common.files import save_tensors, write_json
 from ..common.images import to_uint8
 from ..common.paths import ROOT
 from ..experiment.assembly import assemble
@@ -118,7 +117,7 @@ def tiny_config(folder: Path) -> Path:
         parameter.data.normal_(0, 0.2, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "tiny.pt", model.state_dict())
-    write_text(folder / "tiny.yaml", yaml.safe_dump(TINY))
+    write_json(folder / "tiny.yaml", TINY)  # which YAML is too
     return folder / "tiny.yaml"
 
 
