@@ -135,7 +135,7 @@ def images_of(
 
 def check_images(card: Card) -> list[Verdict]:
     """Full precision and the quantized file: the device's images against the CPU's."""
-    file = card.calibrated() / RESULT
+    file, of = card.calibrated() / RESULT, card.load().name
     found = []
     for quantized, backend, precisions in (
         (None, "fake", ("float32", "tf32", "bf16", "fp16")),
@@ -145,7 +145,7 @@ def check_images(card: Card) -> list[Verdict]:
         what = "full precision" if quantized is None else backend
         wanted = None
         for precision in precisions:
-            name = f"images, {what}, {precision}"
+            name = f"images of {of}, {what}, {precision}"
             reason = obstacle(precision, card.device)
             if reason is None and backend == "int8":
                 reason = int8_supported(card.device)
@@ -158,8 +158,8 @@ def check_images(card: Card) -> list[Verdict]:
             decibel = float(np.minimum(psnr(squared_error(made, wanted)), 999.0))
             # Full precision in fewer bits is another result, which is told, not judged.
             judged = precision == "float32" or backend == "fake" and quantized is not None
-            text = f"{decibel:.1f} dB to float32 fake quantization on the CPU"
-            text = text if quantized is not None else f"{decibel:.1f} dB to float32 on the CPU"
+            other = "float32" if quantized is None else "fake quantization in float32"
+            text = f"{decibel:.1f} dB to {other} on the CPU"
             if judged:
                 text += f", at least {SAME_DB:.0f} expected"
             passed = decibel >= SAME_DB if judged else True
@@ -265,6 +265,28 @@ def check_calibration(card: Card) -> list[Verdict]:
     return [Verdict(f"calibration of {report['name']}", passed, text, values)]
 
 
+def check_commands(card: Card) -> list[Verdict]:
+    """The commands themselves, each in a process of its own, on a few images."""
+    of, place = ["--config", str(card.config)], ["--device", str(card.device), "--overwrite"]
+    run, images = card.folder / "commands", card.folder / "commands" / "images"
+    file = ["--quantized", str(run / RESULT), "--count", str(card.count)]
+    commands = {
+        "calibrate.py": ["--set", "quant.method=minmax", "--out", str(run)],
+        "sample_diffusion.py": ["--count", str(card.count), "--out", f"{images}-full"],
+        "sample_diffusion.py, quantized": [*file, "--out", f"{images}-fake"],
+    }
+    if int8_supported(card.device) is None:
+        commands["sample_diffusion.py, int8"] = [*file, "--backend", "int8", "--out", str(images)]
+    found = []
+    for name, options in commands.items():
+        script = ROOT / name.partition(",")[0]
+        command = [sys.executable, str(script), *of, *place, *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        found.append(Verdict(name, done.returncode == 0, (lines or ["no output"])[-1]))
+    return found
+
+
 def check_inception(card: Card) -> list[Verdict]:
     """Features for FID, against the CPU's."""
     name = "features for FID"
@@ -296,6 +318,7 @@ CHECKS: tuple[Callable[[Card], list[Verdict]], ...] = (
     check_images,
     check_repeats,
     check_waits,
+    check_commands,
     check_inception,
     check_tests,
 )
