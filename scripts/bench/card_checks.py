@@ -7,7 +7,6 @@ code is tested where there is no card.
 
 import json
 import subprocess
-import json
 import sys
 import warnings
 from collections import Counter
