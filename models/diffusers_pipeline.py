@@ -4,46 +4,37 @@
     pipeline = DiffusersPipeline(folder, denoiser, steps=50, prompts=["a cat"])
     x = pipeline.sample(denoiser, range(16), seed=1234)  # (16, 3, H, W)
 
-The images are those of diffusers' pipeline with `generator=[image_generator(seed, i), ...]`. Pixel
-models without a text run in a loop of their own, since diffusers' pipelines for them give neither
-classes nor every scheduler what they want.
+The images are those of diffusers' pipeline with `generator=[image_generator(seed, i), ...]`.
 
 Shapes: B images, C x H x W what the denoiser sees.
 """
 
-import copy
-import hashlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import sha256_of
-from .checkpoint_files import CheckpointError, failure, printable
-from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
+from .checkpoint_files import CheckpointError, printable
+from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers
+from .diffusers_loading import (
+    PIXELS,
+    UNGUIDED,
+    DiffusersFolder,
+    folder_pipe,
+    pipe_beside,
+    scheduler_of,
+)
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import SamplingError
 
-PIXELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-TEXT_GUIDED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-)
-UNGUIDED = ("LDMPipeline", "ConsistencyModelPipeline", "LatentConsistencyModelPipeline")
-PIPELINES = (*PIXELS, *TEXT_GUIDED, *UNGUIDED, "LDMTextToImagePipeline", "DiTPipeline")
-CHECKERS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+Eps = Callable[..., torch.Tensor]  # (x, t, **named) -> the output of the denoiser
+Numbers = Sequence[int]
+Device = str | torch.device
+
 PICTURES = ("image", "mask_image")  # arguments that are files
 # Schedulers of one call a step, which is linear in the state and the output.
 LINEAR_STEPS = (
@@ -57,155 +48,6 @@ LINEAR_STEPS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-
-
-@dataclass(frozen=True)
-class DiffusersFolder:
-    """A folder of diffusers: its pipeline's class and where its parts lie.
-
-    index: model_index.json, or what stands for it; denoiser: folder of the weights; scheduler:
-    the scheduler's file.
-    """
-
-    path: Path
-    index: Mapping[str, Any]
-    denoiser: Path
-    scheduler: Path
-
-    @classmethod
-    def open(cls, text: str | Path, weights: str = "ema") -> "DiffusersFolder":
-        """text: a folder, or a name in the local cache of the hub. weights: "ema" takes unet_ema
-        where it is there. Raises CheckpointError."""
-        path = _located(text)
-        file = path / "model_index.json"
-        index = read_json(file) if file.is_file() else _index_of_parts(path)
-        name = index.get("_class_name")
-        if name not in PIPELINES:
-            what = f"is a {printable(name, 60)}"
-            raise failure(file, what, f"supported are {', '.join(PIPELINES)}")
-        _check_parts(index, file)
-        part = "transformer" if "transformer" in index else "unet"
-        folders = [path / f"{part}_ema", path / part] if weights == "ema" else [path / part]
-        denoiser = next((f for f in (*folders, path) if (f / "config.json").is_file()), None)
-        if denoiser is None:
-            raise failure(path, f"holds no {part}/config.json", "download the whole folder")
-        places = (path / "scheduler", path, path.parent / "scheduler")
-        files = [p / n for p in places for n in ("scheduler_config.json",)]
-        scheduler = next((f for f in files if f.is_file()), None)
-        if scheduler is None:
-            what = "holds no scheduler/scheduler_config.json, so that its noise schedule is unknown"
-            raise failure(path, what, "copy that file from where the model comes from")
-        return cls(path, index, denoiser, scheduler)
-
-    @property
-    def kind(self) -> str:
-        return self.index["_class_name"]
-
-    @property
-    def has_text(self) -> bool:
-        return any(name.startswith("tokenizer") for name in self.index)
-
-    @property
-    def part(self) -> str:
-        return "transformer" if "transformer" in self.index else "unet"
-
-    def files(self, with_denoiser: bool) -> list[Path]:
-        """What is read, in order: without the denoiser where a quantized file stands for it."""
-        kept = [p for p in self.path.glob("*/*") if p.parent.name in self.index]
-        kept = [p for p in kept if p.parent.name not in (self.part, *CHECKERS)]
-        kept += [self.scheduler]
-        kept += [p for p in self.denoiser.glob("*") if with_denoiser or p.name == "config.json"]
-        used = (".json", ".safetensors", ".bin", ".txt", ".model")
-        return sorted({p for p in kept if p.is_file() and p.suffix in used})
-
-    def digest(self, with_denoiser: bool) -> tuple[str, int]:
-        """sha256 over the files and their names, and their bytes."""
-        digest, size = hashlib.sha256(), 0
-        for path in self.files(with_denoiser):
-            digest.update(f"{path.parent.name}/{path.name} {sha256_of(path)}\n".encode())
-            size += path.stat().st_size
-        return digest.hexdigest(), size
-
-    def full_precision(self) -> DiffusersDenoiser:
-        return read(self.denoiser)
-
-    def empty(self) -> DiffusersDenoiser:
-        """The architecture, its weights on the meta device."""
-        config = read_json(self.denoiser / "config.json")
-        return build(str(config.get("_class_name")), config, self.denoiser / "config.json")
-
-
-def _located(text: str | Path) -> Path:
-    path = Path(text)
-    if path.is_dir():
-        return path
-    if path.exists() or str(text).count("/") != 1:
-        raise failure(text, "not a folder", "name a folder of diffusers")
-    library()
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(text), local_files_only=True))
-    except Exception as error:  # of many kinds, all of which say that it is not there
-        what = "neither a folder nor a model in the local cache of the hub"
-        raise failure(text, what, f"download it: hf download {text}") from error
-
-
-def _index_of_parts(path: Path) -> dict[str, Any]:
-    """What model_index.json would say of a folder that has none: training writes unet and unet_ema
-    alone, beside the scheduler's folder."""
-    for part in ("unet_ema", "unet", "."):
-        if (path / part / "config.json").is_file():
-            name = read_json(path / part / "config.json").get("_class_name")
-            if name == "UNet2DModel":
-                return {"_class_name": "DDPMPipeline", "unet": ["diffusers", name]}
-            what = f"has no model_index.json, which a {printable(name, 60)} needs"
-            raise failure(path, what, "name the whole pipeline's folder")
-    raise failure(path, "holds no model_index.json", "name a folder of diffusers")
-
-
-def _check_parts(index: Mapping[str, Any], file: Path) -> None:
-    """Only classes of the two libraries themselves: a folder may name code of its own."""
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue
-        ours = ("diffusers", "transformers", "latent_diffusion", "stable_diffusion")
-        if len(value) != 2 or value[0] not in (*ours, None):
-            what = f"{name} is of {printable(value, 80)}, not of diffusers or transformers"
-            raise failure(file, what, "nothing of it was run")
-
-
-class _PixelLoop:
-    """Samples a pixel model (UNet2DModel): any scheduler, with or without classes."""
-
-    def __init__(self, unet: Any, scheduler: Any):
-        self.unet, self.scheduler = unet, scheduler
-        self.components = {"unet": unet, "scheduler": scheduler}
-
-    def __call__(
-        self,
-        batch_size: int,
-        generator: list[torch.Generator],
-        num_inference_steps: int,
-        eta: float = 0.0,
-        class_labels: list[int] | None = None,
-        output_type: str = "np",
-    ) -> Any:
-        config, device = self.unet.config, self.unet.device
-        size = config.sample_size
-        side = (size, size) if isinstance(size, int) else tuple(size)
-        draws = [torch.randn(1, config.in_channels, *side, generator=g) for g in generator]
-        self.scheduler.set_timesteps(num_inference_steps)
-        x = torch.cat(draws).to(device) * self.scheduler.init_noise_sigma
-        labels = None if class_labels is None else torch.tensor(class_labels, device=device)
-        wanted = inspect.signature(self.scheduler.step).parameters
-        more = {"eta": eta} if "eta" in wanted else {}
-        for t in self.scheduler.timesteps:
-            given = self.scheduler.scale_model_input(x, t)
-            out = self.unet(given, t, class_labels=labels).sample
-            x = self.scheduler.step(out, t, x, **more).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return SimpleNamespace(images=images.cpu().numpy())
 
 
 class _LastStep(Exception):
@@ -239,11 +81,11 @@ class DiffusersPipeline:
         self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
         self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
         if isinstance(source, DiffusersFolder):
-            self.kind, self._scheduler = source.kind, _scheduler_of(source)
-            self._pipe = _pipe_of(source, self._tap, self._scheduler)
+            self.kind, self._scheduler = source.kind, scheduler_of(source)
+            self._pipe = folder_pipe(source, self._tap, self._scheduler)
         else:
             self.kind, self._scheduler = type(source).__name__, source.scheduler
-            self._pipe = _beside(source, self._tap)
+            self._pipe = pipe_beside(source, self._tap)
         self._wanted = inspect.signature(self._pipe.__call__).parameters
         self._arguments = self._checked(dict(arguments or {}), eta, guidance_scale)
         self.guidance_scale = self._arguments.get("guidance_scale", 1.0)
@@ -382,13 +224,14 @@ class DiffusersPipeline:
     @torch.no_grad()
     def sample(
         self,
-        denoiser: Callable[..., torch.Tensor],
-        indices: Sequence[int],
+        denoiser: Eps,
+        indices: Numbers,
         seed: int,
-        classes: Sequence[int] | None = None,
-        device: str | torch.device = "cpu",
+        classes: Numbers | None = None,
+        device: Device = "cpu",
     ) -> torch.Tensor:
-        """Images in [-1, 1], (B, C, H, W). Raises SamplingError for values not finite."""
+        """Images in [-1, 1], (B, C, H, W), made where the pipeline is. Raises SamplingError for
+        values not finite."""
         parts = [self._run(denoiser, b, seed, classes, None, False) for b in self._blocks(indices)]
         images = torch.cat(parts)[: len(indices)]
         if not torch.isfinite(images).all():
@@ -398,11 +241,11 @@ class DiffusersPipeline:
     @torch.no_grad()
     def latents(
         self,
-        denoiser: Callable[..., torch.Tensor],
-        indices: Sequence[int],
+        denoiser: Eps,
+        indices: Numbers,
         seed: int,
-        classes: Sequence[int] | None = None,
-        device: str | torch.device = "cpu",
+        classes: Numbers | None = None,
+        device: Device = "cpu",
         on_output: OnOutput | None = None,
     ) -> torch.Tensor:
         """What the scheduler ends with, (B, C, H, W).
@@ -423,10 +266,10 @@ class DiffusersPipeline:
 
     def _run(
         self,
-        denoiser: Callable[..., torch.Tensor],
-        indices: Sequence[int],
+        denoiser: Eps,
+        indices: Numbers,
         seed: int,
-        classes: Sequence[int] | None,
+        classes: Numbers | None,
         on_output: OnOutput | None,
         latent: bool,
     ) -> torch.Tensor:
@@ -497,74 +340,6 @@ class DiffusersPipeline:
         whole = nn.functional.pad(output, (0, 0, 0, 0, 0, all_channels - channels))
         steps = torch.as_tensor(t).reshape(1).expand(len(x))
         return on_output(x, steps, whole)[:, :channels]
-
-
-def _scheduler_of(folder: DiffusersFolder) -> Any:
-    """The scheduler of the folder's file. Raises CheckpointError for one that does not exist."""
-    config = read_json(folder.scheduler)
-    diffusers = library()
-    name = str(config.get("_class_name"))
-    kind: Any = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
-        what = f"names the scheduler {printable(name, 60)}, which diffusers does not have"
-        raise failure(folder.scheduler, what, "use a newer diffusers or another folder")
-    if folder.kind == "DDIMPipeline":  # which samples with DDIM whatever the file says
-        kind = diffusers.DDIMScheduler
-    try:
-        return kind.from_config(config)
-    except Exception as error:  # a library's, for values that it does not take
-        raise failure(folder.scheduler, f"{name}: {error}", "mend that field") from error
-
-
-def _pipe_of(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> Any:
-    """The pipeline with the tap as its denoiser, on its device. Raises CheckpointError."""
-    if folder.kind in PIXELS:
-        return _PixelLoop(tap, scheduler)
-    given: dict[str, Any] = {folder.part: tap.original, "scheduler": scheduler}
-    given |= {name: None for name in CHECKERS if name in folder.index}
-    if "requires_safety_checker" in folder.index:
-        given["requires_safety_checker"] = False
-    variants = [p for p in folder.files(with_denoiser=False) if ".fp16" in p.name]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe = library().DiffusionPipeline.from_pretrained(
-                folder.path,
-                variant="fp16" if variants else None,
-                torch_dtype=torch.float32,
-                local_files_only=True,
-                **given,
-            )
-    except Exception as error:  # whatever the libraries raise for files that are not whole
-        raise failure(folder.path, f"no {folder.kind}: {error}", "download it again") from error
-    setattr(pipe, folder.part, tap)
-    pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module) and part is not tap:
-            part.to(tap.device).eval().requires_grad_(False)
-            if hasattr(part, "use_slicing"):
-                cast(Any, part).use_slicing = True  # one image after the other: less memory
-    return pipe
-
-
-def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """The name and the module of a loaded pipeline's denoiser. Raises ValueError."""
-    kind = type(pipe).__name__
-    if kind not in PIPELINES:
-        raise ValueError(f"{kind} is not supported ({', '.join(PIPELINES)})")
-    part = "transformer" if "transformer" in pipe.components else "unet"
-    return part, pipe.components[part]
-
-
-def _beside(pipe: Any, tap: LikeDiffusers) -> Any:
-    """A pipeline of the same parts but the tap."""
-    if type(pipe).__name__ in PIXELS:
-        return _PixelLoop(tap, pipe.scheduler)
-    part, _ = denoiser_of(pipe)
-    beside = copy.copy(pipe)
-    beside.__dict__[part] = tap
-    beside.set_progress_bar_config(disable=True)
-    return beside
 
 
 def _picture(value: Any) -> Any:

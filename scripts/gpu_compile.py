@@ -37,7 +37,7 @@ try:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from tinydm.quant.backends import triton_kernels as kernels
+    from tinydm.quant.backends import triton_launch as kernels
 except ImportError:
     triton = None
 

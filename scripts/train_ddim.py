@@ -28,7 +28,7 @@ from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, read_value
 from tinydm.scripts.experiment.assembly import build_checked
 from tinydm.scripts.experiment.cli import make_parser
-from tinydm.scripts.experiment.config import check_image_size
+from tinydm.scripts.experiment.config_sections import check_image_size
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
 from tinydm.scripts.train.loop import (

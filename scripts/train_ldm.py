@@ -38,7 +38,8 @@ from tinydm.scripts.common.files import refuse_overwriting, remove_stale, save_t
 from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.experiment.assembly import build_checked
 from tinydm.scripts.experiment.cli import add_config, make_parser
-from tinydm.scripts.experiment.config import Config, load_config, number_of_classes
+from tinydm.scripts.experiment.config import Config, load_config
+from tinydm.scripts.experiment.config_sections import number_of_classes
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
 from tinydm.scripts.train.first_stage import encode_all, train_first_stage

@@ -25,7 +25,7 @@ from tests.helpers.pipelines import (  # noqa: E402
 )
 from tinydm.models.checkpoint_files import CheckpointError  # noqa: E402
 from tinydm.models.diffusers_denoiser import DiffusersDenoiser, ProductAttention  # noqa: E402
-from tinydm.models.diffusers_pipeline import DiffusersFolder  # noqa: E402
+from tinydm.models.diffusers_loading import DiffusersFolder  # noqa: E402
 from tinydm.models.pipeline import image_generator  # noqa: E402
 from tinydm.models.samplers import SamplingError  # noqa: E402
 from tinydm.quant.runtime.packed_file import read_metadata  # noqa: E402

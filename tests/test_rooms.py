@@ -50,7 +50,8 @@ OUTSIDE = {
 }
 # Only inside functions: not in requirements.txt, or with much to import.
 OPTIONAL = {"models": {"transformers", "diffusers", "accelerate", "huggingface_hub", "PIL"}}
-TRITON_FILES = {"quant/backends/triton_kernels.py"}  # not every PyTorch comes with Triton
+# Not every PyTorch comes with Triton.
+TRITON_FILES = {"quant/backends/triton_kernels.py", "quant/backends/triton_launch.py"}
 YAML_READERS = {
     "scripts/common/schema.py",
     "scripts/experiment/config.py",

@@ -22,8 +22,8 @@ from tinydm.quant.backends.onednn import integer_codes
 from tinydm.quant.backends.tensor_cores import (
     EXACT_SUM,
     IntegerProductLayer,
+    allow_tf32,
     float32_reason,
-    tf32_allowed,
     use_tensor_cores,
 )
 from tinydm.quant.runtime.layers import QuantLayer
@@ -117,7 +117,7 @@ def test_tf32_is_allowed_inside_alone() -> None:
     for flag in flags:
         flag.allow_tf32 = False
     try:
-        with tf32_allowed():
+        with allow_tf32(True):
             assert all(flag.allow_tf32 for flag in flags)
         assert not any(flag.allow_tf32 for flag in flags)
     finally:

@@ -16,7 +16,8 @@ from tinydm.scripts.bench.measure import eps_errors
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import Assembly, assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
-from tinydm.scripts.experiment.config import calls_per_image, load_config, parse_config
+from tinydm.scripts.experiment.config import load_config, parse_config
+from tinydm.scripts.experiment.config_sections import calls_per_image
 from tinydm.scripts.experiment.trajectories import mean_of_halves, record_states
 
 COUNT = 8  # two network calls, without and with the class

@@ -1,5 +1,5 @@
-"""int8 on CUDA as far as a CPU shows it: the cases of triton_cases.py, and where the backend is
-refused.
+"""int8 on CUDA as far as a CPU shows it: the cases of triton_cases.py and
+triton_denoisers.py, and where the backend is refused.
 
 python -m pytest tests/test_triton.py
 """
@@ -54,9 +54,10 @@ def test_what_the_interpreter_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_cases(interpret: str) -> None:
-    """triton_cases.py in a process of its own."""
+    """Both files in a process of their own."""
+    files = ["tests/triton_cases.py", "tests/triton_denoisers.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -74,10 +75,9 @@ def test_kernels_under_the_interpreter() -> None:
     run_cases("1")
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_kernels_on_a_card() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     reason = int8_supported("cuda")
     if reason is not None:
         pytest.skip(reason)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .models.architecture import built, describe
 from .models.diffusers_denoiser import DiffusersDenoiser, LikeDiffusers
-from .models.diffusers_pipeline import DiffusersPipeline, denoiser_of
+from .models.diffusers_loading import denoiser_of
+from .models.diffusers_pipeline import DiffusersPipeline
 from .quant.backends.native import Compiled
 from .quant.backends.selection import int8_supported, to_int8
 from .quant.calibration.calibrate import calibrate as calibrate_task

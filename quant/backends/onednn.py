@@ -355,16 +355,7 @@ class TransientLayer(QuantLayer):
     """
 
     def __init__(self, layer: QuantLayer):
-        super().__init__(
-            layer.op,
-            layer.qweight,
-            layer.w_scale,
-            layer.w_zero_point,
-            layer.bias,
-            layer.bits,
-            list(layer.inputs),
-            layer.split,
-        )
+        super().__init__(*layer.contents())
 
     def weight(self) -> torch.Tensor:
         if self.qweight.numel() <= LARGEST_KEPT_WEIGHT:

@@ -1,4 +1,4 @@
-"""Layers that execute on CUDA in integers (triton_kernels.py), and a denoiser that runs them.
+"""Layers that execute on CUDA in integers (triton_launch.py), and a denoiser that runs them.
 
     model = to_triton(load_quantized(path, denoiser)).to("cuda")
     model.simulated                                     # {name: reason} of what was left as it is
@@ -10,6 +10,7 @@ once for each shape of its input, as a CUDA graph, and plays them again.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from ..runtime.denoiser import QuantDenoiser, replace_module
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from ..runtime.packing import pack
 from ..runtime.quantizer import ActivationQuantizer
-from . import triton_kernels as kernels
+from . import triton_launch as kernels
+from .graphs import Graphs, is_tensor
 from .onednn import integer_codes, weights_fit
 
 
@@ -216,15 +218,15 @@ class TritonDenoiser(QuantDenoiser):
     """A QuantDenoiser of such layers. simulated: name -> why this layer was left as it is.
 
     On CUDA, unless a layer is simulated, whose scale PyTorch would take from the host, it records a
-    CUDA graph for each shape of its input and plays it again at every timestep. A batch of mixed
-    timesteps, which no sampler makes, runs row by row.
+    CUDA graph for each shape of its input and plays it again at every timestep; not where
+    `records` is set to false. A batch of mixed timesteps, which no sampler makes, runs row by row.
     """
 
     def __init__(self, model: QuantDenoiser, current: CurrentTimestep, simulated: dict[str, str]):
         super().__init__(model.denoiser, model.context)
         self.correction = model.correction
         self.current, self.simulated = current, simulated
-        self._recorded: dict[tuple, Recorded] = {}
+        self.graphs, self.records = Graphs(), True
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
@@ -245,70 +247,24 @@ class TritonDenoiser(QuantDenoiser):
         if x.device.type != "cuda":
             return self.denoiser(x, t, *args, **kwargs)
         with torch.cuda.device(x.device):  # where Triton launches
-            if self.simulated:
+            if self.simulated or not self.records:
                 return self.denoiser(x, t.to(x.device), *args, **kwargs)
-            inputs = [x, t, *args, *kwargs.values()]
-            key = tuple((v.shape, v.dtype, v.stride()) if _is_tensor(v) else v for v in inputs)
-            key += tuple(kwargs)
-            recorded = self._recorded.get(key)
-            if recorded is None:
-                with _timesteps_computed(self.denoiser):
-                    recorded = Recorded(self.denoiser, inputs, tuple(kwargs))
-                self._recorded[key] = recorded
-            return recorded(inputs)
+            computed = partial(_timesteps_computed, self.denoiser)
+            return self.graphs.call(self.denoiser, (x, t, *args), kwargs, computed)
 
     def _row(
         self, i: int, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict
     ) -> torch.Tensor:
         def of_row(value: Any) -> Any:
-            return value[i : i + 1] if _is_tensor(value) and len(value) == len(x) else value
+            return value[i : i + 1] if is_tensor(value) and len(value) == len(x) else value
 
         self.context.set(t[i : i + 1])
         rest = tuple(of_row(v) for v in args), {k: of_row(v) for k, v in kwargs.items()}
         return self._shared(of_row(x), of_row(t), *rest)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "TritonDenoiser":
-        self._recorded.clear()  # the weights move
+        self.graphs.clear()  # the weights move
         return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_recorded": {}}
-
-
-class Recorded:
-    """The launches of one call of a denoiser, as a CUDA graph over copies of its inputs.
-
-    inputs: the call's positional arguments, then the values of the keywords `names`; of its
-    tensors, t may lie on the host.
-    """
-
-    def __init__(self, denoiser: nn.Module, inputs: list[Any], names: tuple[str, ...]):
-        device = inputs[0].device
-        self.inputs = [v.to(device, copy=True) if _is_tensor(v) else v for v in inputs]
-        count = len(inputs) - len(names)
-        given, named = self.inputs[:count], dict(zip(names, self.inputs[count:], strict=True))
-        # What is made at the first call (compiled kernels, weights in floating point, workspaces)
-        # may not be made while a graph is recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                denoiser(*given, **named)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = denoiser(*given, **named)
-
-    def __call__(self, inputs: list[Any]) -> torch.Tensor:
-        for own, value in zip(self.inputs, inputs, strict=True):
-            if _is_tensor(own):
-                own.copy_(value, non_blocking=True)
-        self.graph.replay()
-        return self.output.clone()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..core.context import Timestep, TimestepContext
 from ..runtime.denoiser import QuantDenoiser
 from .distinct import check_trajectories
 from .finite import check_finite
+from .mixed_bits import set_bits
 from .phases import PHASES
 from .run_state import restore
 from .task import Job, Task
@@ -46,6 +47,7 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     model = quantize(task.denoiser, context, policy, on_layer=progress.step)
     progress.end()
     if state.tensors:
+        set_bits(model, (state.report.get("bits") or {}).get("bits", {}))
         restore(model, state.tensors)
         state.tensors = {}
     job = Job(task, model)

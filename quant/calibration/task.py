@@ -14,7 +14,7 @@ from .run_state import RunState
 from .states import CalibrationStates
 
 # Streams of random numbers; fixed, so that a new phase leaves those of the others alone.
-STREAMS = {"equivalent": 0, "search": 3, "finetune": 5}
+STREAMS = {"equivalent": 0, "bits": 1, "errors": 2, "search": 3, "finetune": 5}
 
 # (x_t, t, eps) of a call -> the eps that the sampler goes on with.
 OnOutput = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+FEWEST_BITS = 2  # of a weight or an activation
 METHODS = ("tinydm", "e2e", "e2e_plain", "qdiffusion", "ptqd", "tfmq", "apqdm", "ptq4dm", "minmax")
 
 
@@ -34,6 +35,12 @@ def setting(
 @dataclass(frozen=True)
 class WeightSettings:
     bits: int = setting(4, "bits of the weights", within=(2, 8))
+    average_bits: float = setting(
+        0.0,
+        "mean bits of a weight, shared out among the layers by what their errors do to the image; "
+        "0: `bits` for all of them",
+        within=(0.0, 8.0),
+    )
     scale: str = setting(
         "mse",
         "scale of each output channel: by a search of the clipping range, or of the full range",
@@ -94,7 +101,7 @@ class SearchSettings:
         1.5, "eta, what a timestep that was seldom chosen gains", within=(0.0, 1e3)
     )
     error_weight: float = setting(
-        1.0, "rho, weight of the eps error in the choice; 0 is the paper's rule", within=(0.0, 1e3)
+        8.0, "rho, weight of the eps error in the choice; 0 is the paper's rule", within=(0.0, 1e3)
     )
     temperature: float = setting(0.1, "of the softmax at the end; it begins at 1", within=(1e-3, 1))
 

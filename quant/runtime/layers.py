@@ -70,6 +70,13 @@ class QuantLayer(nn.Module):
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
         self._steps: dict[int, SharedStep] = {}  # likewise, see _step
 
+    def contents(self) -> tuple[Any, ...]:
+        """What __init__ takes, for a layer of another class with the same buffers."""
+        return (
+            *(self.op, self.qweight, self.w_scale, self.w_zero_point, self.bias),
+            *(self.bits, list(self.inputs), self.split, self.channel_scale),
+        )
+
     @property
     def in_features(self) -> int:
         """Of a linear layer, which pipelines of diffusers ask for."""

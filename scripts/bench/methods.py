@@ -17,6 +17,7 @@ from ..experiment.cli import (
     add_out,
     make_parser,
 )
+from ..experiment.device_defaults import device_memory
 from ..experiment.devices import resolve_device
 from ..experiment.runs import locked
 from . import measure, tables
@@ -215,7 +216,7 @@ def main(argv: list[str], description: str | None) -> None:
         raise ConfigError("--fid: needs --reference FILE, statistics or images")
     device, backend = resolve_device(args.device), read_backend(args)
     (trajectories,) = read_numbers("--trajectories", args.trajectories)[:1]
-    plan = Plan(args.config, args.overrides)
+    plan = Plan(args.config, args.overrides, device_memory(device))
     scorer = Scorer(args.reference, args.device) if args.fid else None
     folder = Path(args.out)
     bench = Bench(folder, plan, device, trajectories, scorer, backend)

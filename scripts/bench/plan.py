@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...quant.core.settings import METHODS as QUANTIZED
 from ..common.errors import ConfigError
 from ..common.schema import suggestion
-from ..experiment.config import METHODS as QUANTIZED
 from ..experiment.config import Config, Override, load_config
 from .ablations import PARTS, Variant
 from .studies import STUDIES
@@ -112,9 +112,10 @@ class Sampler:
 class Plan:
     """Configurations of the cells. Raises ConfigError for those that cannot be."""
 
-    def __init__(self, path: str, overrides: Sequence[str | Override]):
-        self.path, self.overrides = path, list(overrides)
-        self.base = load_config(path, self.overrides)
+    def __init__(self, path: str, overrides: Sequence[str | Override], memory: float | None = None):
+        """memory: GiB of a GPU, see device_defaults.py."""
+        self.path, self.overrides, self.memory = path, list(overrides), memory
+        self.base = load_config(path, self.overrides, memory)
 
     @property
     def noise(self) -> int:
@@ -135,10 +136,12 @@ class Plan:
         return load_config(
             self.path,
             [*self.overrides, *coordinates, *_sampler_keys(sampler, noise), *cell.overrides],
+            self.memory,
         )
 
     def full_config(self, sampler: Sampler, noise: int | None = None) -> Config:
-        return load_config(self.path, [*self.overrides, *_sampler_keys(sampler, noise)])
+        overrides = [*self.overrides, *_sampler_keys(sampler, noise)]
+        return load_config(self.path, overrides, self.memory)
 
     def sampler(self, steps: int) -> Sampler:
         """The configuration's own, with so many steps."""

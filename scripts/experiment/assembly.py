@@ -17,7 +17,8 @@ from ...models.checkpoint_files import CheckpointError, State, is_out_of_memory
 from ...models.conditioning import VIT_L_14, ClassEmbedder, CLIPTextTower, PromptTable, tokenize
 from ...models.diffusers_denoiser import DiffusersDenoiser
 from ...models.diffusers_folder import scheduler_says
-from ...models.diffusers_pipeline import DiffusersFolder, DiffusersPipeline
+from ...models.diffusers_loading import DiffusersFolder
+from ...models.diffusers_pipeline import DiffusersPipeline
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
@@ -26,8 +27,10 @@ from ...quant.runtime.packed_file import load_quantized, read_metadata
 from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
-from .config import ConditioningConfig, Config, parse_config, repository_path
+from .config import Config, parse_config, repository_path
+from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
+from .precision import PRECISIONS, in_precision
 
 BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
@@ -52,11 +55,12 @@ def assemble(
     backend: str = "fake",
     device: str | torch.device = "cpu",
     compiled: Callable[[], Compiled | None] | None = None,
+    precision: str = PRECISIONS[0],
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
-    CheckpointError or PackedFileError.
+    compiled: gives what `select_backend` takes, called once the file is read. precision: see
+    precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
     if config.model.arch == DIFFUSERS:
@@ -79,6 +83,7 @@ def assemble(
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
+    model = in_precision(model, precision)
     return Assembly(model, parts, files.digests, files.sizes)
 
 
@@ -218,6 +223,7 @@ def _surroundings(
         first_stage=None if first_stage is None else first_stage.to(device),
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
+        decode_batch=config.sampling.decode_batch,
     )
 
 

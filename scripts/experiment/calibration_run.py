@@ -36,6 +36,7 @@ from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
 from .assembly import Assembly
 from .config import Config, keep_written, resolved_yaml
+from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
@@ -50,12 +51,16 @@ RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
 
 
 class Bars:
-    """Progress bars, one a phase."""
+    """Progress bars, one a phase. peaks: phase -> bytes that it took on the device at most, of a
+    device that is not the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peaks = device, dict[str, int]()
         self.bar: tqdm | None = None
 
     def begin(self, phase: str, total: int) -> None:
+        self.phase = phase
+        forget_peak(self.device)
         self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
 
     def step(self, text: str) -> None:
@@ -64,6 +69,9 @@ class Bars:
 
     def end(self) -> None:
         self.bar.close()
+        peak = peak_memory(self.device)
+        if peak is not None:
+            self.peaks[self.phase] = peak
         return_freed_memory()  # phases want blocks of other sizes
 
     def close(self) -> None:
@@ -225,7 +233,7 @@ def calibrate_run(
     elif wanted:
         states = make_states(run)
         save(state)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         task = Task(
             assembly.denoiser,
             states,
@@ -243,7 +251,7 @@ def calibrate_run(
             deployed, phases = calibrate(task)
         except DivergenceError as error:
             raise RunError(advice(error, state, config)) from error
-    lines = write_result(run, states, Outcome(deployed, phases, began))
+    lines = write_result(run, states, Outcome(deployed, phases, began, bars.peaks))
     (folder / STATE).unlink(missing_ok=True)
     return lines
 
@@ -260,22 +268,24 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
     model = model.to(states.device).to(memory_format=torch.channels_last)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         started = time.perf_counter()
         kind, denoiser = config.quant.correction, assembly.denoiser
         fitted = correct(kind, model, denoiser, run, states, bars)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
-    return write_result(run, states, Outcome(model, phases, began))
+    return write_result(run, states, Outcome(model, phases, began, bars.peaks))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A deployed model, the reports of the phases, and when the run began (perf_counter)."""
+    """A deployed model, the reports of the phases, when the run began (perf_counter), and what the
+    phases took on the device (Bars.peaks)."""
 
     model: nn.Module
     phases: dict[str, Any]
     began: float
+    peaks: dict[str, int]
 
 
 def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcome) -> list[str]:
@@ -332,6 +342,8 @@ def write_report(
         **share,
         "seconds": round(seconds, 2),
         "seed": config.calibration.seed,
+        "device": device_name(run.device),
+        "peak_device_bytes": outcome.peaks or None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "sources": run.assembly.sources,

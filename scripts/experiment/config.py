@@ -1,4 +1,4 @@
-"""The configuration of an experiment: frozen dataclasses, read by one strict loader.
+"""Reads the configuration of an experiment from YAML, strictly.
 
     config = load_config("configs/cifar10.yaml", ["sampler.steps=50"])
 
@@ -9,46 +9,22 @@ then in the working directory; those given on the command line in the working di
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...models.pipeline import (
-    ARCHITECTURES,
-    DIFFUSERS,
-    SAMPLERS,
-    SKIPS,
-    UPSTREAM_ONLY,
-    sampling_plan,
-)
-from ...models.schedule import SCHEDULES
-from ...quant.core.settings import (
-    METHODS,
-    CalibrationSettings,
-    QuantSettings,
-    WeightSettings,
-    preset,
-    setting,
-)
+from ...models.pipeline import DIFFUSERS
+from ...quant.core.settings import METHODS, WeightSettings, preset
 from ..common.errors import ConfigError
 from ..common.paths import ROOT
-from ..common.schema import (
-    Key,
-    Tree,
-    Where,
-    build,
-    check_arguments,
-    read_value,
-    read_yaml,
-    suggestion,
-)
+from ..common.schema import Key, Tree, build, read_value, read_yaml, suggestion
+from . import device_defaults
+from .config_sections import OF_DIFFUSERS, Config, check_config
 
 __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
 
-LARGEST_SIZE = 65_536  # of a number in model.params
-MOST_ENTRIES = 64  # blocks of a level, entries of a list
 # Keys of settings that did not earn their place -> the value that switched them off.
 REMOVED = {
     ("quant", "activation", "step_bits"): [],
@@ -63,124 +39,6 @@ RENAMED = {
 }
 # The baselines have no such steps, whatever a file of tinyDM says.
 END_TO_END = ("quant", "reconstruct", "finetune_iterations")
-
-
-@dataclass(frozen=True)
-class FirstStageConfig:
-    """The autoencoder of latent diffusion, in the public configurations' words."""
-
-    target: str = setting(
-        MISSING, "VQModelInterface or AutoencoderKL; a class path before it is ignored"
-    )
-    params: dict = setting(MISSING, "arguments of that class")
-    checkpoint: str | None = setting(None, "its file; null: within the model's checkpoint")
-    prefix: str | None = setting("first_stage_model", "its tensors' names begin with it")
-
-
-@dataclass(frozen=True)
-class ConditioningConfig:
-    """One context token per class, or texts."""
-
-    n_classes: int | None = setting(
-        None, "classes; the last one is the null class", within=(2, 10**6)
-    )
-    embed_dim: int | None = setting(None, "width of a class's token", within=(1, 10**6))
-    prompts: tuple[str, ...] | None = setting(None, "texts, numbered like classes")
-    text_params: dict = field(
-        default_factory=dict,
-        metadata={
-            "doc": "fields of transformers' CLIPTextConfig that differ from those of ViT-L/14"
-        },
-    )
-    tokenizer: str = setting(
-        "openai/clip-vit-large-patch14", "a folder or hub name with CLIP's vocabulary"
-    )
-    prefix: str | None = setting("cond_stage_model", "its tensors' names begin with it")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    arch: str = setting(MISSING, "family of the denoiser", choices=(*ARCHITECTURES, DIFFUSERS))
-    params: dict = field(
-        default_factory=dict,
-        metadata={
-            "doc": "arguments of the denoiser, in upstream's names; of the pipeline's call for "
-            "diffusers (height, negative_prompt, ...)"
-        },
-    )
-    checkpoint: str | None = setting(
-        None,
-        "full-precision file, or folder of diffusers; relative to the repository, this file or the "
-        "working directory",
-    )
-    url: str | None = setting(None, "where it can be downloaded")
-    digest: str | None = setting(
-        None, "sha256:HEX or md5:HEX of what lies there, if that is published"
-    )
-    weights: str = setting("ema", "which copy of the weights", choices=("ema", "raw"))
-    prefix: str | None = setting(None, "the denoiser's tensors' names begin with it")
-    first_stage: FirstStageConfig | None = None
-    conditioning: ConditioningConfig | None = None
-    scale_factor: float | None = setting(
-        None, "of the latents; null: the checkpoint's own, else 1", within=(1e-6, 1e6)
-    )
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    betas: str = setting(
-        "linear",
-        "noise schedule; `scaled_linear` is what latent diffusion calls linear",
-        choices=SCHEDULES,
-    )
-    beta_start: float = setting(1e-4, "first beta", within=(1e-9, 1.0))
-    beta_end: float = setting(0.02, "last beta", within=(1e-9, 1.0))
-    train_timesteps: int = setting(1000, "timesteps of the noise schedule", within=(2, 100_000))
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    name: str = setting("ddim", "sampler", choices=tuple(SAMPLERS))
-    steps: int = setting(100, "sampling steps", within=(1, 100_000))
-    skip: str = setting("uniform", "spacing of the timesteps", choices=tuple(SKIPS))
-    eta: float = setting(0.0, "0 deterministic DDIM .. 1 ancestral; DDIM only", within=(0.0, 1.0))
-    clip_denoised: bool = setting(
-        False,
-        "clip the predicted x0; for DDIM, guided_ddpm and dpmpp: ddpm always does, the samplers of "
-        "latent diffusion never do",
-    )
-    guidance_scale: float | None = setting(
-        1.0,
-        "classifier-free guidance; 1: none; null: what the pipeline of diffusers has by default",
-        within=(0.0, 1000.0),
-    )
-
-
-OF_DIFFUSERS = SamplerConfig(name="scheduler", steps=50, guidance_scale=None)
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    count: int = setting(64, "images", within=(1, 1_000_000))
-    batch_size: int = setting(
-        64, "images made together; changes nothing in an image", within=(1, 65_536)
-    )
-    micro_batch: int = setting(16, "rows of each network call", within=(1, 65_536))
-    seed: int = setting(1234, "seed of the images", within=(0, 2**63 - 1))
-    classes: tuple[int, ...] | None = setting(
-        None, "given to the images in turn; null: all classes evenly"
-    )
-
-
-@dataclass(frozen=True)
-class Config:
-    name: str
-    model: ModelConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    quant: QuantSettings = QuantSettings()
-    calibration: CalibrationSettings = CalibrationSettings()
-    sampling: SamplingConfig = SamplingConfig()
 
 
 @dataclass(frozen=True)
@@ -200,17 +58,20 @@ class Override:
         return cls(key, text, f"--set {key}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str | Override] = (), memory: float | None = None
+) -> Config:
     """Read a YAML file; overrides ("key.sub=value") replace keys, the last one wins.
 
-    Raises ConfigError: one line with file and line, or with the option.
+    memory: GiB of the GPU that the run is for, None for a CPU (device_defaults.py). Raises
+    ConfigError: one line with file and line, or with the option.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
-    return parse_config(text, str(path), overrides, Path(path).parent)
+    return parse_config(text, str(path), overrides, Path(path).parent, memory)
 
 
 def parse_config(
@@ -218,10 +79,12 @@ def parse_config(
     source: str,
     overrides: Sequence[str | Override] = (),
     folder: str | Path = ".",
+    memory: float | None = None,
 ) -> Config:
     """Reads a configuration from YAML text, as load_config does from a file.
 
-    source: name of the text in error messages; paths may be relative to `folder`.
+    source: name of the text in error messages; paths may be relative to `folder`. memory: see
+    load_config.
 
     Where overrides name another method than the text, and one without end-to-end steps, the text's
     steps do not count.
@@ -241,11 +104,12 @@ def parse_config(
     _translate_old_keys(tree)
     quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
+    device_defaults.resolve(tree, memory, quant)
     model = tree.values.get("model")
     if isinstance(model, dict) and model.get("arch") == DIFFUSERS:
         defaults["sampler"] = OF_DIFFUSERS
     config = build(Config, tree.values, tree.where, (), defaults)
-    _check(config, tree.where)
+    check_config(config, tree.where)
     return _with_paths(config, tree, Path(folder))
 
 
@@ -285,7 +149,7 @@ def _translate_old_keys(tree: Tree) -> None:
     configuration they were made with: removed ones at the value that switched them off, and renamed
     ones. Raises ConfigError for others, and for those of the command line."""
     for key, off in REMOVED.items():
-        value = _value(tree, key)
+        value = tree.value(key)
         if value is MISSING:
             continue
         where = tree.where(key)
@@ -293,22 +157,14 @@ def _translate_old_keys(tree: Tree) -> None:
             raise ConfigError(f"{where}: {'.'.join(key)} was removed (docs/ablations.md says why)")
         tree.drop(key)
     for key, new in RENAMED.items():
-        value = _value(tree, key)
+        value = tree.value(key)
         if value is MISSING:
             continue
         where = tree.where(key)
-        if where.startswith("--") or _value(tree, new) is not MISSING:
+        if where.startswith("--") or tree.value(new) is not MISSING:
             raise ConfigError(f"{where}: {'.'.join(key)} is called {'.'.join(new)} now")
         tree.drop(key)
         tree.set(new, value, where)
-
-
-def _value(tree: Tree, key: Key) -> Any:
-    """MISSING where the key is not there."""
-    value: Any = tree.values
-    for name in key:
-        value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
-    return value
 
 
 def _method(tree: Tree) -> Any:
@@ -337,162 +193,6 @@ def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
     return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _check(config: Config, where: Where) -> None:
-    """Checks what depends on several keys at once. Raises ConfigError."""
-
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")
-
-    model, schedule, sampler = config.model, config.schedule, config.sampler
-    if model.arch not in SAMPLERS[sampler.name]:
-        fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
-        refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
-    _check_conditioning(model.conditioning, refuse)
-    temporal = config.quant.time_embedding == "reconstructed"
-    if temporal and config.quant.reconstruct.iterations == 0:
-        refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
-    if model.arch == DIFFUSERS:
-        _check_diffusers(config, where, refuse)
-        return
-    denoiser = ARCHITECTURES[model.arch]
-    extra = () if model.arch == "ddim_unet" else UPSTREAM_ONLY
-    check_arguments(denoiser, model.params, where, ("model", "params"), extra)
-    if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
-        refuse("model.params", "needs image_size, the side of what the denoiser sees")
-    _check_sizes(model.params, ("model", "params"), refuse)
-    check_image_size(model.params, refuse)
-    _check_channels(config, refuse)
-    if model.first_stage is not None:
-        _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
-    for name in ("first_stage", "conditioning"):
-        if getattr(model, name) is not None and model.arch != "ldm_unet":
-            refuse(f"model.{name}", "belongs to arch ldm_unet only")
-    if schedule.beta_start > schedule.beta_end:
-        refuse("schedule.beta_end", f"must be at least beta_start, is {schedule.beta_end}")
-    if schedule.beta_end >= 1:
-        refuse("schedule.beta_end", "must be below 1")
-    if sampler.steps > schedule.train_timesteps:
-        limits = f"1..{schedule.train_timesteps}"
-        refuse("sampler.steps", f"must be within {limits}, is {sampler.steps}")
-    try:
-        plan = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
-    except ValueError as error:
-        refuse("sampler", f"does not fit: {error}")
-    for t in plan[0]:
-        if not 0 < plan[1][t] < 1:
-            what = "no noise" if plan[1][t] >= 1 else "nothing but noise"
-            refuse("schedule", f"has {what} in an image at timestep {t}; other betas are needed")
-    if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
-        refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
-    if sampler.guidance_scale is None:
-        refuse("sampler.guidance_scale", "must be a number; null is for diffusers")
-    if sampler.guidance_scale != 1 and model.conditioning is None:
-        refuse("sampler.guidance_scale", "needs model.conditioning")
-    _check_classes(config, refuse)
-
-
-def _check_diffusers(config: Config, where: Where, refuse: Any) -> None:
-    """The folder itself says the rest, once it is read."""
-    if config.model.first_stage is not None or config.model.prefix is not None:
-        refuse("model", "has neither first_stage nor prefix for diffusers: the folder has them")
-    if config.model.conditioning is not None and config.model.conditioning.prompts is None:
-        refuse("model.conditioning", "has prompts only for diffusers: the folder has the classes")
-    for name, section, plain in (
-        ("schedule", config.schedule, ScheduleConfig()),
-        ("sampler", config.sampler, OF_DIFFUSERS),
-    ):
-        for key in ("betas", "beta_start", "beta_end", "train_timesteps", "skip", "clip_denoised"):
-            if getattr(section, key, None) != getattr(plain, key, None):
-                refuse(f"{name}.{key}", "is ruled by the folder's scheduler_config.json")
-    classes = config.sampling.classes
-    if classes is not None and (not classes or min(classes) < 0):
-        refuse("sampling.classes", "must be a list of numbers from 0 on")
-
-
-def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) -> None:
-    if conditioning is None:
-        return
-    classes = (conditioning.n_classes, conditioning.embed_dim)
-    if conditioning.prompts is None:
-        if None in classes:
-            refuse("model.conditioning", "needs n_classes and embed_dim, or prompts")
-    elif classes != (None, None):
-        refuse("model.conditioning.prompts", "cannot be there beside n_classes and embed_dim")
-    elif not conditioning.prompts:
-        refuse("model.conditioning.prompts", "must hold at least one text")
-
-
-def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
-    """Building even an empty network takes time and memory by these: no file may ask for any."""
-    name = key[-1]
-    most = MOST_ENTRIES if name.endswith(("blocks", "depth")) else LARGEST_SIZE
-    if isinstance(value, dict):
-        for inner in value:
-            _check_sizes(value[inner], (*key, inner), refuse)
-    elif isinstance(value, list | tuple):
-        if len(value) > MOST_ENTRIES:
-            refuse(".".join(key), f"has {len(value)} entries, at most {MOST_ENTRIES} are sensible")
-        for inner in value:
-            _check_sizes(inner, key, refuse)
-    elif isinstance(value, int | float) and not -most <= value <= most:
-        refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
-
-
-def _check_channels(config: Config, refuse: Any) -> None:
-    """The samplers take eps of everything that the denoiser sees, guided_ddpm also a variance."""
-    model, name = config.model, config.sampler.name
-    seen = model.params.get("in_channels", 3)
-    key = "out_ch" if model.arch == "ddim_unet" else "out_channels"
-    given = model.params.get(key, 3 if model.arch == "ddim_unet" else seen)
-    fitting = {"guided_ddpm": [2 * seen], "guided_ddim": [seen, 2 * seen]}.get(name, [seen])
-    if min(seen, given) > 0 and given not in fitting:  # 0 builds no denoiser, which is told later
-        wanted = " or ".join(map(str, fitting))
-        why = f"is {given}; {name} takes {wanted} of a denoiser that sees {seen}"
-        refuse(f"model.params.{key}", why)
-
-
-def check_image_size(params: dict, refuse: Any) -> None:
-    """Each level but the last halves the picture, and the way up doubles it again.
-
-    refuse(key, why) raises.
-    """
-    size = params.get("image_size")
-    levels = params.get("ch_mult", params.get("channel_mult"))
-    if not isinstance(size, int) or not isinstance(levels, list | tuple) or not levels:
-        return
-    unit = 2 ** (len(levels) - 1)
-    if size < unit or size % unit:
-        refuse("model.params.image_size", f"must be a multiple of {unit}, is {size}")
-
-
-def _check_classes(config: Config, refuse: Any) -> None:
-    model, classes = config.model, config.sampling.classes
-    if classes is None:
-        return
-    count = number_of_classes(model)
-    if count is None:
-        refuse("sampling.classes", "is for class-conditional models only")
-    elif not classes or min(classes) < 0 or max(classes) >= count:
-        refuse("sampling.classes", f"must be a list of numbers within 0..{count - 1}")
-
-
-def number_of_classes(model: ModelConfig) -> int | None:
-    """Classes or prompts that can be asked for (the null class is none of them), or None."""
-    if model.conditioning is not None:
-        prompts = model.conditioning.prompts
-        return model.conditioning.n_classes - 1 if prompts is None else len(prompts)
-    return model.params.get("num_classes")
-
-
-def calls_per_image(config: Config) -> int:
-    """Rows of the network that an image takes: two a step with guidance, and PLMS asks once more
-    at its start. Not for diffusers, see DiffusersPipeline.calls_per_image."""
-    sampler = config.sampler
-    timesteps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
-    calls = len(timesteps) + (sampler.name == "plms")
-    return calls * (1 if sampler.guidance_scale == 1.0 else 2)
 
 
 def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:

@@ -1,0 +1,35 @@
+"""What the tests of the integer kernels for CUDA share (triton_cases.py, triton_denoisers.py)."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tinydm.quant.backends.triton_launch import INTERPRETED
+from tinydm.quant.backends.triton_layers import CurrentTimestep
+from tinydm.quant.core.context import TimestepContext
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def at_timestep(current: CurrentTimestep, at: TimestepContext, t: int) -> int:
+    """Sets both to t; the index of its calibrated timestep."""
+    at.set(torch.tensor([t]))
+    assert isinstance(at.index, int)
+    current.index.fill_(at.index)
+    return at.index
+
+
+def nhwc(*shape: int, scale: float = 3.0) -> torch.Tensor:
+    x = scale * torch.randn(shape)
+    return x.contiguous(memory_format=torch.channels_last).to(DEVICE)
