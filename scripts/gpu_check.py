@@ -43,7 +43,7 @@ from tinydm.scripts.experiment.devices import device_name, resolve_device
 VARIANTS = [
     *("fp32", "tf32", "bf16", "fp16", "fp16-compiled", "fp32-graph", "tf32-graph", "fp16-graph"),
     *("fake-w8a8", "fake-w8a8-tf32", "fake-w4a8-tf32", "int8-w8a8", "int8-w8a8-launches"),
-    "int8-w4a8",
+    *("int8-w8a8-fp16", "int8-w4a8"),
 ]
 QUICK = ["fp32", "tf32", "bf16", "fp16-graph", "fake-w8a8", "fake-w8a8-tf32", "int8-w8a8"]
 MODELS = {"cifar10": [16, 64, 256], "imagenet256": [4, 16, 64], "sd_v1": [2, 4, 8]}

@@ -217,6 +217,10 @@ def test_what_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(ConfigError, match=r"capability 7\.5\) has none; 8\.0 and newer have"):
             check_precision(name, cuda)
     check_precision("fp16", cuda)
+    check_precision("fp16", cuda, "int8")
+    with pytest.raises(ConfigError, match="tf32: --backend int8 takes bf16, fp16 or float32"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        check_precision("tf32", cuda, "int8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     check_precision("tf32", cuda)
 

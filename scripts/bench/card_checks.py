@@ -23,7 +23,7 @@ from ...models.pipeline import build_denoiser
 from ...quant.backends.selection import int8_supported
 from ...quant.backends.tensor_cores import EXACT_SUM, allow_tf32
 from ..common.errors import MetricError
-from ..common.files import save_tensors, write_text
+from ..common.files import save_tensors, write_json
 from ..common.images import to_uint8
 from ..common.paths import ROOT
 from ..experiment.assembly import assemble
@@ -117,7 +117,7 @@ def tiny_config(folder: Path) -> Path:
         parameter.data.normal_(0, 0.2, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "tiny.pt", model.state_dict())
-    write_text(folder / "tiny.yaml", json.dumps(TINY))  # which is YAML, too
+    write_json(folder / "tiny.yaml", TINY)  # which YAML is too
     return folder / "tiny.yaml"
 
 
@@ -140,7 +140,7 @@ def check_images(card: Card) -> list[Verdict]:
     for quantized, backend, precisions in (
         (None, "fake", ("float32", "tf32", "bf16", "fp16")),
         (file, "fake", ("float32", "tf32")),
-        (file, "int8", ("float32",)),
+        (file, "int8", ("float32", "fp16") if card.is_one else ("float32",)),
     ):
         what = "full precision" if quantized is None else backend
         wanted = None
@@ -157,7 +157,7 @@ def check_images(card: Card) -> list[Verdict]:
             made = images_of(card, card.device, quantized, backend, precision)
             decibel = float(np.minimum(psnr(squared_error(made, wanted)), 999.0))
             # Full precision in fewer bits is another result, which is told, not judged.
-            judged = precision == "float32" or quantized is not None
+            judged = precision == "float32" or backend == "fake" and quantized is not None
             text = f"{decibel:.1f} dB to float32 fake quantization on the CPU"
             text = text if quantized is not None else f"{decibel:.1f} dB to float32 on the CPU"
             if judged:

@@ -65,6 +65,7 @@ VARIANTS = {
     "fp16-graph": Variant("fp16, CUDA graph", precision="fp16"),
     "fake-w8a8-tf32": Variant("fake W8A8, TF32", 8, precision="tf32"),
     "fake-w4a8-tf32": Variant("fake W4A8, TF32", 4, precision="tf32"),
+    "int8-w8a8-fp16": Variant("int8 W8A8, fp16 between", 8, "int8", precision="fp16"),
     "int8-w8a8-launches": Variant("int8 W8A8, no graph", 8, "int8", graph=False),
     "fake-w8a8": Variant("fake W8A8", 8),
     "fake-w4a8": Variant("fake W4A8", 4),
@@ -107,6 +108,8 @@ def obstacle(variant: Variant, device: torch.device = CPU) -> str | None:
     if cuda and variant.compiled and variant.bits is not None:
         return "is for CPUs"
     reason = lacks_precision(variant.precision, device)
+    if variant.backend == "int8" and variant.precision != PRECISIONS[0] and not cuda:
+        return "needs a CUDA device"
     if reason is not None or variant.backend == "fake":
         return reason
     if cuda:
