@@ -29,6 +29,7 @@ from tinydm.scripts.bench.plan import (
     study_cells,
 )
 from tinydm.scripts.bench.studies import STUDIES
+from tinydm.scripts.common import memory
 from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment.runs import locked
 
@@ -375,6 +376,20 @@ def test_every_study_has_configurations(room: Path) -> None:
     with_correction = Cell("budget of ptqd", "600", (4, 8), 3, 0)
     assert with_correction.base == replace(with_correction, table="budget of qdiffusion")
     assert set(STUDIES["tuning"]) | set(BASES) | {"minmax"} == set(QUANTIZED)
+
+
+def test_the_peak_of_the_memory_counts_anew() -> None:
+    """What an earlier calibration needed is not the next one's."""
+    if not memory.STATUS.exists():
+        pytest.skip("Linux alone says how much memory a process has")
+    block = torch.ones(200 * 2**18)  # 200 MiB
+    del block
+    assert memory.forget_peak()
+    start = memory.resident("VmHWM")
+    assert start - memory.resident("VmRSS") < 20 * 2**20
+    block = torch.ones(100 * 2**18)
+    del block
+    assert 90 * 2**20 < memory.resident("VmHWM") - start < 150 * 2**20
 
 
 def test_mistakes_are_one_line(room: Path) -> None:

@@ -165,7 +165,7 @@ class Bench:
 
     def _calibrate(self, config: Config, folder: Path, base: Path | None) -> Row:
         full = self.full(config)
-        measurable = forget_peak()
+        measurable = not (folder / RESULT).exists() and forget_peak()
         states, seconds = full.calibration_states(config)
         assembly = assemble(config, device=self.device)
         run = CalibrationRun(config, assembly, folder, self.device)
@@ -256,12 +256,11 @@ class Bench:
         """`rows` and those earlier ones that still are what this command would measure."""
 
         def key_of(row: Row) -> tuple[Any, ...]:
-            # Earlier versions had the noise of the configuration alone.
-            noise = row.get("noise", self.plan.noise)
-            return (Cell.from_plain(row["cell"]).key, *row["sampler"].values(), noise)
+            return (Cell.from_plain(row["cell"]).key, *row["sampler"].values(), row["noise"])
 
         merged = {key_of(row): row for row in rows}
         for row in earlier:
+            row = {"noise": self.plan.noise} | row  # earlier versions had this one alone
             new = merged.get(key_of(row))
             if (row["count"], row["trajectories"]) != (self.count, self.trajectories):
                 continue
@@ -293,7 +292,7 @@ class Bench:
             return False
         try:
             if cell.method == "fp":
-                config = self.plan.full_config(sampler, row.get("noise"))
+                config = self.plan.full_config(sampler, row["noise"])
                 return row["digest"] == self.full(config).digest
             return row["digest"] == self.digest(cell)
         except ConfigError:
