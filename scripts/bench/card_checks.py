@@ -59,7 +59,7 @@ TINY = {
     },
     "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0},
     "sampling": {"count": 2, "micro_batch": 2, "seed": 5},
-    "calibration": {"samples": 32, "trajectories": 4},
+    "calibration": {"samples": 32},
     "quant": {
         "search": {"rounds": 2, "batch_size": 4},
         "reconstruct": {"finetune_iterations": 3, "finetune_batch_size": 4},
