@@ -192,11 +192,11 @@ class Models:
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     with_random_weights(module, generator)
         model = model.eval().requires_grad_(False).to(self.device)
-        model = in_precision(model.to(memory_format=torch.channels_last), variant.precision)
-        if variant.bits is not None:
-            return model
-        model = torch.compile(model) if variant.compiled else model
-        return Graphed(model) if variant.graph else model
+        model = model.to(memory_format=torch.channels_last)
+        if variant.compiled and variant.bits is None:
+            model = torch.compile(model)
+        model = in_precision(model, variant.precision)
+        return Graphed(model) if variant.graph and variant.bits is None else model
 
     def _peer_file(self, variant: Variant) -> Path:
         """The network in the peer's form, made if it is not there."""
