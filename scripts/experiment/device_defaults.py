@@ -74,8 +74,11 @@ def resolve(tree: Tree, memory: float | None, quant: QuantSettings) -> None:
 def for_calibration(config: Config, memory: float | None) -> Config:
     """On a GPU, a call has no more rows than there are trajectories: as many as fit would be made.
     memory: GiB of the device, None for a CPU."""
-    most = 2 ** (config.calibration.trajectories.bit_length() - 1)
-    if memory is None or config.sampling.micro_batch <= most:
+    trajectories = config.calibration.trajectories
+    if memory is None or trajectories is None:
+        return config
+    most = 2 ** (trajectories.bit_length() - 1)
+    if config.sampling.micro_batch <= most:
         return config
     return replace(config, sampling=replace(config.sampling, micro_batch=most))
 
