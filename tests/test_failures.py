@@ -30,7 +30,7 @@ from tests.helpers.forks import refusal
 from tests.helpers.images import write_images
 from tests.helpers.rooms import RESULT, files_of, write_room
 from tinydm.quant.calibration.phases import learn
-from tinydm.scripts import evaluate
+from tinydm.scripts import evaluate, start
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
@@ -135,9 +135,10 @@ def test_what_may_not_be_opened_is_named(public: Path, what: str, tmp_path: Path
     if what in ("out", "run", "images"):
         closed = public / what
         closed.mkdir()
+    out = (closed if closed.is_dir() else public) / "x"
     closed.chmod(0o555 if what in ("out", "run") else 0)
     main = calibrate.main if what == "run" else sample_diffusion.main
-    arguments = ("--config", public / "tiny.yaml", "--out", closed / "x")
+    arguments = ("--config", public / "tiny.yaml", "--out", out)
     if what == "images":
         main, arguments = evaluate.main, (closed, closed)
     fork = forks.run(main, *arguments, before=become_nobody)
@@ -272,6 +273,22 @@ def test_every_failed_allocation_is_one_line(error: Exception) -> None:
         raise error
 
     assert "out of memory: lower the batch size" in refusal(forks.run(main))
+
+
+def test_a_command_says_nothing_after_its_error() -> None:
+    """Where memory lacks, what libraries do at Python's end fails as well."""
+
+    def failing() -> None:
+        raise MemoryError
+
+    def main(arguments: list[str]) -> None:
+        try:
+            start.run(failing)
+        finally:
+            print("Python goes on")
+
+    line = "error: out of memory: lower the batch size (--set sampling.micro_batch=4), free some, "
+    assert forks.run(main).text() == f"{line}or raise its limit (ulimit -v)\n"
 
 
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:

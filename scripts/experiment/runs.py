@@ -33,10 +33,9 @@ NUMBERED = re.compile(r"[0-9]{6}\.png")
 def beside(folder: str | Path, suffix: str) -> Path:
     """runs/x/images, "report.json" -> runs/x/images.report.json; beside what a link points to."""
     folder = Path(folder)
-    folder = folder.resolve() if folder.is_symlink() else folder
-    name = folder.name or folder.resolve().name
-    parent = folder.parent if folder.name else folder.resolve().parent
-    return parent / f"{name}.{suffix}"
+    if folder.is_symlink() or not folder.name:
+        folder = Path(os.path.realpath(folder))
+    return folder.parent / f"{folder.name}.{suffix}"
 
 
 @contextmanager
