@@ -36,8 +36,7 @@ from tinydm.scripts.experiment.runs import claim
 from tinydm.scripts.experiment.sampling_run import SamplingRun, make_images
 
 QUICK = (
-    "sampler.steps=4",
-    "calibration.samples=16",
+    "calibration.samples=12",
     "calibration.trajectories=4",
     "quant.search.rounds=2",
     "quant.search.batch_size=4",
@@ -94,6 +93,7 @@ def test_the_device_is_strict() -> None:
 # ---- the project ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -129,6 +129,7 @@ def test_another_rank_gets_batches_on_its_device() -> None:
         assert torch.equal(x.cpu(), batches[0][0])
 
 
+@pytest.mark.slow
 def test_a_correction_of_a_finished_run(
     room: Path,
     tmp_path: Path,
@@ -178,6 +179,7 @@ def test_sampling_in_full_precision_and_quantized(
             assert torch.equal(images.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_latent_diffusion_with_classes_and_guidance(tmp_path: Path) -> None:
     """A denoiser with context, a class embedder and a first stage, calibrated and sampled."""
     config = latent_room(tmp_path)
