@@ -27,7 +27,7 @@ from tinydm.scripts.experiment.calibration_run import (
     RESULT,
     CalibrationRun,
     calibrate_run,
-    check_config_file,
+    check_files,
     help_calibrate,
 )
 from tinydm.scripts.experiment.cli import (
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if team.rank != 0:
             help_calibrate(calibration)
             return
-        check_config_file(calibration, args.config, args.overwrite)
+        check_files(calibration, args.config, args.overwrite)
         with locked(folder / LOCK):
             lines = calibrate_run(calibration, resume=args.resume, overwrite=args.overwrite)
     if lines is None:

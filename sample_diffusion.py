@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 from tinydm.scripts.start import run  # first: it watches over the imports below
 
 import argparse
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import check_output
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.backend import (
     Backend,
@@ -90,13 +92,12 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     if args.backend != "fake" and args.quantized is None:
         raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
     check_backend(args)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder}: is a file, not a folder")
     if args.grid is None:
         return
     if Path(args.grid).suffix.lower() != ".png" or Path(args.grid).is_dir():
         raise ConfigError(f"--grid {args.grid}: must be a file that ends in .png")
-    if Path(args.grid).resolve().parent == folder.resolve():
+    check_output(args.grid)
+    if os.path.dirname(os.path.realpath(args.grid)) == os.path.realpath(folder):
         raise ConfigError(f"--grid {args.grid}: must not lie among the images")
 
 

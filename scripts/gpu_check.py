@@ -6,9 +6,9 @@
 
 Checks: sums of integers in TF32; the phases of a calibration; images of full precision, of fake
 quantization and of int8 against the CPU's; a file and images made twice; waits for the device by
-place; features for FID; the tests that need a card. Times: float32, TF32, bf16, fp16, compiled,
-fake and int8, with and without CUDA graphs, of CIFAR-10, LDM-4 and Stable Diffusion at three
-batches, with random weights.
+place; the commands; features for FID; the tests that need a card. Times: float32, TF32, bf16, fp16,
+compiled, fake and int8, with and without CUDA graphs, of CIFAR-10, LDM-4 and Stable Diffusion at
+three batches, with random weights.
 
 OUT receives gpu_report.md, which ends with a line for each check, and gpu_report.json, which
 `benchmark.py --speed --merge` adds to its tables. A check that fails does not keep the others from
@@ -21,14 +21,14 @@ from tinydm.scripts.start import run  # first: it watches over the imports below
 
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tinydm.scripts.bench import card_report
-from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, tiny_config
+from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, check_images, tiny_config
 from tinydm.scripts.bench.environment import environment
 from tinydm.scripts.bench.record import Record
 from tinydm.scripts.bench.speed import Bench, Plan, say
@@ -43,7 +43,7 @@ from tinydm.scripts.experiment.devices import device_name, resolve_device
 VARIANTS = [
     *("fp32", "tf32", "bf16", "fp16", "fp16-compiled", "fp32-graph", "tf32-graph", "fp16-graph"),
     *("fake-w8a8", "fake-w8a8-tf32", "fake-w4a8-tf32", "int8-w8a8", "int8-w8a8-launches"),
-    "int8-w4a8",
+    *("int8-w8a8-fp16", "int8-w4a8"),
 ]
 QUICK = ["fp32", "tf32", "bf16", "fp16-graph", "fake-w8a8", "fake-w8a8-tf32", "int8-w8a8"]
 MODELS = {"cifar10": [16, 64, 256], "imagenet256": [4, 16, 64], "sd_v1": [2, 4, 8]}
@@ -103,8 +103,12 @@ def main(argv: list[str] | None = None) -> int:
         rows.extend(measured(card, args.quick))
         return card_report.verdicts_of_speed(rows, WIDE)
 
-    for check in (*CHECKS, speed):
+    for check in CHECKS:
         note(attempt(check, card))
+    if not args.quick:  # a latent one with classes and guidance
+        latent = replace(card, config=ROOT / "configs/emoji64.yaml", folder=folder / "emoji64")
+        note(attempt(check_images, latent))
+    note(attempt(speed, card))
     memory = device_memory(device)
     report = {
         "device": device_name(device),

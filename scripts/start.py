@@ -13,41 +13,68 @@ library that finds no room ends it with 2. This module itself imports next to no
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 from .common import signals, threads
 
 COMMANDS = os.path.dirname(os.path.abspath(__file__))  # those in the folder above as well
 NO_ROOM = "out of memory while the libraries were loaded: free some, or raise ulimit -v"
 # How loaders and interpreters say it; what allocators say is known where torch is imported.
-WORDS_OF_NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't start new thread")
-ROOM_TO_RUN, ROOM_OF_THREADS = 1 << 26, 1 << 25  # bytes: in all, and of a core's threads
+WORDS_OF_NO_ROOM = ("failed to map segment", "allocate memory", "can't start new thread")
+ROOM_TO_RUN = 1 << 26  # bytes
 
-_rehearsing = False
+_limited = _rehearsing = False
 
 
 def run(main: Callable[[], int | None], **words: str) -> None:
     """See experiment.cli.run, which the command has imported by now."""
     from .experiment import cli
 
+    if _limited:
+        _start_threads()
     if _rehearsing:
         import mmap
 
-        mmap.mmap(-1, ROOM_TO_RUN + ROOM_OF_THREADS * (os.cpu_count() or 1)).close()
+        mmap.mmap(-1, ROOM_TO_RUN).close()
         os._exit(0)
     try:
         cli.run(main, **words)
+    except SystemExit as ended:
+        if ended.code:
+            _leave(ended.code)
+        raise
     finally:  # the work is done, and Python ends
         signals.ignore()
 
 
+def _start_threads() -> None:
+    """OpenMP starts its threads when they are first needed, and ends the process where it cannot:
+    that shall not be in the middle of the work."""
+    import torch
+
+    torch.zeros(torch.get_num_threads() << 16).add_(1)  # enough for each to get a part
+
+
+def _leave(code: Any) -> NoReturn:
+    """Ends a command that has told its error. What libraries would still do at Python's end could
+    fail as well, for want of memory for example, and say so in words of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def watch() -> None:
     """Makes signals and failed imports one line each, until `run` has its own way with them."""
+    global _limited
     import resource
 
     signals.handle(_stop)
     sys.excepthook = _explain
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    _limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if _limited:
         _rehearse()
 
 

@@ -139,6 +139,9 @@ def test_calibration_makes_no_more_trajectories_than_asked_for() -> None:
     found = for_calibration(config, A100)
     assert found.sampling.micro_batch == config.calibration.trajectories == 32
     assert found.calibration == config.calibration
+    config = load_config(ROOT / "configs/lsun_bedroom.yaml", memory=A100)
+    assert config.calibration.trajectories is None  # as many as 512 samples need: 26
+    assert for_calibration(config, A100).sampling.micro_batch == 16
 
 
 def test_the_run_has_what_was_resolved(room: Path, tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ import torch
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.forks import refusal
 from tests.helpers.images import write_images
 from tests.helpers.rooms import RESULT, files_of, write_room
 from tinydm.quant.calibration.phases import learn
-from tinydm.scripts import evaluate
+from tinydm.scripts import evaluate, start
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
@@ -51,14 +52,6 @@ def whole(room: Path) -> Path:
 
 def names_below(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*")}
-
-
-def refusal(fork: forks.Fork) -> str:
-    """The one line of a command that ended with 2."""
-    assert fork.code == 2, fork.text()
-    assert "Traceback" not in fork.text(), fork.text()
-    assert len(fork.errors()) == 1, fork.text()
-    return fork.errors()[0]
 
 
 # ---- full disks ----
@@ -142,9 +135,10 @@ def test_what_may_not_be_opened_is_named(public: Path, what: str, tmp_path: Path
     if what in ("out", "run", "images"):
         closed = public / what
         closed.mkdir()
+    out = (closed if closed.is_dir() else public) / "x"
     closed.chmod(0o555 if what in ("out", "run") else 0)
     main = calibrate.main if what == "run" else sample_diffusion.main
-    arguments = ("--config", public / "tiny.yaml", "--out", closed / "x")
+    arguments = ("--config", public / "tiny.yaml", "--out", out)
     if what == "images":
         main, arguments = evaluate.main, (closed, closed)
     fork = forks.run(main, *arguments, before=become_nobody)
@@ -281,6 +275,22 @@ def test_every_failed_allocation_is_one_line(error: Exception) -> None:
     assert "out of memory: lower the batch size" in refusal(forks.run(main))
 
 
+def test_a_command_says_nothing_after_its_error() -> None:
+    """Where memory lacks, what libraries do at Python's end fails as well."""
+
+    def failing() -> None:
+        raise MemoryError
+
+    def main(arguments: list[str]) -> None:
+        try:
+            start.run(failing)
+        finally:
+            print("Python goes on")
+
+    line = "error: out of memory: lower the batch size (--set sampling.micro_batch=4), free some, "
+    assert forks.run(main).text() == f"{line}or raise its limit (ulimit -v)\n"
+
+
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     def main(arguments: list[str]) -> None:
         Path("out of memory.yaml").read_text()
@@ -332,23 +342,20 @@ def test_the_second_process_is_sent_away(
 
 
 def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
+    def arguments(out: Path, steps: int) -> list[object]:
+        return ["--config", room / "tiny.yaml", "--out", out, "--steps", steps]
+
+    alone = {}
+    for steps in (2, 3):
+        forks.succeed(sample_diffusion.main, *arguments(tmp_path / f"alone-{steps}", steps))
+        alone[steps] = files_of(tmp_path / f"alone-{steps}")
     for attempt in range(4):
         out = tmp_path / f"{attempt}"
-        both = [
-            forks.start(
-                sample_diffusion.main,
-                *("--config", room / "tiny.yaml", "--out", out, "--steps", steps),
-            )
-            for steps in (2, 3)
-        ]
+        both = [forks.start(sample_diffusion.main, *arguments(out, steps)) for steps in (2, 3)]
         with forks.ended(both):
             codes = [fork.wait() for fork in both]
         assert 0 in codes and set(codes) <= {0, 2}
-        steps = (2, 3)[codes.index(0)]
-        alone = tmp_path / f"{attempt}-alone"
-        arguments = ("--config", room / "tiny.yaml", "--out", alone, "--steps", steps)
-        assert forks.run(sample_diffusion.main, *arguments).code == 0
-        assert files_of(out) == files_of(alone)
+        assert files_of(out) == alone[(2, 3)[codes.index(0)]]
 
 
 # ---- Ctrl-C ----
@@ -358,28 +365,26 @@ def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) 
 def test_interrupted_is_130_and_resumable(
     room: Path, tmp_path: Path, main: Callable, whole: Path
 ) -> None:
-    out = tmp_path / "x"
-    arguments = ["--config", room / "tiny.yaml", "--out", out]
-    if main is calibrate.main:  # not over before the signal comes, on a busy machine
-        arguments += ["--set", "quant.reconstruct.finetune_iterations=120"]
-    fork = forks.start(main, *arguments)
-    with forks.ended([fork]):
-        wanted = "000001.png" if main is sample_diffusion.main else "calibration.pt"
-        while not (out / wanted).exists():
-            assert fork.running(), fork.text()
-            time.sleep(0.001)
-        fork.send(signal.SIGINT)
-        assert fork.wait() == 130, fork.text()
+    interruption = forks.signal_itself(signal.SIGINT)
+    arguments = ["--config", room / "tiny.yaml", "--out"]
+    if main is sample_diffusion.main:
+        out, more, before = tmp_path / "images", [], forks.before_image(3, interruption)
+    else:
+        out, more, before = (
+            tmp_path / "run",
+            ["--resume"],
+            forks.after_phase("ranges", interruption),
+        )
+    fork = forks.run(main, *arguments, out, before=before)
+    assert fork.code == 130, fork.text()
     assert fork.errors() == ["error: interrupted; the same command continues"]
     assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
-    more = ["--resume"] if main is calibrate.main else []
-    assert forks.run(main, *arguments, *more).code == 0
+    assert forks.run(main, *arguments, out, *more).code == 0
+    made, expected = files_of(out), files_of(whole / out.name)
     if main is sample_diffusion.main:
-        assert files_of(out) == files_of(whole / "images")
+        assert made == expected
     else:
-        arguments[3] = undisturbed = tmp_path / "undisturbed"
-        assert forks.run(main, *arguments).code == 0
-        assert (out / RESULT).read_bytes() == (undisturbed / RESULT).read_bytes()
+        assert made[RESULT] == expected[RESULT]
 
 
 def test_an_interruption_of_a_destructor_is_not_lost() -> None:

@@ -4,6 +4,7 @@ python -m pytest tests/test_gpu_check.py
 """
 
 import json
+import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import calibrate
+import sample_diffusion
 from tests.helpers.commands import ROOT
 from tinydm.scripts import gpu_check
 from tinydm.scripts.bench import card_checks, card_report, speed
@@ -50,10 +53,10 @@ def test_a_calibration_by_phase(card: Card) -> None:
 @pytest.mark.slow
 def test_images_against_those_of_the_cpu(card: Card) -> None:
     found = {v.name: v for v in card_checks.check_images(card)}
-    for name in ("images, full precision, float32", "images, fake, float32"):
+    for name in ("images of tiny, full precision, float32", "images of tiny, fake, float32"):
         assert found[name].passed and found[name].values["psnr"] == 999
-    assert found["images, fake, tf32"].passed is None
-    half = found["images, full precision, bf16"]
+    assert found["images of tiny, fake, tf32"].passed is None
+    half = found["images of tiny, full precision, bf16"]
     assert half.passed is None or 25 < half.values["psnr"] < 90
 
 
@@ -68,8 +71,8 @@ def test_images_that_differ_fail(card: Card, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(card_checks, "images_of", other)
     monkeypatch.setattr(card_checks, "obstacle", lambda p, d: None if p == "float32" else "no")
     found = {v.name: v for v in card_checks.check_images(card)}
-    verdict = found["images, full precision, float32"]
-    assert verdict.passed is False and verdict.line.startswith("FAILED: images, full")
+    verdict = found["images of tiny, full precision, float32"]
+    assert verdict.passed is False and verdict.line.startswith("FAILED: images of tiny, full")
 
 
 @pytest.mark.slow
@@ -81,6 +84,27 @@ def test_what_is_made_twice(card: Card, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(card_checks, "make_images", unlike)
     assert [v.passed for v in card_checks.check_repeats(card)] == [True, False]
+
+
+def test_commands(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lines, as each script's own parser knows them."""
+    asked = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        asked.append(command[1:])
+        failed = "calibrate" in command[1]
+        return subprocess.CompletedProcess(command, int(failed), "a\nthe end\n", "x\nerror: no\n")
+
+    monkeypatch.setattr(card_checks.subprocess, "run", run)
+    found = {v.name: v for v in card_checks.check_commands(card)}
+    assert found["calibrate.py"].line == "FAILED: calibrate.py: error: no"
+    assert found["sample_diffusion.py"].line == "ok: sample_diffusion.py: the end"
+    calibrate.parse_arguments(asked[0][1:])
+    for command in asked[1:]:
+        args = sample_diffusion.parse_arguments(command[1:])
+        assert args.device == "cpu" and args.overwrite
+        sample_diffusion.check_paths(args, Path(args.out))
+    assert all(Path(command[0]).exists() for command in asked) and len(asked) >= 3
 
 
 def test_waits(card: Card) -> None:

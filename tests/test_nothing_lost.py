@@ -162,6 +162,17 @@ def test_a_configuration_of_the_users_is_not_replaced(room: Path, tmp_path: Path
         assert path.read_text() == text
 
 
+@pytest.mark.parametrize("name", ["report.json", "layers.txt", "log.txt"])
+def test_reports_of_the_users_are_not_replaced(room: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path)
+    line = refusal(forks.run(calibrate.main, *arguments))
+    assert f"{name}: is a file of yours and would be replaced; give another --out" in line
+    assert files_of(tmp_path) == {name: b"{}"}
+    fast = ("--set", "quant.method=minmax")
+    assert forks.run(calibrate.main, *arguments, *fast, "--overwrite").code == 0
+
+
 def test_a_run_reads_its_own_configuration(copy: Path) -> None:
     """OUT/config.yaml as the run resolved it: resumed, and calibrated anew."""
     before = files_of(copy)
@@ -311,14 +322,25 @@ def test_numbers_are_decimal(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        *(["--seed", "010"], ["--seed", "0123"], ["--count", "010"], ["--batch-size", "02"]),
-        *(["--steps", "03"], ["--set", "sampling.seed=010"], ["--set", "model.params.ch=010"]),
-        ["--set", "model.params.ch_mult=[01]"],
+        *(["--set", "sampling.seed=010"], ["--set", "model.params.ch=010"]),
+        *(["--set", "model.params.ch_mult=[01]"], ["--classes", "01"], ["--seed", "0x"]),
     ],
 )
 def test_octal_numbers_are_refused(room: Path, tmp_path: Path, option: list[str]) -> None:
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", *option)
     assert "must be a" in refusal(forks.run(sample_diffusion.main, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("0123", 123), ("0", 0), ("000", 0), ("08", 8), ("+07", 7)]
+)
+def test_numbers_of_options_may_have_leading_zeros(room: Path, text: str, value: int) -> None:
+    """As a loop over `seq -w` gives them."""
+    args = sample_diffusion.parse_arguments(
+        ["--config", str(room / "tiny.yaml"), "--out", "x", "--seed", text, "--eta", f"0{value}e-9"]
+    )
+    config = load_config(room / "tiny.yaml", args.overrides)
+    assert (config.sampling.seed, config.sampler.eta) == (value, value * 1e-9)
 
 
 def test_a_file_with_an_octal_number_is_refused(room: Path, tmp_path: Path) -> None:

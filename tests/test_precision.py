@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.helpers.integer_layers import small_unet
 from tests.helpers.rooms import RESULT
+from tests.helpers.tensor_cores import TensorCores
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
@@ -39,37 +40,6 @@ def _settings(one_thread: None):
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x with 10 bits behind the first one, to nearest, ties to even, as tensor cores read it."""
-    bits = x.view(torch.int32)
-    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-
-class TensorCores(TorchFunctionMode):
-    """A device that rounds operands to TF32 where that is allowed. calls: with rounded ones."""
-
-    OPERANDS = {
-        torch.conv1d: (0, 1),
-        torch.conv2d: (0, 1),
-        torch.nn.functional.linear: (0, 1),
-        torch.bmm: (0, 1),
-        torch.matmul: (0, 1),
-        torch.baddbmm: (1, 2),
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        places = self.OPERANDS.get(func, ()) if torch.backends.cudnn.allow_tf32 else ()
-        self.calls += bool(places)
-        args = tuple(rounded(v) if i in places else v for i, v in enumerate(args))
-        return func(*args, **(kwargs or {}))
 
 
 def nets() -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
@@ -217,6 +187,10 @@ def test_what_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(ConfigError, match=r"capability 7\.5\) has none; 8\.0 and newer have"):
             check_precision(name, cuda)
     check_precision("fp16", cuda)
+    check_precision("fp16", cuda, "int8")
+    with pytest.raises(ConfigError, match="tf32: --backend int8 takes bf16, fp16 or float32"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        check_precision("tf32", cuda, "int8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     check_precision("tf32", cuda)
 
@@ -241,5 +215,5 @@ def test_a_folder_belongs_to_a_precision(room: Path, tmp_path: Path) -> None:
         claim(folder, runs[0].identity)
         make_images(runs[0], [0])
         assert "precision" not in runs[1].identity  # folders of before can be continued
-        with pytest.raises(RunError, match="precision"):
+        with pytest.raises(RunError, match="precision is bf16, asked float32"):
             claim(folder, runs[1].identity)

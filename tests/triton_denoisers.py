@@ -27,6 +27,7 @@ from tinydm.quant.backends.triton_layers import (
 )
 from tinydm.quant.runtime.denoiser import QuantDenoiser
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
+from tinydm.scripts.experiment.precision import in_precision
 
 
 def denoiser(kind: str) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
@@ -116,6 +117,25 @@ def test_denoiser(kind: str) -> None:
         t = torch.full((1,), timestep, device=DEVICE)
         gaps.append(relative(new(x, t, *rest), fake(x, t, *rest)) ** 2)
     assert sorted(gaps)[1] < 1e-9 and max(gaps) < 1e-3, gaps
+
+
+def test_maps_in_half_precision() -> None:
+    """Everything between layers has 16 bits; the result is that of float32 but for its rounding,
+    which now and then takes another code."""
+    fake, (x, *rest) = denoiser("ldm")
+    new, half = integer_form(fake), in_precision(integer_form(fake), "fp16")
+    seen: set[torch.dtype] = set()
+
+    def note(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        seen.update((args[0].dtype, out.dtype))
+
+    for module in half.modules():
+        if isinstance(module, TritonLayer):
+            module.register_forward_hook(note)
+    t = torch.full((1,), 300)
+    out = half(x, t, *rest)
+    assert seen == {torch.float16} and out.dtype is torch.float32
+    assert 0 < relative(out, new(x, t, *rest)) < 0.05
 
 
 def test_mixed_timesteps_run_row_by_row() -> None:

@@ -228,6 +228,11 @@ class TritonDenoiser(QuantDenoiser):
         self.current, self.simulated = current, simulated
         self.graphs, self.records = Graphs(), True
 
+    def keep_maps_in(self, dtype: torch.dtype) -> None:
+        """What goes from layer to layer gets this type, and half of the memory with 16 bits; what
+        comes in and goes out stays float32. Once, before the first call."""
+        self.denoiser = MapsIn(self.denoiser, dtype)
+
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -265,6 +270,27 @@ class TritonDenoiser(QuantDenoiser):
     def _apply(self, *args: Any, **kwargs: Any) -> "TritonDenoiser":
         self.graphs.clear()  # the weights move
         return super()._apply(*args, **kwargs)
+
+
+class MapsIn(nn.Module):
+    """A denoiser of integer layers with maps of another type between them. Layers take any type
+    and return that of their input; norms and what else has parameters are converted."""
+
+    def __init__(self, denoiser: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.denoiser, self.dtype = denoiser, dtype
+        for module in denoiser.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.Conv1d | nn.Conv2d | nn.Linear):
+                module.to(dtype)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rest = [self._converted(value) for value in args]
+        named = {name: self._converted(value) for name, value in kwargs.items()}
+        return self.denoiser(x.to(self.dtype), t, *rest, **named).float()
+
+    def _converted(self, value: Any) -> Any:
+        floating = is_tensor(value) and value.is_floating_point()
+        return value.to(self.dtype) if floating else value
 
 
 @contextmanager

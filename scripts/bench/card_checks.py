@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from ...models.pipeline import build_denoiser
 from ...quant.backends.selection import int8_supported
 from ...quant.backends.tensor_cores import EXACT_SUM, allow_tf32
 from ..common.errors import MetricError
-from ..common.files import save_tensors, write_text
+from ..common.files import save_tensors, write_json
 from ..common.images import to_uint8
 from ..common.paths import ROOT
 from ..experiment.assembly import assemble
@@ -60,7 +59,7 @@ TINY = {
     },
     "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0},
     "sampling": {"count": 2, "micro_batch": 2, "seed": 5},
-    "calibration": {"samples": 32, "trajectories": 4},
+    "calibration": {"samples": 32},
     "quant": {
         "search": {"rounds": 2, "batch_size": 4},
         "reconstruct": {"finetune_iterations": 3, "finetune_batch_size": 4},
@@ -118,7 +117,7 @@ def tiny_config(folder: Path) -> Path:
         parameter.data.normal_(0, 0.2, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "tiny.pt", model.state_dict())
-    write_text(folder / "tiny.yaml", yaml.safe_dump(TINY))
+    write_json(folder / "tiny.yaml", TINY)  # which YAML is too
     return folder / "tiny.yaml"
 
 
@@ -136,17 +135,17 @@ def images_of(
 
 def check_images(card: Card) -> list[Verdict]:
     """Full precision and the quantized file: the device's images against the CPU's."""
-    file = card.calibrated() / RESULT
+    file, of = card.calibrated() / RESULT, card.load().name
     found = []
     for quantized, backend, precisions in (
         (None, "fake", ("float32", "tf32", "bf16", "fp16")),
         (file, "fake", ("float32", "tf32")),
-        (file, "int8", ("float32",)),
+        (file, "int8", ("float32", "fp16") if card.is_one else ("float32",)),
     ):
         what = "full precision" if quantized is None else backend
         wanted = None
         for precision in precisions:
-            name = f"images, {what}, {precision}"
+            name = f"images of {of}, {what}, {precision}"
             reason = obstacle(precision, card.device)
             if reason is None and backend == "int8":
                 reason = int8_supported(card.device)
@@ -158,9 +157,9 @@ def check_images(card: Card) -> list[Verdict]:
             made = images_of(card, card.device, quantized, backend, precision)
             decibel = float(np.minimum(psnr(squared_error(made, wanted)), 999.0))
             # Full precision in fewer bits is another result, which is told, not judged.
-            judged = precision == "float32" or quantized is not None
-            text = f"{decibel:.1f} dB to float32 fake quantization on the CPU"
-            text = text if quantized is not None else f"{decibel:.1f} dB to float32 on the CPU"
+            judged = precision == "float32" or backend == "fake" and quantized is not None
+            other = "float32" if quantized is None else "fake quantization in float32"
+            text = f"{decibel:.1f} dB to {other} on the CPU"
             if judged:
                 text += f", at least {SAME_DB:.0f} expected"
             passed = decibel >= SAME_DB if judged else True
@@ -266,6 +265,28 @@ def check_calibration(card: Card) -> list[Verdict]:
     return [Verdict(f"calibration of {report['name']}", passed, text, values)]
 
 
+def check_commands(card: Card) -> list[Verdict]:
+    """The commands themselves, each in a process of its own, on a few images."""
+    of, place = ["--config", str(card.config)], ["--device", str(card.device), "--overwrite"]
+    run, images = card.folder / "commands", card.folder / "commands" / "images"
+    file = ["--quantized", str(run / RESULT), "--count", str(card.count)]
+    commands = {
+        "calibrate.py": ["--set", "quant.method=minmax", "--out", str(run)],
+        "sample_diffusion.py": ["--count", str(card.count), "--out", f"{images}-full"],
+        "sample_diffusion.py, quantized": [*file, "--out", f"{images}-fake"],
+    }
+    if int8_supported(card.device) is None:
+        commands["sample_diffusion.py, int8"] = [*file, "--backend", "int8", "--out", str(images)]
+    found = []
+    for name, options in commands.items():
+        script = ROOT / name.partition(",")[0]
+        command = [sys.executable, str(script), *of, *place, *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+        found.append(Verdict(name, done.returncode == 0, (lines or ["no output"])[-1]))
+    return found
+
+
 def check_inception(card: Card) -> list[Verdict]:
     """Features for FID, against the CPU's."""
     name = "features for FID"
@@ -297,6 +318,7 @@ CHECKS: tuple[Callable[[Card], list[Verdict]], ...] = (
     check_images,
     check_repeats,
     check_waits,
+    check_commands,
     check_inception,
     check_tests,
 )

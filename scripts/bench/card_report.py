@@ -10,7 +10,7 @@ from .card_checks import Verdict
 Row = dict[str, Any]
 IMAGES = 50_000
 HALVES = ("bf16", "fp16", "fp16-compiled", "fp16-graph")
-INTEGERS = ("int8-w8a8", "int8-w4a8")
+INTEGERS = ("int8-w8a8", "int8-w8a8-fp16", "int8-w4a8")
 FASTER_THAN_HALF, FASTER_THAN_FLOAT = 1.3, 3.0
 
 

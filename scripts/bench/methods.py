@@ -122,9 +122,9 @@ def measure_all(args: argparse.Namespace, bench: Bench) -> list[Row]:
         parts = read_names("--ablate", args.ablate, tuple(PARTS))
         cells += ablation_cells(parts, bits, steps, seeds)
     for study, names in studies.items():
+        of = read_names(STUDY_OPTIONS[study], names, tuple(STUDIES[study]))
         if study == TUNING:
             check_tuning(seeds, noises, plan)
-        of = read_names(STUDY_OPTIONS[study], names, tuple(STUDIES[study]))
         cells += study_cells(study, of, bits, steps, seeds)
     for cell in cells:  # so that a mistake is told before hours of work
         for sampler in (*transfers[cell.steps], None):

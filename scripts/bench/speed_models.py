@@ -65,6 +65,7 @@ VARIANTS = {
     "fp16-graph": Variant("fp16, CUDA graph", precision="fp16"),
     "fake-w8a8-tf32": Variant("fake W8A8, TF32", 8, precision="tf32"),
     "fake-w4a8-tf32": Variant("fake W4A8, TF32", 4, precision="tf32"),
+    "int8-w8a8-fp16": Variant("int8 W8A8, fp16 between", 8, "int8", precision="fp16"),
     "int8-w8a8-launches": Variant("int8 W8A8, no graph", 8, "int8", graph=False),
     "fake-w8a8": Variant("fake W8A8", 8),
     "fake-w4a8": Variant("fake W4A8", 4),
@@ -107,6 +108,8 @@ def obstacle(variant: Variant, device: torch.device = CPU) -> str | None:
     if cuda and variant.compiled and variant.bits is not None:
         return "is for CPUs"
     reason = lacks_precision(variant.precision, device)
+    if variant.backend == "int8" and variant.precision != PRECISIONS[0] and not cuda:
+        return "needs a CUDA device"
     if reason is not None or variant.backend == "fake":
         return reason
     if cuda:
@@ -189,11 +192,11 @@ class Models:
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     with_random_weights(module, generator)
         model = model.eval().requires_grad_(False).to(self.device)
-        model = in_precision(model.to(memory_format=torch.channels_last), variant.precision)
-        if variant.bits is not None:
-            return model
-        model = torch.compile(model) if variant.compiled else model
-        return Graphed(model) if variant.graph else model
+        model = model.to(memory_format=torch.channels_last)
+        if variant.compiled and variant.bits is None:
+            model = torch.compile(model)
+        model = in_precision(model, variant.precision)
+        return Graphed(model) if variant.graph and variant.bits is None else model
 
     def _peer_file(self, variant: Variant) -> Path:
         """The network in the peer's form, made if it is not there."""

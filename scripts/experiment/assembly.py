@@ -106,7 +106,7 @@ def _of_folder(
 ) -> tuple[DiffusersDenoiser, DiffusersPipeline]:
     """The denoiser of a diffusers folder, empty for a quantized file, and its pipeline."""
     model, sampler = config.model, config.sampler
-    if model.checkpoint is None:
+    if not model.checkpoint:
         raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
     folder = _folder_of(config)
     if quantized is None:
@@ -304,7 +304,7 @@ class _Files:
 
     def state(self, name: str, text: str | None) -> tuple[State, Path]:
         """The tensors of a checkpoint of the configuration, and its path."""
-        if text is None:
+        if not text:
             raise ConfigError(f"{self.config.name}: model.checkpoint is not set (--ckpt FILE)")
         path = repository_path(text)
         if name not in self._states:
@@ -326,4 +326,6 @@ class _Files:
                 f"{text}: no such file; download it from {url} (scripts/download.py does), or name "
                 "yours with --ckpt FILE"
             )
+        if "://" in text:
+            raise CheckpointError(f"{text}: is an address; download it and name the file")
         raise CheckpointError(f"{text}: no such file; check the path")

@@ -35,7 +35,7 @@ from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
 from .assembly import Assembly
-from .config import Config, keep_written, resolved_yaml
+from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
@@ -48,6 +48,7 @@ from .trajectories import (
 )
 
 RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
+REPORT, LAYERS, LOG = "report.json", "layers.txt", "log.txt"
 
 
 class Bars:
@@ -123,12 +124,7 @@ def is_done(run: CalibrationRun) -> bool:
     PackedFileError for one that is damaged."""
     if not (run.folder / RESULT).exists():
         return False
-    try:
-        text = (run.folder / "report.json").read_text(encoding="utf-8")
-        found = json.loads(text)["identity"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        found = None
-    if found != run.identity:
+    if identity_there(run.folder) != run.identity:
         raise RunError(
             f"{run.folder / RESULT}: was made from another configuration or checkpoint; "
             "--overwrite calibrates anew, --out names another folder"
@@ -140,10 +136,22 @@ def is_done(run: CalibrationRun) -> bool:
     return True
 
 
-def check_config_file(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
-    """See keep_written: of OUT/config.yaml."""
-    ours = overwrite or any((run.folder / name).exists() for name in (STATE, "report.json"))
-    keep_written(run.folder / CONFIG, run.config, source, ours)
+def identity_there(folder: Path) -> Any:
+    """The identity of the run whose report lies in a folder; None where there is none."""
+    try:
+        return json.loads((folder / REPORT).read_text(encoding="utf-8"))["identity"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def check_files(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
+    """Raises ConfigError where the run would replace files of the user's in its folder."""
+    folder = run.folder
+    ours = overwrite or (folder / STATE).exists() or identity_there(folder) is not None
+    keep_written(folder / CONFIG, run.config, source, ours)
+    others = [folder / name for name in (REPORT, LAYERS, LOG) if (folder / name).exists()]
+    if others and not ours:
+        raise ConfigError(f"{others[0]}: {OF_THE_USER}")
 
 
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
@@ -263,7 +271,7 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     The reported seconds count those of the base.
     """
     config, assembly = run.config, run.assembly
-    report = json.loads((base / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((base / REPORT).read_text(encoding="utf-8"))
     began = time.perf_counter() - report["seconds"]
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
@@ -351,8 +359,8 @@ def write_report(
         "phases": outcome.phases,
         "layers": [dataclasses.asdict(r) for r in rows],
     }
-    write_json(folder / "report.json", summary)
-    write_text(folder / "layers.txt", table + "\n")
+    write_json(folder / REPORT, summary)
+    write_text(folder / LAYERS, table + "\n")
     lines = [
         table,
         f"weights quantized: {share['weights_quantized']:.2%}; MACs in integers: "
@@ -360,5 +368,5 @@ def write_report(
         f"{folder / RESULT}: {size / 2**20:.3f} MiB, {size / (parameters * 4):.4f} of float32 "
         f"({parameters * 4 / 2**20:.2f} MiB), in {seconds:.0f} s",
     ]
-    write_text(folder / "log.txt", "\n".join(lines) + "\n")
+    write_text(folder / LOG, "\n".join(lines) + "\n")
     return lines

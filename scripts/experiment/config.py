@@ -18,6 +18,7 @@ import yaml
 from ...models.pipeline import DIFFUSERS
 from ...quant.core.settings import METHODS, WeightSettings, preset
 from ..common.errors import ConfigError
+from ..common.files import read_text
 from ..common.paths import ROOT
 from ..common.schema import Key, Tree, build, read_value, read_yaml, suggestion
 from . import device_defaults
@@ -25,6 +26,7 @@ from .config_sections import OF_DIFFUSERS, Config, check_config
 
 __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
 
+OF_THE_USER = "is a file of yours and would be replaced; give another --out"
 # Keys of settings that did not earn their place -> the value that switched them off.
 REMOVED = {
     ("quant", "activation", "step_bits"): [],
@@ -66,12 +68,7 @@ def load_config(
     memory: GiB of the GPU that the run is for, None for a CPU (device_defaults.py). Raises
     ConfigError: one line with file and line, or with the option.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise ConfigError(f"{path}: cannot be read ({reason})") from error
-    return parse_config(text, str(path), overrides, Path(path).parent, memory)
+    return parse_config(read_text(path), str(path), overrides, Path(path).parent, memory)
 
 
 def parse_config(
@@ -135,7 +132,7 @@ def keep_written(path: Path, config: Config, source: str | Path | None, ours: bo
         pass  # not what was resolved
     read = source is not None and Path(source).exists() and path.samefile(source)
     if read or not ours:
-        raise ConfigError(f"{path}: is a file of yours and would be replaced; give another --out")
+        raise ConfigError(f"{path}: {OF_THE_USER}")
 
 
 def repository_path(text: str) -> Path:
@@ -208,7 +205,7 @@ def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:
 
 
 def _located(text: str | None, key: Key, tree: Tree, folder: Path) -> str | None:
-    if text is None:
+    if not text:
         return None
     bases = [ROOT, folder, Path.cwd()]
     if tree.where(key).startswith("--"):  # written on the command line

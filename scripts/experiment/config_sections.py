@@ -272,7 +272,8 @@ def check_image_size(params: dict, refuse: Any) -> None:
         return
     unit = 2 ** (len(levels) - 1)
     if size < unit or size % unit:
-        refuse("model.params.image_size", f"must be a multiple of {unit}, is {size}")
+        wanted = f"a multiple of {unit}" if unit > 1 else "at least 1"
+        refuse("model.params.image_size", f"must be {wanted}, is {size}")
 
 
 def _check_classes(config: Config, refuse: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ...models.pipeline import DIFFUSERS
+from ...quant.calibration.distinct import enough_trajectories
 from ...quant.core.settings import QuantSettings
 from ..common.errors import ConfigError
 from ..common.schema import Key, Tree
@@ -74,7 +75,11 @@ def resolve(tree: Tree, memory: float | None, quant: QuantSettings) -> None:
 def for_calibration(config: Config, memory: float | None) -> Config:
     """On a GPU, a call has no more rows than there are trajectories: as many as fit would be made.
     memory: GiB of the device, None for a CPU."""
-    most = 2 ** (config.calibration.trajectories.bit_length() - 1)
+    calibration = config.calibration
+    count = calibration.trajectories
+    if count is None:
+        count = enough_trajectories(calibration.samples, config.sampler.steps)
+    most = 2 ** (count.bit_length() - 1)
     if memory is None or config.sampling.micro_batch <= most:
         return config
     return replace(config, sampling=replace(config.sampling, micro_batch=most))

@@ -10,6 +10,7 @@ each, and so are the sampler and the first stage.
 
 Quantized layers compute integers, which half precision would round. They keep float32, but for
 those that are exact in TF32 (quant/backends/tensor_cores.py): `tf32` moves these to tensor cores.
+Integer kernels for CUDA (--backend int8) take half precision for what lies between their layers.
 """
 
 import argparse
@@ -52,7 +53,10 @@ def check_precision(name: str, device: torch.device, backend: str = "fake") -> N
     if reason is not None:
         raise ConfigError(f"--precision {name}: {reason}; use --precision float32")
     if name != PRECISIONS[0] and backend != "fake":
-        raise ConfigError(f"--precision {name}: needs full precision or --backend fake")
+        if device.type != "cuda":
+            raise ConfigError(f"--precision {name}: needs full precision or --backend fake")
+        if name not in HALVES:
+            raise ConfigError(f"--precision {name}: --backend int8 takes bf16, fp16 or float32")
 
 
 def obstacle(name: str, device: torch.device) -> str | None:
@@ -75,7 +79,14 @@ def obstacle(name: str, device: torch.device) -> str | None:
 
 def in_precision(model: nn.Module, name: str) -> nn.Module:
     """The denoiser itself for float32, else a wrapper around it, whose layers change in place."""
-    return model if name == PRECISIONS[0] else InPrecision(model, name)
+    if name == PRECISIONS[0]:
+        return model
+    keep_maps_in = getattr(model, "keep_maps_in", None)  # of integer kernels for CUDA
+    if keep_maps_in is None:
+        return InPrecision(model, name)
+    _keep_float32(model)
+    keep_maps_in(HALVES[name])
+    return model
 
 
 class InPrecision(nn.Module):
@@ -119,7 +130,7 @@ def precision_note(denoiser: object) -> str | None:
     return f"note: layers that stay in float32, since TF32 would round their integers: {names}"
 
 
-def _keep_float32(model: QuantDenoiser) -> None:
+def _keep_float32(model: nn.Module) -> None:
     """Wraps, in place, the quantized layers that do not choose their precision themselves."""
     for name, module in list(model.denoiser.named_modules()):
         if isinstance(module, IntegerProductLayer | IntegerProductMatMul):

@@ -23,7 +23,7 @@ from .config import Config, resolved_yaml
 from .counted import Counted
 from .devices import device_name, forget_peak, peak_memory
 from .precision import PRECISIONS
-from .runs import beside, missing_images, png_name, surplus_images
+from .runs import EARLIER, beside, missing_images, png_name, surplus_images
 
 AGAIN = "the same command makes what is missing"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -68,16 +68,15 @@ def identity_of(
     device: torch.device,
     precision: str = PRECISIONS[0],
 ) -> dict[str, Any]:
-    """Everything that an image depends on besides its number. What there was not always is left
-    out at its earlier value, so that folders of before can be continued."""
+    """Everything that an image depends on besides its number. EARLIER values are left out, so that
+    folders of before can be continued."""
     model, sampling = dataclasses.asdict(config.model), config.sampling
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
         for name in ("checkpoint", "url", "digest"):
             place.pop(name, None)
-    newer: dict[str, Any] = {} if precision == PRECISIONS[0] else {"precision": precision}
-    if config.model.first_stage is not None and sampling.decode_batch != 1:
-        newer["decode_batch"] = sampling.decode_batch
-    return newer | {
+    decoded = 1 if config.model.first_stage is None else sampling.decode_batch
+    newer = {"precision": precision, "decode_batch": decoded}
+    return {k: v for k, v in newer.items() if v != EARLIER[k]} | {
         "model": model | {"scale_factor": assembly.pipeline.scale_factor},
         "files_sha256": assembly.sources,
         "schedule": vars(config.schedule),

@@ -7,6 +7,7 @@ A side is "reference" or "generated".
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -117,8 +118,8 @@ def evaluate(
     check(sides, metrics, batch_size, preprocess, save_stats)
 
     wanted = {side: wants(source, side, metrics, save_stats) for side, source in sides.items()}
-    network = inception
-    if any(wanted.values()) and not isinstance(network, net.InceptionFeatures):
+    network = inception if isinstance(inception, net.InceptionFeatures) else None
+    if network is None and any(wanted.values()):
         network = net.InceptionFeatures(inception, device, preprocess)
     if network and not network.has_classifier:
         wanted = {side: names - {"score"} for side, names in wanted.items()}
@@ -169,7 +170,7 @@ def check(
     if save_stats is not None and sides["reference"].statistics:
         raise MetricError(f"{sides['reference'].path}: is statistics already; no --save-stats")
     if save_stats is not None and any(
-        Path(save_stats).resolve() == Path(source.path).resolve() for source in sides.values()
+        os.path.realpath(save_stats) == os.path.realpath(source.path) for source in sides.values()
     ):
         raise MetricError(f"--save-stats {save_stats}: would overwrite what is scored")
     if save_stats is not None and Path(save_stats).suffix != ".npz":
