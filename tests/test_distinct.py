@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import calibrate
+from tests.helpers import forks
 from tests.helpers.calibrated import run
-from tests.helpers.commands import command, refusal
 from tests.helpers.toy import STEPS, Toy
 from tinydm.models.pipeline import sampling_plan
 from tinydm.quant.calibration.distinct import TooFewTrajectoriesError, fill
@@ -90,7 +91,8 @@ def test_samples_of_a_calibration_differ(method: str, one_thread: None) -> None:
 
 
 def test_a_command_is_refused_in_one_line(room: Path) -> None:
-    arguments = ("--config", "tiny.yaml", "--out", "run", "--set", "calibration.trajectories=14")
-    line = refusal(command("calibrate.py", room, *arguments))
+    arguments = ("--config", room / "tiny.yaml", "--out", room / "run")
+    few = ("--set", "calibration.trajectories=14")
+    line = forks.refusal(forks.run(calibrate.main, *arguments, *few))
     assert "calibration.trajectories: 14" in line and "16 trajectories are needed" in line
     assert not (room / "run" / "calibration.pt").exists()

@@ -61,6 +61,7 @@ def largest_file(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("run", 0), ("run", 20_000), ("images", 100)])
 def test_a_full_disk_is_named_and_the_same_command_continues(
     room: Path, whole: Path, tmp_path: Path, name: str, size: int
@@ -175,6 +176,7 @@ def test_a_denoiser_that_gives_nan(
     assert not [n for n in names_below(tmp_path) if n.endswith((".png", ".tmp", ".safetensors"))]
 
 
+@pytest.mark.slow
 def test_few_samples_are_not_shown_again_and_again(room: Path, tmp_path: Path) -> None:
     many = ("quant.reconstruct.finetune_iterations=1000", "calibration.samples=5")
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path, "--set", *many)
@@ -187,6 +189,7 @@ WILD = ("quant.reconstruct.finetune_iterations=100", "quant.reconstruct.lr_scale
 TAME = ("quant.reconstruct.finetune_iterations=4", "quant.reconstruct.lr_scale=0.005")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [5, 100])
 def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     room: Path, tmp_path: Path, whole: Path, checkpoint: int
@@ -213,6 +216,7 @@ def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
 
 
+@pytest.mark.slow
 def test_units_that_learned_at_the_rate_that_ran_away_learn_anew(
     room: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +229,7 @@ def test_units_that_learned_at_the_rate_that_ran_away_learn_anew(
     assert fork.code == 0, fork.text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_noise_has_no_square(room: Path, tmp_path: Path) -> None:
     """The clipped trajectories are finite, the loss is not, and no rate is to blame."""
     state = torch.load(room / "tiny.pt", weights_only=True)
@@ -298,6 +303,7 @@ def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     assert refusal(forks.run(main)).endswith("out of memory.yaml: No such file or directory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [60, 300, 1500])
 @pytest.mark.parametrize("command", ["sample_diffusion.py", "scripts/evaluate.py"])
 def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
@@ -316,6 +322,7 @@ def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
 # ---- two at once ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
 def test_the_second_process_is_sent_away(
     room: Path, tmp_path: Path, main: Callable, whole: Path
@@ -341,6 +348,7 @@ def test_the_second_process_is_sent_away(
         assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
     def arguments(out: Path, steps: int) -> list[object]:
         return ["--config", room / "tiny.yaml", "--out", out, "--steps", steps]
@@ -361,6 +369,7 @@ def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) 
 # ---- Ctrl-C ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
 def test_interrupted_is_130_and_resumable(
     room: Path, tmp_path: Path, main: Callable, whole: Path

@@ -92,6 +92,7 @@ def phase_of(folder: Path) -> str:
     return state["done"][-1] if state["done"] else "trajectories"
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(
     room: Path,
     tmp_path: Path,

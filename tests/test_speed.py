@@ -28,6 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_and_continued(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

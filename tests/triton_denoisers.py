@@ -11,7 +11,7 @@ from torch import nn
 from tests.helpers.integer_layers import context, deployed, quant_layer, quantizer
 from tests.helpers.packed import small_model
 from tests.helpers.tape import Tape
-from tests.helpers.triton import DEVICE, nhwc, settings  # noqa: F401
+from tests.helpers.triton import DEVICE, nhwc
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.backends import triton_launch as kernels
@@ -28,6 +28,8 @@ from tinydm.quant.backends.triton_layers import (
 from tinydm.quant.runtime.denoiser import QuantDenoiser
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
 from tinydm.scripts.experiment.precision import in_precision
+
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def denoiser(kind: str) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
