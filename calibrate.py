@@ -41,6 +41,7 @@ from tinydm.scripts.experiment.cli import (
     refuse_options,
 )
 from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.experiment.device_defaults import device_memory, for_calibration
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import team_of_processes
@@ -67,10 +68,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = resolve_device(args.device)
+    memory = device_memory(device)
     if args.config is None:
-        config = config_of_folder(args.overrides)
+        config = config_of_folder(args.overrides, memory)
     else:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, args.overrides, memory)
+    config = for_calibration(config, memory)
     folder = Path(args.out)
     assembly = assemble(config, device=device)
     with team_of_processes() as team:

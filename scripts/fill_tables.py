@@ -62,7 +62,8 @@ def merged(results: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[st
     for path, result in reversed(results):
         rows = []
         for row in result["rows"]:
-            key = (Cell.from_plain(row["cell"]).key, *row["sampler"].values())
+            cell, noise = Cell.from_plain(row["cell"]), row.get("noise")
+            key = (cell.key, *row["sampler"].values(), noise)
             if key not in seen:
                 rows.append(row)
             seen.add(key)

@@ -20,7 +20,7 @@ from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.quant.runtime.packed_file import read_metadata
 
 FINETUNE = ("quant.reconstruct.finetune_iterations=12", "quant.reconstruct.finetune_batch_size=8")
-METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
+METHODS = ("tinydm", "e2e", "qdiffusion", "ptqd", "apqdm", "ptq4dm", "minmax")
 FILES = {"quantized.safetensors", "config.yaml", "report.json", "layers.txt", "log.txt"}
 
 
@@ -91,7 +91,7 @@ def test_every_method_makes_a_file_and_a_complete_table(
         else:
             assert row["weight_bits"] is None and row["activation_bits"] == [8, 8], name
     split = {n for n, row in rows.items() if len(row["activation_bits"]) == 2 and n in weights}
-    assert bool(split) == (method in ("tinydm", "qdiffusion", "ptqd"))
+    assert bool(split) == (method not in ("ptq4dm", "minmax"))
     size = (folder / "quantized.safetensors").stat().st_size
     assert report["bytes"] == size
     assert report["ratio_to_float32"] == pytest.approx(size / (4 * sum(_numel(state))))
@@ -100,13 +100,14 @@ def test_every_method_makes_a_file_and_a_complete_table(
     metadata = read_metadata(folder / "quantized.safetensors")
     assert metadata["method"] == report["method"] == method
     assert len(metadata["timesteps"]) == 6
-    assert ("reconstruct" in report["phases"]) == (method in ("qdiffusion", "ptqd", "ptq4dm"))
+    by_blocks = ("qdiffusion", "ptqd", "apqdm", "ptq4dm")
+    assert ("reconstruct" in report["phases"]) == (method in by_blocks)
     assert ("rounding" in report["phases"]) == (method == "tinydm")
-    assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd"))
+    assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd", "e2e"))
     assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))
 
 
-@pytest.mark.parametrize("method", ["tinydm", "ptqd"])
+@pytest.mark.parametrize("method", ["tinydm", "tfmq"])
 def test_the_time_embedding_is_a_layer_like_others_when_it_is_not_cached(
     method: str, home: Path
 ) -> None:

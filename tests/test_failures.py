@@ -27,6 +27,7 @@ import torch
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.forks import refusal
 from tests.helpers.images import write_images
 from tests.helpers.rooms import RESULT, files_of, write_room
 from tinydm.quant.calibration.phases import learn
@@ -52,14 +53,6 @@ def whole(room: Path) -> Path:
 
 def names_below(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*")}
-
-
-def refusal(fork: forks.Fork) -> str:
-    """The one line of a command that ended with 2."""
-    assert fork.code == 2, fork.text()
-    assert "Traceback" not in fork.text(), fork.text()
-    assert len(fork.errors()) == 1, fork.text()
-    return fork.errors()[0]
 
 
 # ---- full disks ----
@@ -391,23 +384,20 @@ def test_the_second_process_is_sent_away(
 
 
 def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
+    def arguments(out: Path, steps: int) -> list[object]:
+        return ["--config", room / "tiny.yaml", "--out", out, "--steps", steps]
+
+    alone = {}
+    for steps in (2, 3):
+        forks.succeed(sample_diffusion.main, *arguments(tmp_path / f"alone-{steps}", steps))
+        alone[steps] = files_of(tmp_path / f"alone-{steps}")
     for attempt in range(4):
         out = tmp_path / f"{attempt}"
-        both = [
-            forks.start(
-                sample_diffusion.main,
-                *("--config", room / "tiny.yaml", "--out", out, "--steps", steps),
-            )
-            for steps in (2, 3)
-        ]
+        both = [forks.start(sample_diffusion.main, *arguments(out, steps)) for steps in (2, 3)]
         with forks.ended(both):
             codes = [fork.wait() for fork in both]
         assert 0 in codes and set(codes) <= {0, 2}
-        steps = (2, 3)[codes.index(0)]
-        alone = tmp_path / f"{attempt}-alone"
-        arguments = ("--config", room / "tiny.yaml", "--out", alone, "--steps", steps)
-        assert forks.run(sample_diffusion.main, *arguments).code == 0
-        assert files_of(out) == files_of(alone)
+        assert files_of(out) == alone[(2, 3)[codes.index(0)]]
 
 
 # ---- Ctrl-C ----
@@ -417,28 +407,26 @@ def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) 
 def test_interrupted_is_130_and_resumable(
     room: Path, tmp_path: Path, main: Callable, whole: Path
 ) -> None:
-    out = tmp_path / "x"
-    arguments = ["--config", room / "tiny.yaml", "--out", out]
-    if main is calibrate.main:  # not over before the signal comes, on a busy machine
-        arguments += ["--set", "quant.reconstruct.finetune_iterations=120"]
-    fork = forks.start(main, *arguments)
-    with forks.ended([fork]):
-        wanted = "000001.png" if main is sample_diffusion.main else "calibration.pt"
-        while not (out / wanted).exists():
-            assert fork.running(), fork.text()
-            time.sleep(0.001)
-        fork.send(signal.SIGINT)
-        assert fork.wait() == 130, fork.text()
+    interruption = forks.signal_itself(signal.SIGINT)
+    arguments = ["--config", room / "tiny.yaml", "--out"]
+    if main is sample_diffusion.main:
+        out, more, before = tmp_path / "images", [], forks.before_image(3, interruption)
+    else:
+        out, more, before = (
+            tmp_path / "run",
+            ["--resume"],
+            forks.after_phase("ranges", interruption),
+        )
+    fork = forks.run(main, *arguments, out, before=before)
+    assert fork.code == 130, fork.text()
     assert fork.errors() == ["error: interrupted; the same command continues"]
     assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
-    more = ["--resume"] if main is calibrate.main else []
-    assert forks.run(main, *arguments, *more).code == 0
+    assert forks.run(main, *arguments, out, *more).code == 0
+    made, expected = files_of(out), files_of(whole / out.name)
     if main is sample_diffusion.main:
-        assert files_of(out) == files_of(whole / "images")
+        assert made == expected
     else:
-        arguments[3] = undisturbed = tmp_path / "undisturbed"
-        assert forks.run(main, *arguments).code == 0
-        assert (out / RESULT).read_bytes() == (undisturbed / RESULT).read_bytes()
+        assert made[RESULT] == expected[RESULT]
 
 
 def test_an_interruption_of_a_destructor_is_not_lost() -> None:

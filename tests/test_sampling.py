@@ -130,7 +130,7 @@ def test_users_words_are_keys(room: Path, tmp_path: Path) -> None:
 
 def test_quantized_file_alone_is_enough(room: Path, tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "calibrate.py"), "--config", str(room / "narrow.yaml")]
-    keys = ["quant.method=minmax", "calibration.samples=16", "calibration.trajectories=4"]
+    keys = ["quant.method=minmax", "calibration.samples=12", "calibration.trajectories=4"]
     arguments = [*script, "--out", str(tmp_path), "--set", *keys]
     subprocess.run(arguments, env=environment(), check=True, capture_output=True)
     quantized = tmp_path / "quantized.safetensors"

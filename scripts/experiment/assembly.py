@@ -30,6 +30,7 @@ from ..common.schema import printable
 from .config import Config, parse_config, repository_path
 from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
+from .precision import PRECISIONS, in_precision
 
 BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
@@ -54,11 +55,12 @@ def assemble(
     backend: str = "fake",
     device: str | torch.device = "cpu",
     compiled: Callable[[], Compiled | None] | None = None,
+    precision: str = PRECISIONS[0],
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
-    CheckpointError or PackedFileError.
+    compiled: gives what `select_backend` takes, called once the file is read. precision: see
+    precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
     if config.model.arch == DIFFUSERS:
@@ -81,6 +83,7 @@ def assemble(
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
+    model = in_precision(model, precision)
     return Assembly(model, parts, files.digests, files.sizes)
 
 
@@ -220,6 +223,7 @@ def _surroundings(
         first_stage=None if first_stage is None else first_stage.to(device),
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
+        decode_batch=config.sampling.decode_batch,
     )
 
 

@@ -20,7 +20,7 @@ from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
-from ...quant.calibration.phases.correct import correct_noise
+from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
@@ -36,22 +36,32 @@ from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
 from .assembly import Assembly
 from .config import OF_THE_USER, Config, keep_written, resolved_yaml
+from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
-from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
+from .trajectories import (
+    FIRST_FRESH_TRAJECTORY,
+    SEED_DOMAIN,
+    record_states,
+    trajectories_of,
+)
 
 RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
 REPORT, LAYERS, LOG = "report.json", "layers.txt", "log.txt"
 
 
 class Bars:
-    """Progress bars, one a phase."""
+    """Progress bars, one a phase. peaks: phase -> bytes that it took on the device at most, of a
+    device that is not the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peaks = device, dict[str, int]()
         self.bar: tqdm | None = None
 
     def begin(self, phase: str, total: int) -> None:
+        self.phase = phase
+        forget_peak(self.device)
         self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
 
     def step(self, text: str) -> None:
@@ -60,6 +70,9 @@ class Bars:
 
     def end(self) -> None:
         self.bar.close()
+        peak = peak_memory(self.device)
+        if peak is not None:
+            self.peaks[self.phase] = peak
         return_freed_memory()  # phases want blocks of other sizes
 
     def close(self) -> None:
@@ -87,6 +100,13 @@ class CalibrationRun:
         """Digest of everything that the result depends on."""
         return identity_of(self.config, self.assembly.sources)
 
+    @property
+    def trajectories(self) -> int:
+        """Images whose trajectories are made. Raises ConfigError where they are too few."""
+        pipeline, config = self.assembly.pipeline, self.config
+        size = config.sampling.micro_batch
+        return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
+
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
         self.assembly.pipeline.latents(
@@ -97,10 +117,6 @@ class CalibrationRun:
             device=self.device,
             on_output=on_output,
         )
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """See quant.calibration.task.Sampler."""
-        return guided_rows(self.assembly.pipeline, eps)
 
 
 def is_done(run: CalibrationRun) -> bool:
@@ -141,7 +157,8 @@ def check_files(run: CalibrationRun, source: str | None, overwrite: bool) -> Non
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
-    total, size = config.calibration.trajectories, config.sampling.micro_batch
+    total = run.trajectories
+    size = config.sampling.micro_batch
     title, whole = f"{'trajectories':20}", -(-total // size) * size
     calls = run.assembly.pipeline.calls_per_image
     with ImageBar(whole, calls, title, disable=run.team.rank != 0) as bar:
@@ -195,6 +212,7 @@ def calibrate_run(
             f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
             "to be reconstructed; use quantized"
         )
+    _ = run.trajectories  # a mistake is told before the work
     quant = config.quant
     if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
         print(f"note: no correction of the output: {why}", flush=True)
@@ -223,7 +241,7 @@ def calibrate_run(
     elif wanted:
         states = make_states(run)
         save(state)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         task = Task(
             assembly.denoiser,
             states,
@@ -241,14 +259,14 @@ def calibrate_run(
             deployed, phases = calibrate(task)
         except DivergenceError as error:
             raise RunError(advice(error, state, config)) from error
-    lines = write_result(run, states, Outcome(deployed, phases, began))
+    lines = write_result(run, states, Outcome(deployed, phases, began, bars.peaks))
     (folder / STATE).unlink(missing_ok=True)
     return lines
 
 
 def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
-    """Makes a PTQD run out of the finished Q-Diffusion run in the folder `base`: only the
-    correction of the output is fitted, since the two methods differ in nothing else.
+    """Makes a run out of the finished one in the folder `base`, whose method has no correction of
+    the output and differs in nothing else (PTQD and Q-Diffusion): only the correction is fitted.
 
     The reported seconds count those of the base.
     """
@@ -258,21 +276,24 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
     model = model.to(states.device).to(memory_format=torch.channels_last)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
+        kind, denoiser = config.quant.correction, assembly.denoiser
+        fitted = correct(kind, model, denoiser, run, states, bars)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
-    return write_result(run, states, Outcome(model, phases, began))
+    return write_result(run, states, Outcome(model, phases, began, bars.peaks))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A deployed model, the reports of the phases, and when the run began (perf_counter)."""
+    """A deployed model, the reports of the phases, when the run began (perf_counter), and what the
+    phases took on the device (Bars.peaks)."""
 
     model: nn.Module
     phases: dict[str, Any]
     began: float
+    peaks: dict[str, int]
 
 
 def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcome) -> list[str]:
@@ -329,6 +350,8 @@ def write_report(
         **share,
         "seconds": round(seconds, 2),
         "seed": config.calibration.seed,
+        "device": device_name(run.device),
+        "peak_device_bytes": outcome.peaks or None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "sources": run.assembly.sources,

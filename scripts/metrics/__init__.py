@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ...models.checkpoint import sha256_of
 from ..common.errors import MetricError
+from ..common.schema import printable
 from ..experiment.processes import ALONE, Team, Tensors
 from . import inception as net
 from . import scores
@@ -83,6 +84,7 @@ class Pass:
             sigma_s=spatial.covariance if spatial else None,
             n=self.images,
             preprocess=preprocess,
+            precision=net.PRECISION,
         )
 
 
@@ -200,6 +202,9 @@ def check_side(side: str, source: Source, metrics: Sequence[str], preprocess: st
             raise MetricError(f"{path}: {name} has {len(mean)} features instead of {dim}")
     if stored.preprocess not in (None, preprocess):
         raise MetricError(f"{path}: made with --preprocess {stored.preprocess}, not {preprocess}")
+    if stored.precision not in (None, net.PRECISION):
+        what = printable(stored.precision)
+        raise MetricError(f"{path}: features in {what} instead of {net.PRECISION}; make it again")
 
 
 def wants(
@@ -249,7 +254,12 @@ def describe(network: net.InceptionFeatures | None) -> dict | None:
     if network is None:
         return None
     file = network.file
-    return {"file": file.name, "sha256": sha256_of(file), "classifier": network.has_classifier}
+    return {
+        "file": file.name,
+        "sha256": sha256_of(file),
+        "classifier": network.has_classifier,
+        "precision": net.PRECISION,
+    }
 
 
 def notes(
