@@ -279,6 +279,7 @@ def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: 
     waits = []
     for steps in (3, 6):
         keys = ("quant.method=minmax", f"sampler.eta={eta}", f"sampler.steps={steps}")
+        keys += ("calibration.samples=12",)
         config = config_of(room, *keys)
         folder = tmp_path / str(steps)
         calibrate_run(CalibrationRun(config, assemble(config), folder, torch.device("cpu")))

@@ -6,6 +6,7 @@ python -m pytest tests/test_failures.py
 """
 
 import errno
+import faulthandler
 import json
 import os
 import re
@@ -296,6 +297,47 @@ def test_a_command_says_nothing_after_its_error() -> None:
     assert forks.run(main).text() == f"{line}or raise its limit (ulimit -v)\n"
 
 
+@pytest.mark.parametrize(
+    "end",
+    [os.abort, lambda: os._exit(1), lambda: os.kill(os.getpid(), signal.SIGSEGV)],
+    ids=["as C++ ends", "as OpenMP ends", "as the loader ends"],
+)
+def test_a_library_that_ends_the_process_is_one_line(end: Callable[[], None]) -> None:
+    def main(arguments: list[str]) -> None:
+        start._fork()
+        faulthandler.disable()  # pytest's own
+        os.write(2, b"terminate called after throwing\n")
+        end()
+
+    assert forks.run(main).text() == f"error: {start.NO_ROOM}\n"
+
+
+def test_the_fork_that_works_ends_as_a_command_does() -> None:
+    def refused(arguments: list[str]) -> None:
+        start._fork()
+        raise ConfigError("x: wrong")
+
+    def defect(arguments: list[str]) -> None:
+        start._fork()
+        start._explain(ValueError, ValueError("x"), None)
+
+    def waiting(arguments: list[str]) -> None:
+        start._fork()
+        print("here", flush=True)
+        time.sleep(60)
+
+    fork = forks.run(refused)
+    assert (fork.code, fork.text()) == (2, "error: x: wrong\n")
+    fork = forks.run(defect)
+    assert fork.code == 1 and fork.text() == "ValueError: x\n"
+    with forks.ended([forks.start(waiting)]) as (fork,):
+        while "here" not in fork.text():
+            time.sleep(0.01)
+        fork.send(signal.SIGTERM)
+        assert fork.wait() == 130
+    assert fork.errors() == ["error: interrupted; the same command continues"]
+
+
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     def main(arguments: list[str]) -> None:
         Path("out of memory.yaml").read_text()
@@ -314,7 +356,7 @@ def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
-    line = "error: out of memory while the libraries were loaded: free some, or raise ulimit -v\n"
+    line = "error: out of memory: free some, or raise its limit (ulimit -v)\n"
     # 1500 are enough where PyTorch was built without CUDA.
     assert (done.returncode, done.stderr) == (2, line) or (megabytes, done.returncode) == (1500, 0)
 

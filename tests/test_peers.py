@@ -7,9 +7,10 @@ import torch
 import yaml
 
 from tests.helpers.latent import CONFIG
-from tinydm.scripts.bench import peers, speed
+from tinydm.scripts.bench import speed
 from tinydm.scripts.bench.speed_models import PEER_VARIANTS, VARIANTS, Models, obstacle
 from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.exporting import runtimes
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_peer_that_is_absent_is_a_line(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     options = ["--configs", str(path), "--variants", "fp32", "--peers", "onnxruntime,openvino"]
     options += ["--batches", "1", "--threads", "1", "--repeats", "2", "--out", str(tmp_path / "o")]
     speed.main(options)

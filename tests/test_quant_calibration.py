@@ -39,6 +39,8 @@ def test_a_plain_module_is_calibrated_by_every_method(method: str) -> None:
     assert ("finetune" in report) == (method in ("tinydm", "e2e", "e2e_plain"))
     assert ("search" in report) == (method in ("tinydm", "apqdm"))
     assert (model.correction is not None) == (method in ("tinydm", "ptqd", "e2e"))
+    if model.correction is not None:
+        assert model.correction.context is model.context  # or it would not know the timestep
     if method == "tinydm":
         assert len(report["rounding"]["relative_errors"]) == 4
         assert len(report["equivalent"]["relative_errors"]) == 4

@@ -25,7 +25,8 @@ CALIBRATION = (*RUNTIME, "quant.calibration")
 COMMON = ("scripts.common",)
 EXPERIMENT = (*COMMON, "models", "quant", "scripts.experiment")
 METRICS = (*COMMON, "models", "scripts.experiment", "scripts.metrics")
-BENCH = (*EXPERIMENT, *METRICS, "scripts.bench")
+EXPORTING = (*EXPERIMENT, "scripts.exporting")
+BENCH = (*EXPORTING, *METRICS, "scripts.bench")
 # room -> rooms of ours that it may import; the longest name that fits a file is its room
 DOORS: dict[str, tuple[str, ...]] = {
     "models": MODELS,
@@ -36,6 +37,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "quant": (),
     "scripts.common": COMMON,
     "scripts.experiment": EXPERIMENT,
+    "scripts.exporting": EXPORTING,
     "scripts.metrics": METRICS,
     "scripts.train": (*METRICS, "scripts.train"),
     "scripts.bench": BENCH,

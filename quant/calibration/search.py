@@ -134,8 +134,8 @@ def search(
         parts = index.chunk(settings.accumulate)
         if normaliser is None:
             with torch.no_grad():
-                first = [_errors(model, states, part) for part in parts]
-            normaliser = (torch.cat(first) * weight[index[:, 0]]).mean().clamp(min=1e-12)
+                first = torch.cat([_errors(model, states, part) for part in parts])
+            normaliser = (first * weight[index[:, 0]].to(first.device)).mean().clamp(min=1e-12)
         of_parts, value = [], 0.0
         for part in parts:
             found = _errors(model, states, part)

@@ -4,21 +4,17 @@ ONNX Runtime with its static quantization (QDQ: uint8 activations, int8 weights 
 OpenVINO with NNCF's. Their packages are optional: onnx, onnxruntime, openvino, nncf.
 """
 
-import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..common.files import atomic
+from ..exporting.runtimes import RUNTIMES, Inputs, not_installed, prepare, quiet
 
-PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+PEERS = RUNTIMES
 PACKAGES = {
     ("onnxruntime", False): ("onnx", "onnxruntime"),
     ("onnxruntime", True): ("onnx", "onnxruntime"),
@@ -26,13 +22,11 @@ PACKAGES = {
     ("openvino", True): ("onnx", "openvino", "nncf"),
 }
 OPSET = 17
-Inputs = dict[str, np.ndarray]  # x (B, C, H, W), t (B,) and conditioning, by name
 
 
 def missing(peer: str, int8: bool) -> str | None:
     """Why the peer cannot run here, or None."""
-    names = [n for n in PACKAGES[peer, int8] if importlib.util.find_spec(n) is None]
-    return f"not installed: {', '.join(names)}" if names else None
+    return not_installed(PACKAGES[peer, int8])
 
 
 def named(x: torch.Tensor, t: torch.Tensor, given: dict[str, torch.Tensor]) -> Inputs:
@@ -55,7 +49,7 @@ def export(model: nn.Module, example: Inputs, path: Path) -> None:
     names = list(example)
     tensors = tuple(torch.from_numpy(value) for value in example.values())
     batched = {name: {0: "batch"} for name in (*names, "eps")}
-    with _quiet(), atomic(path) as temporary:
+    with quiet(), atomic(path) as temporary:
         torch.onnx.export(
             Positional().eval(),
             tensors,
@@ -70,7 +64,7 @@ def export(model: nn.Module, example: Inputs, path: Path) -> None:
 
 def quantize(peer: str, source: Path, inputs: list[Inputs], target: Path) -> None:
     """The exported network in int8, with the peer's own calibration on these inputs."""
-    with _quiet():
+    with quiet():
         if peer == "openvino":
             import nncf
             import openvino
@@ -115,41 +109,5 @@ class PeerModel(nn.Module):
         key = (torch.get_num_threads(), *x.shape)
         inputs = named(x, t, given)
         if key not in self._runs:
-            prepare = _openvino_run if self.peer == "openvino" else _onnxruntime_run
-            with _quiet():
-                self._runs[key] = prepare(self.path, inputs, key[0])
+            self._runs[key] = prepare(self.peer, self.path, inputs, key[0])
         return torch.from_numpy(self._runs[key](inputs))
-
-
-def _onnxruntime_run(path: Path, inputs: Inputs, threads: int) -> Callable[[Inputs], np.ndarray]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    return lambda values: session.run(None, values)[0]
-
-
-def _openvino_run(path: Path, inputs: Inputs, threads: int) -> Callable[[Inputs], np.ndarray]:
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(str(path))
-    model.reshape({name: list(value.shape) for name, value in inputs.items()})
-    properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    properties["INFERENCE_PRECISION_HINT"] = "f32"  # not the bfloat16 of newer processors
-    request = core.compile_model(model, "CPU", properties).create_infer_request()
-    return lambda values: next(iter(request.infer(values).values())).copy()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings and progress messages of exporters and quantizers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -17,11 +17,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from tqdm import tqdm
+from tqdm import TqdmMonitorWarning, tqdm
 
 from ...models.checkpoint_files import CheckpointError, is_out_of_memory
 from ...models.samplers import SamplingError
@@ -258,6 +259,7 @@ def run(
     one. Anything else is a defect of the program and keeps its traceback.
     """
     print_any_text()
+    warnings.simplefilter("ignore", TqdmMonitorWarning)  # a bar without its thread is still a bar
     sys.unraisablehook = _Unraisable(sys.unraisablehook)
     keep_freed_memory()
     before = signals.handlers()

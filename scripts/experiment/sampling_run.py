@@ -117,14 +117,20 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
                 denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
             images = to_uint8(x, truncate).numpy()  # (B, H, W, C)
+            check_folder(run.folder)
             for index, image in zip(batch, images, strict=True):
                 writers.put(write_image, run.folder, index, image)
 
 
-def write_image(folder: Path, index: int, image: np.ndarray) -> None:
+def check_folder(folder: Path) -> None:
     """Raises RunError where the folder is gone."""
     if not folder.is_dir():
         raise RunError(f"{folder}: was removed while images were made; {AGAIN}")
+
+
+def write_image(folder: Path, index: int, image: np.ndarray) -> None:
+    """Raises RunError where the folder is gone: writing would make it again."""
+    check_folder(folder)
     write_png(folder / png_name(index), image)
 
 

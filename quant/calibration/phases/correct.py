@@ -30,7 +30,10 @@ def correction(job: Job) -> dict[str, Any] | None:
         return None
     model = deploy(job.model)
     report = correct(kind, model, job.denoiser, job.sampler, job.states, job.progress)
-    job.model.correction = model.correction
+    assert model.correction is not None  # of the fit
+    tables = model.correction.state_dict()
+    # A deployed model has a timestep of its own, which the next one would not set.
+    job.model.correction = OutputCorrection(job.model.context, **tables)
     return report
 
 

@@ -1,0 +1,123 @@
+"""Write a quantized denoiser as a file of ONNX, for other runtimes.
+
+    python scripts/export.py runs/emoji32-w4a8 --format onnx
+    python scripts/export.py runs/emoji32-w4a8/quantized.safetensors --out model.onnx \\
+        --check onnxruntime
+
+RUN is a run folder of calibrate.py, or its quantized.safetensors. --out is RUN/quantized.onnx by
+default. Then each runtime of --check computes the calls of a short trajectory, and its
+signal-to-noise ratio to the fake backend is printed, the lowest of all timesteps. One that is not
+installed is named. Example inputs come from the pipeline, so that it needs what sampling needs.
+
+    pip install onnx onnxscript onnxruntime openvino
+
+Exit codes: 0 done, 2 bad input or below 45 dB, 130 interrupted.
+"""
+
+from tinydm.scripts.start import run  # first: it watches over the imports below
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from tinydm.quant.backends.graph import as_graph
+from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
+from tinydm.scripts.common.errors import ConfigError, RunError
+from tinydm.scripts.common.files import refuse_overwriting
+from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.calibration_run import RESULT
+from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, WHAT_OPTIONS, add_config, make_parser
+from tinydm.scripts.experiment.config import Config, load_config, parse_config
+from tinydm.scripts.experiment.folder_config import config_of_folder
+from tinydm.scripts.exporting.calls import Call, few_steps, record_calls
+from tinydm.scripts.exporting.onnx_file import OPSET, check_packages, write_onnx
+from tinydm.scripts.exporting.runtimes import RUNTIMES, not_installed, prepare
+
+LOWEST = 45.0  # dB
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("run", metavar="RUN", help="run folder, or its quantized.safetensors")
+    parser.add_argument("--format", default="onnx", choices=("onnx",), help="of the file")
+    parser.add_argument("--out", metavar="FILE", help="RUN/quantized.onnx by default")
+    parser.add_argument(
+        "--check",
+        metavar="NAMES",
+        default=",".join(RUNTIMES),
+        help=f"runtimes to check, {','.join(RUNTIMES)} by default, or none",
+    )
+    add_config(parser, (CHECKPOINT_OPTION, *WHAT_OPTIONS), required=False, device=False)
+    args = parser.parse_args(argv)
+    args.check = [] if args.check == "none" else args.check.split(",")
+    for name in args.check:
+        if name not in RUNTIMES:
+            parser.error(f"--check {name}: is none of {', '.join(RUNTIMES)}, none")
+    return args
+
+
+def read_config(args: argparse.Namespace, file: Path) -> Config:
+    """--config, what the quantized file holds (those of tinydm.calibrate hold none), or what the
+    folder of --ckpt needs. Raises ConfigError, PackedFileError or CheckpointError."""
+    if args.config is not None:
+        return load_config(args.config, args.overrides)
+    text = read_metadata(file).get("config")
+    if text is None:
+        if any(getattr(o, "key", "") == "model.checkpoint" for o in args.overrides):
+            return config_of_folder(args.overrides)
+        what = "holds no configuration; give --config FILE, or --ckpt FOLDER of diffusers"
+        raise PackedFileError(f"{file}: {what}")
+    return parse_config(text, str(file), args.overrides)
+
+
+def check(runtime: str, path: Path, calls: list[Call]) -> str:
+    """The line of a report. Raises RunError below LOWEST."""
+    absent = not_installed([runtime])
+    if absent is not None:
+        return f"{RUNTIMES[runtime]}: not checked, {absent}"
+    compute = prepare(runtime, path, calls[0].inputs(), torch.get_num_threads(), True)
+    found, seconds = [], 0.0
+    for call in calls:
+        began = time.perf_counter()
+        output = torch.from_numpy(compute(call.inputs()))
+        seconds += time.perf_counter() - began
+        found.append((decibels(output, call.output), float(call.t)))
+    worst, t = min(found)
+    steps = len({t for _, t in found})
+    line = f"{RUNTIMES[runtime]}: {worst:.1f} dB to the fake backend at the worst of {steps} "
+    line += f"timesteps (t = {t:g}), {1000 * seconds / len(calls):.1f} ms a call"
+    if not worst >= LOWEST:
+        raise RunError(f"{path}: {line}; at least {LOWEST:g} dB are expected")
+    return line
+
+
+def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal-to-noise ratio of an output."""
+    expected = expected.double()
+    error = (output.double() - expected).square().sum().clamp(min=1e-300)
+    return float(10 * torch.log10(expected.square().sum() / error))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    check_packages()
+    source = Path(args.run)
+    file = source / RESULT if source.is_dir() else source
+    out = file.with_suffix(".onnx") if args.out is None else Path(args.out)
+    refuse_overwriting("--out", out, file)
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder, not a file")
+    config = few_steps(read_config(args, file))
+    assembly = assemble(config, file)
+    calls = record_calls(assembly, config.sampling.classes, one=not args.check)
+    written = write_onnx(as_graph(assembly.denoiser), calls[0], out)
+    inputs = ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in written.inputs.items())
+    print(f"{out}: {written.bytes / 2**20:.3f} MiB, opset {OPSET}; inputs {inputs}")
+    for runtime in args.check:
+        print(check(runtime, out, calls), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Quantized denoisers in the files of other runtimes, and what these compute."""

@@ -1,0 +1,61 @@
+"""Calls of a quantized denoiser while its own sampler runs: examples, and what they should give."""
+
+import contextlib
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..experiment.assembly import Assembly
+from ..experiment.config import Config
+from .runtimes import Inputs
+
+ROWS, STEPS, SEED = 2, 5, 1 << 61  # no seed of images that somebody samples
+
+
+class Call(NamedTuple):
+    """x (B, C, H, W), t (1,), the denoiser's other tensors by name, and the output."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    named: dict[str, torch.Tensor]
+    output: torch.Tensor
+
+    def inputs(self) -> Inputs:
+        values = {"x": self.x, "t": self.t} | self.named
+        return {name: np.ascontiguousarray(value.numpy()) for name, value in values.items()}
+
+
+def few_steps(config: Config) -> Config:
+    """The configuration with few steps, of which each is a call."""
+    sampler = dataclasses.replace(config.sampler, steps=min(STEPS, config.sampler.steps))
+    sampling = dataclasses.replace(config.sampling, micro_batch=ROWS)
+    return dataclasses.replace(config, sampler=sampler, sampling=sampling)
+
+
+class _Enough(Exception):
+    """Ends the sampling."""
+
+
+@torch.no_grad()
+def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
+    """The calls of a short trajectory of ROWS images; one: only the first, which saves time.
+
+    Of a guided step, which makes two calls with ROWS rows each, both are there.
+    """
+    model: nn.Module = assembly.denoiser
+    calls: list[Call] = []
+
+    def observed(x: torch.Tensor, t: torch.Tensor, **named: Any) -> torch.Tensor:
+        output = model(x, t, **named)
+        kept = {n: v.clone() for n, v in sorted(named.items()) if v is not None}
+        calls.append(Call(x.clone(), t[:1].clone(), kept, output.clone()))
+        if one:
+            raise _Enough
+        return output
+
+    with contextlib.suppress(_Enough):
+        assembly.pipeline.latents(observed, range(ROWS), SEED, classes)
+    return calls
