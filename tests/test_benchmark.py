@@ -1,9 +1,6 @@
 """The benchmark: cells are measured once, joined into one table, and the same every time."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.commands import command, done
 from tests.helpers.narrow import BENCH, write_narrow
 from tinydm.quant.backends.selection import int8_supported
 from tinydm.scripts import benchmark
@@ -33,7 +31,6 @@ from tinydm.scripts.common import memory
 from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment.runs import locked
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("calibration s", "peak MiB")
 SOFTMAX_4 = ("quant.activation.softmax=row", "quant.activation.softmax_bits=4")
 
@@ -47,14 +44,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(room: Path, out: str, *arguments: str) -> list[str]:
     place = ["--config", str(room / "narrow.yaml"), "--out", str(room / out)]
     return [*place, "--trajectories", "2", *arguments]
-
-
-def run_command(room: Path, out: str, *arguments: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += options(room, out, *arguments)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def table(path: Path, number: int = 0) -> list[dict[str, str]]:
@@ -77,10 +66,13 @@ def made(folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def first(room: Path) -> Path:
-    run_command(room, "first", "--methods", "fp,minmax,tinydm", "--bits", "w4a8")
+    """Of a process as a user starts it; others of these tests run in this one."""
+    given = options(room, "first", "--methods", "fp,minmax,tinydm", "--bits", "w4a8")
+    done(command("scripts/benchmark.py", room, *given))
     return room / "first"
 
 
+@pytest.mark.slow
 def test_table_in_the_papers_layout(first: Path) -> None:
     rows = table(first / "results.md")
     assert tuple(rows[0]) == tables.COLUMNS
@@ -105,6 +97,7 @@ def test_table_in_the_papers_layout(first: Path) -> None:
     assert {"eps-mse-3-w4a8.png", "timesteps-3-w4a8.png", "psnr-3.png"} <= names
 
 
+@pytest.mark.slow
 def test_lead_is_of_the_same_images(first: Path) -> None:
     (line,) = table(first / "results.md", 1)
     assert (line["Bit-width (W/A)"], line["against"], line["seeds"]) == ("4/8", "MinMax", "0")
@@ -218,15 +211,16 @@ def test_an_equal_image_does_not_make_the_mean_infinite() -> None:
     assert measure.mean_psnr(errors) == pytest.approx((58.92 + 20) / 2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_integer_backend(room: Path) -> None:
     """Its images and numbers stand beside those of the other backend; the model is the same."""
     if reason := int8_supported():
         pytest.skip(reason)
-    command = ("--methods", "fp,minmax", "--bits", "w4a8")
-    benchmark.main(options(room, "integers", *command))
+    both = ("--methods", "fp,minmax", "--bits", "w4a8")
+    benchmark.main(options(room, "integers", *both))
     file = room / "integers" / "results.json"
     before, fake = made(room / "integers"), json.loads(file.read_text())["rows"]
-    benchmark.main(options(room, "integers", *command, "--backend", "int8"))
+    benchmark.main(options(room, "integers", *both, "--backend", "int8"))
     after, whole = made(room / "integers"), json.loads(file.read_text())["rows"]
     assert [row["backend"] for row in fake + whole] == [None, "fake", None, "int8"]
     new = {name for name in after if after[name] != before.get(name)}
@@ -238,6 +232,7 @@ def test_integer_backend(room: Path) -> None:
     assert whole[1]["eps_mse_of_steps"] != fake[1]["eps_mse_of_steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "phase"),
     [
@@ -269,9 +264,10 @@ def test_a_correction_is_fitted_to_the_model_of_its_base(
     assert made(based) == before
 
 
+@pytest.mark.slow
 def test_another_command_adds_and_keeps(first: Path, room: Path) -> None:
     before, rows = made(first), without_times(first / "results.md")
-    run_command(room, "first", "--methods", "minmax,tinydm", "--bits", "w4a8")
+    benchmark.main(options(room, "first", "--methods", "minmax,tinydm", "--bits", "w4a8"))
     assert made(first) == before  # the second run makes nothing anew
     assert without_times(first / "results.md") == rows
     more = ("--methods", "minmax", "--bits", "w4a8", "--transfer", "2,ddpm")
@@ -285,8 +281,10 @@ def test_another_command_adds_and_keeps(first: Path, room: Path) -> None:
     assert added == ["2 (calibrated at 3)", "3 ddpm (calibrated at 3 ddim)"]
 
 
+@pytest.mark.slow
 def test_a_fresh_folder_gives_the_same_numbers(first: Path, room: Path) -> None:
-    run_command(room, "again", "--methods", "tinydm", "--bits", "w4a8", "--ablate", "split")
+    more = ("--methods", "tinydm", "--bits", "w4a8", "--ablate", "split")
+    benchmark.main(options(room, "again", *more))
     tinydm = [row for row in without_times(first / "results.md") if row["Method"] == "TinyDM"]
     assert without_times(room / "again" / "results.md") == tinydm
     ablation = table(room / "again" / "ablation.md")
@@ -300,6 +298,7 @@ def test_a_fresh_folder_gives_the_same_numbers(first: Path, room: Path) -> None:
     assert len(list((room / "again" / "cells").iterdir())) == 2  # equal cells are one
 
 
+@pytest.mark.slow
 def test_noise_seeds_share_the_calibrated_file(first: Path, room: Path) -> None:
     """Each has images of its own, and the interval is over all of them."""
     before = made(first)
@@ -314,8 +313,8 @@ def test_noise_seeds_share_the_calibrated_file(first: Path, room: Path) -> None:
     assert [row["noise"] for row in own] == [5, 77]
     assert own[0]["image_mse"] != own[1]["image_mse"]
     assert own[0]["eps_mse_of_steps"] == own[1]["eps_mse_of_steps"]
-    same = {"name": "ddim", "steps": 3}
-    lines = {r["cell"]["label"]: r for r in result["lines"] if r["sampler"] == same}
+    lines = [line for line in result["lines"] if line["sampler"] == line["calibrated"]]
+    lines = {line["cell"]["label"]: line for line in lines}
     assert lines["minmax"]["noise_seeds"] == [5, 77] and lines["tinydm"]["noise_seeds"] == [5]
     errors = np.array([own[0]["image_mse"] + own[1]["image_mse"]])
     assert lines["minmax"]["psnr"] == pytest.approx(measure.pooled_psnr(errors))
@@ -349,6 +348,7 @@ def test_intervals_are_over_calibration_seeds_too() -> None:
     assert value == pytest.approx(10) and high - low < 1e-9
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_seeds_that_no_table_uses(room: Path) -> None:
     tune = ("--tune", "e2e_plain,ptq4dm", "--bits", "w4a8", "--count", "1")
     for seeds, noise, word in (("0", "100", "--seeds"), ("100", "1234", "sampling.seed")):
