@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .common import signals, threads
 
@@ -29,6 +29,7 @@ TOLD = (0, 2, 130)  # exit codes of commands, after their line
 DEFECT = 3  # exit code of a fork that has printed a traceback
 
 _forked = False
+_began: Any = None  # memory that a fork shares: whether the work has begun, and bars are drawn
 _stderr = 2
 
 
@@ -36,6 +37,8 @@ def run(main: Callable[[], int | None], **words: str) -> None:
     """See experiment.cli.run, which the command has imported by now."""
     from .experiment import cli
 
+    if _began is not None:
+        _began[0] = 1
     try:
         cli.run(main, **words)
     except SystemExit as ended:
@@ -73,7 +76,10 @@ def _fork() -> None:
     where they find no room: then this one tells it. What they say goes nowhere, since Python has an
     stderr of its own.
     """
-    global _forked, _stderr
+    global _forked, _stderr, _began
+    import mmap
+
+    _began = mmap.mmap(-1, 1)
     awaited = {*signals.ENDING, signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
@@ -98,6 +104,8 @@ def _fork() -> None:
         os._exit(code)
     if code == DEFECT:
         os._exit(1)
+    if _began[0]:
+        os.write(_stderr, b"\n")  # ends what is half-drawn
     _end(2, NO_ROOM)
 
 

@@ -36,6 +36,7 @@ from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
 from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.metrics import inception
 
 NOBODY = 65534
 ROOT = Path(__file__).resolve().parents[1]
@@ -336,6 +337,22 @@ def test_the_fork_that_works_ends_as_a_command_does() -> None:
         fork.send(signal.SIGTERM)
         assert fork.wait() == 130
     assert fork.errors() == ["error: interrupted; the same command continues"]
+
+
+@pytest.mark.parametrize("what", ["read_file", "_build"])
+def test_weights_that_find_no_memory_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise RuntimeError("could not create a memory object")
+
+    (tmp_path / "x.pth").write_bytes(b"x")
+    if what == "_build":
+        monkeypatch.setattr(inception, "_read_weights", lambda file: {})
+    monkeypatch.setattr(inception, what, exhausted)
+    images = write_images(tmp_path / "images", 2, 0)
+    line = refusal(forks.run(evaluate.main, images, images, "--inception", tmp_path / "x.pth"))
+    assert "memory" in line and "delete" not in line and "not pytorch-fid" not in line
 
 
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:

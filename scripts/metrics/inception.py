@@ -24,7 +24,7 @@ import pytorch_fid.inception
 import torch
 
 from ...models.checkpoint import sha256_of
-from ...models.checkpoint_files import read_file
+from ...models.checkpoint_files import is_out_of_memory, read_file, unreadable_now
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
 from ..experiment.devices import allow_tf32, resolve_device
@@ -197,6 +197,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         return read_file(file)
     except Exception as error:  # a damaged file raises many kinds
+        if reason := unreadable_now(error.__cause__ or error, file):
+            raise MetricError(f"{file}: {reason}; it is kept") from error
         raise MetricError(
             f"{file}: not a readable weights file ({file.stat().st_size} bytes); "
             "delete it and run `python scripts/evaluate.py --prepare-inception`"
@@ -250,6 +252,8 @@ class InceptionFeatures:
             network = _build(state, resize=preprocess == "pytorch-fid")
             self._classifier = state["fc.weight"].float().to(self.device)  # (1008, 2048)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise MetricError(f"{self.file}: not pytorch-fid's Inception weights") from error
         if not all(v.isfinite().all() for v in state.values()):
             raise MetricError(f"{self.file}: weights are NaN or infinite; fetch the file again")
