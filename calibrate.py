@@ -27,7 +27,7 @@ from tinydm.scripts.experiment.calibration_run import (
     RESULT,
     CalibrationRun,
     calibrate_run,
-    check_config_file,
+    check_files,
     help_calibrate,
 )
 from tinydm.scripts.experiment.cli import (
@@ -41,6 +41,7 @@ from tinydm.scripts.experiment.cli import (
     refuse_options,
 )
 from tinydm.scripts.experiment.config import Override, load_config
+from tinydm.scripts.experiment.device_defaults import device_memory, for_calibration
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.experiment.processes import team_of_processes
@@ -73,10 +74,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = resolve_device(args.device)
+    memory = device_memory(device)
     if args.config is None:
-        config = config_of_folder(args.overrides)
+        config = config_of_folder(args.overrides, memory)
     else:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, args.overrides, memory)
+    config = for_calibration(config, memory)
     folder = Path(args.out)
     assembly = assemble(config, device=device)
     with team_of_processes() as team:
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         if team.rank != 0:
             help_calibrate(calibration)
             return
-        check_config_file(calibration, args.config, args.overwrite)
+        check_files(calibration, args.config, args.overwrite)
         with locked(folder / LOCK):
             lines = calibrate_run(calibration, resume=args.resume, overwrite=args.overwrite)
     if lines is None:

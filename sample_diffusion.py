@@ -16,6 +16,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 from tinydm.scripts.start import run  # first: it watches over the imports below
 
 import argparse
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import check_output
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.backend import (
     Backend,
@@ -41,8 +43,10 @@ from tinydm.scripts.experiment.cli import (
     make_parser,
 )
 from tinydm.scripts.experiment.config import Config, keep_written, load_config, parse_config
+from tinydm.scripts.experiment.device_defaults import SAMPLED, device_memory
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
+from tinydm.scripts.experiment.precision import add_precision, check_precision, precision_note
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
 from tinydm.scripts.experiment.sampling_run import (
@@ -60,24 +64,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_out(parser, "folder of the images")
     parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
     add_backend(parser)
+    add_precision(parser)
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")
     parser.add_argument("--grid", metavar="FILE", help="also write one picture of the first images")
     return parser.parse_args(argv)
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """--config, what the quantized file holds, or what a folder of diffusers needs. Raises
-    ConfigError, PackedFileError or CheckpointError."""
+def read_config(args: argparse.Namespace, memory: float | None) -> Config:
+    """--config, what the quantized file holds, or what a folder of diffusers needs. memory: GiB of
+    a GPU. Raises ConfigError, PackedFileError or CheckpointError."""
     if args.config is not None:
-        return load_config(args.config, args.overrides)
+        return load_config(args.config, args.overrides, memory)
     if args.quantized is None:
         if not any(getattr(o, "key", "") == "model.checkpoint" for o in args.overrides):
             raise ConfigError("give --config FILE, --quantized FILE or --ckpt FOLDER of diffusers")
-        return config_of_folder(args.overrides)
+        return config_of_folder(args.overrides, memory)
     text = read_metadata(args.quantized).get("config")
     if text is None:
         raise PackedFileError(f"{args.quantized}: holds no configuration; give --config FILE")
-    return parse_config(text, args.quantized, args.overrides)
+    # The rows of the device that it was calibrated on are not those of a GPU here.
+    own = [] if memory is None else [f"{'.'.join(key)}=auto" for key in SAMPLED]
+    return parse_config(text, args.quantized, [*own, *args.overrides], memory=memory)
 
 
 def check_paths(args: argparse.Namespace, folder: Path) -> None:
@@ -85,32 +92,35 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     if args.backend != "fake" and args.quantized is None:
         raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
     check_backend(args)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder}: is a file, not a folder")
     if args.grid is None:
         return
     if Path(args.grid).suffix.lower() != ".png" or Path(args.grid).is_dir():
         raise ConfigError(f"--grid {args.grid}: must be a file that ends in .png")
-    if Path(args.grid).resolve().parent == folder.resolve():
+    check_output(args.grid)
+    if os.path.dirname(os.path.realpath(args.grid)) == os.path.realpath(folder):
         raise ConfigError(f"--grid {args.grid}: must not lie among the images")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     rank, world = rank_and_world()
-    config, device = read_config(args), resolve_device(args.device)
+    device = resolve_device(args.device)
+    config = read_config(args, device_memory(device))
     folder = Path(args.out)
     check_paths(args, folder)
+    check_precision(args.precision, device, args.backend)
     ours = args.overwrite or beside(folder, "identity.json").exists()
     keep_written(beside(folder, "config.yaml"), config, args.config, ours)
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
         compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
         chosen = Backend(args.backend, None if compiling is None else compiling.result)
-        assembly = assemble(config, args.quantized, chosen.name, device, chosen.code)
+        source = config, args.quantized, chosen.name, device, chosen.code
+        assembly = assemble(*source, precision=args.precision)
     backend = chosen.label if args.quantized else None
     loaded = time.perf_counter() - began
-    sampling = SamplingRun(config, assembly, folder, device, backend, rank, world)
+    made_of = config, assembly, folder, device, backend, args.precision
+    sampling = SamplingRun(*made_of, rank, world)
     check_channels(sampling)
     with locked(beside(folder, "lock")) if rank == 0 else nullcontext():
         claim(folder, sampling.identity, args.overwrite, rank)
@@ -119,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
             make_images(sampling, own)
             check_there(sampling, own)
             return
-        notes = [note for note in [simulated_note(assembly.denoiser)] if note is not None]
+        said = simulated_note(assembly.denoiser), precision_note(assembly.denoiser)
+        notes = [note for note in said if note is not None]
         if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
             notes.append("note: quant.* changes nothing here; calibrate.py uses it")
         note = slow_backend(args)

@@ -15,7 +15,7 @@ COLUMNS=8
 [ "$MODEL" != emoji64 ] || COLUMNS=9
 # A first look; calibrate.py alone takes the numbers of the configuration: slower, a little better.
 QUICK="quant.reconstruct.finetune_iterations=300"
-[ "$MODEL" != emoji32 ] || QUICK="$QUICK calibration.trajectories=32 calibration.samples=1600"
+[ "$MODEL" != emoji32 ] || QUICK="$QUICK calibration.samples=1024"
 
 # shellcheck disable=SC2086 # several settings
 "$PYTHON" calibrate.py --config $CONFIG --out $RUN --resume --set $QUICK

@@ -25,6 +25,7 @@ from .dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
 from .guided_samplers import guided_ddim, guided_ddpm, space_timesteps
 from .ldm_samplers import ldm_ddim, ldm_timesteps, plms
 from .ldm_unet import TRAINING_ONLY, LDMUNet
+from .noise import drawn_ahead
 from .protocols import rows_are_independent
 from .samplers import Denoiser, NoiseScale, SamplingError, StepHook, ddim, ddpm
 from .schedule import SKIPS as DDIM_SKIPS
@@ -95,6 +96,7 @@ def build_pipeline(
     first_stage: VQAutoencoder | KLAutoencoder | None = None,
     embedder: ClassEmbedder | PromptTable | None = None,
     scale_factor: float = 1.0,
+    decode_batch: int = 1,
 ) -> "Pipeline":
     """schedule: betas, beta_start, beta_end, train_timesteps; sampler: name, steps, skip, eta,
     clip_denoised, guidance_scale. Raises ValueError when the values do not fit together."""
@@ -115,6 +117,7 @@ def build_pipeline(
         first_stage=first_stage,
         embedder=embedder,
         scale_factor=scale_factor,
+        decode_batch=decode_batch,
     )
 
 
@@ -176,9 +179,14 @@ class FixedBatch:
 def _rows(value: torch.Tensor, start: int, size: int, pad: bool) -> torch.Tensor:
     """Rows start .. start + size; to pad, the last row is repeated where there are fewer."""
     rows = value[start : start + size]
-    if pad and len(rows) < size:
-        rows = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+    rows = _filled(rows, size) if pad else rows
     return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
+
+
+def _filled(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """At least `size` rows: the last one is repeated."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing > 0 else rows
 
 
 # (x_t (B, C, H, W), t (B,), output of the denoiser) -> output, both (B, C or 2 C, H, W)
@@ -205,6 +213,7 @@ class Pipeline:
     first_stage: VQAutoencoder | KLAutoencoder | None
     embedder: ClassEmbedder | PromptTable | None
     scale_factor: float
+    decode_batch: int = 1  # latents that the first stage decodes together, always as many
 
     @property
     def guided(self) -> bool:
@@ -262,9 +271,12 @@ class Pipeline:
         x = self.latents(denoiser, indices, seed, classes, on_step, device)
         if self.first_stage is None:
             return x
-        # One at a time: a constant size, as in FixedBatch, and little memory.
-        parts = [decode_first_stage(self.first_stage, z, self.scale_factor) for z in x.split(1)]
-        images = torch.cat(parts)
+        size = self.decode_batch
+        parts = [
+            decode_first_stage(self.first_stage, _filled(z, size), self.scale_factor)
+            for z in x.split(size)
+        ]
+        images = torch.cat(parts)[: len(x)]
         if not torch.isfinite(images).all():
             raise SamplingError("the first stage decodes to values that are NaN or infinite")
         return images
@@ -286,9 +298,9 @@ class Pipeline:
         """
         generators = [image_generator(seed, index) for index in indices]
 
-        def noise(_: int = 0) -> torch.Tensor:
+        def draw() -> torch.Tensor:
             draws = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
-            return draws.to(device, memory_format=torch.channels_last)
+            return draws.contiguous(memory_format=torch.channels_last)
 
         labels = self.labels(indices, seed, classes)
         model: Denoiser = FixedBatch(denoiser, self.micro_batch)
@@ -297,7 +309,9 @@ class Pipeline:
             model = _observed(model, on_output)
         # Offered by a denoiser whose eps brings noise of its own (protocols.NoiseScale).
         noise_scale = getattr(denoiser, "noise_scale", None)
-        return self._run(model, noise(), noise, noise_scale, on_step)
+        start = draw().to(device)
+        with drawn_ahead(draw, device) as noise:
+            return self._run(model, start, noise, noise_scale, on_step)
 
     def labels(
         self, indices: Sequence[int], seed: int, classes: Sequence[int] | None = None

@@ -16,6 +16,7 @@ from tinydm.scripts.common.paths import ROOT
 from tinydm.scripts.common.schema import described, without_none, yaml_line
 from tinydm.scripts.experiment.cli import make_parser
 from tinydm.scripts.experiment.config import Config
+from tinydm.scripts.experiment.device_defaults import KEYS
 
 PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -24,6 +25,14 @@ One YAML file per experiment, `configs/*.yaml`. `--set key.sub=value` overrides 
 line; the last one wins. Keys that are not written take the default below, and those of `quant` and
 `calibration` take it from the preset that `quant.method` names (see the last table). An unknown key
 is refused. A run folder holds the resolved configuration, with every key.
+
+How many rows go through a network at once depends on the device. These keys may be `auto`, which
+they are where nothing is written:
+
+{keys}
+
+On a CPU that is the default below, or the value in the configuration's section `cpu`, which has the
+form of the whole; on a GPU it follows from its memory ([gpu.md](gpu.md)).
 
 This page is written by `python scripts/configuration_reference.py`.
 """
@@ -85,7 +94,8 @@ def flattened(settings: tuple[Any, Any]) -> dict[str, Any]:
 
 def page() -> str:
     """The whole page, Markdown."""
-    parts, hints = [HEAD], typing.get_type_hints(Config)
+    keys = ", ".join(f"`{'.'.join(key)}`" for key in KEYS)
+    parts, hints = [HEAD.format(keys=keys)], typing.get_type_hints(Config)
     head = ("key", "values", "default", "what it does")
     for field in dataclasses.fields(Config):
         kind = hints[field.name]

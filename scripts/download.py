@@ -25,7 +25,7 @@ from tinydm.models.checkpoint import load_state_dict
 from tinydm.models.checkpoint_files import CheckpointError, NotACheckpointError
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import atomic
-from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, add_config, make_parser
+from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, add_config, make_parser, output_file
 from tinydm.scripts.experiment.config import load_config, repository_path
 from tinydm.scripts.experiment.downloads import fetch, hub_folder, is_hub_id
 
@@ -116,7 +116,9 @@ def fetch_cifar10_reference(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_config(parser, (CHECKPOINT_OPTION,), required=False, device=False)
-    parser.add_argument("--cifar10-reference", metavar="FILE", help="fetch the training images")
+    parser.add_argument(
+        "--cifar10-reference", type=output_file, metavar="FILE", help="fetch the training images"
+    )
     args = parser.parse_args(argv)
     if args.cifar10_reference is not None:
         fetch_cifar10_reference(Path(args.cifar10_reference))

@@ -21,7 +21,7 @@ import sys
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.common.files import refuse_overwriting, write_json
 from tinydm.scripts.common.reference import full_statistics
-from tinydm.scripts.experiment.cli import make_parser
+from tinydm.scripts.experiment.cli import make_parser, output_file
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
@@ -50,8 +50,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)}, or none")
     parser.add_argument("--paired", metavar="DIR", help="PSNR of GEN against DIR, by file name")
     parser.add_argument("--inception", metavar="FILE", help=f"weights ({FILE_NAME})")
-    parser.add_argument("--json", metavar="FILE", help="write the result here")
-    parser.add_argument("--save-stats", metavar="FILE.npz", help="keep the statistics of REF")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result here")
+    parser.add_argument(
+        "--save-stats", type=output_file, metavar="FILE.npz", help="keep the statistics of REF"
+    )
     parser.add_argument("--batch-size", "--batch_size", type=int, default=50)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     parser.add_argument(

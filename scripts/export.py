@@ -30,7 +30,13 @@ from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.common.files import refuse_overwriting
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import RESULT
-from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, WHAT_OPTIONS, add_config, make_parser
+from tinydm.scripts.experiment.cli import (
+    CHECKPOINT_OPTION,
+    WHAT_OPTIONS,
+    add_config,
+    make_parser,
+    output_file,
+)
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.exporting.calls import Call, decibels, few_steps, record_calls
@@ -45,7 +51,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder, or its quantized.safetensors")
     parser.add_argument("--format", default="onnx", choices=("onnx",), help="of the file")
-    parser.add_argument("--out", metavar="FILE", help="RUN/quantized.onnx by default")
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE", help="RUN/quantized.onnx by default"
+    )
     parser.add_argument(
         "--check",
         metavar="NAMES",

@@ -24,14 +24,16 @@ from tinydm.scripts.common.files import write_text
 from tinydm.scripts.common.json_files import DamagedJsonError, parse_json
 from tinydm.scripts.common.reports import ResultsReport
 from tinydm.scripts.common.schema import printable
-from tinydm.scripts.experiment.cli import make_parser
+from tinydm.scripts.experiment.cli import make_parser, output_file
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="of benchmark.py")
     parser.add_argument("--published", action="store_true", help="also what others published")
-    parser.add_argument("--out", metavar="FILE", help="Markdown file, instead of printing")
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE", help="Markdown file, instead of printing"
+    )
     return parser.parse_args(argv)
 
 
@@ -60,7 +62,8 @@ def merged(results: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[st
     for path, result in reversed(results):
         rows = []
         for row in result["rows"]:
-            key = (Cell.from_plain(row["cell"]).key, *row["sampler"].values())
+            cell, noise = Cell.from_plain(row["cell"]), row.get("noise")
+            key = (cell.key, *row["sampler"].values(), noise)
             if key not in seen:
                 rows.append(row)
             seen.add(key)

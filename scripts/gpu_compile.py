@@ -30,7 +30,7 @@ from torch import nn
 
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import write_json
-from tinydm.scripts.experiment.cli import make_parser
+from tinydm.scripts.experiment.cli import make_parser, output_file
 
 try:
     import triton
@@ -68,7 +68,7 @@ class Compiled:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--targets", nargs="+", default=["80", "86", "90"], metavar="NN")
-    parser.add_argument("--out", metavar="FILE", help="the same as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="the same as JSON")
     args = parser.parse_args(argv)
     if triton is None:
         raise ConfigError("gpu_compile.py: this PyTorch came without Triton")

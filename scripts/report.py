@@ -25,7 +25,7 @@ import torch
 
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.common.files import write_text
-from tinydm.scripts.experiment.cli import make_parser
+from tinydm.scripts.experiment.cli import make_parser, output_folder
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.reporting import image_sections, sections
 from tinydm.scripts.reporting.contents import read_quantizers
@@ -46,7 +46,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--states", type=int, default=4, metavar="N", help="for the layers' sensitivity (4)"
     )
-    parser.add_argument("--figures", metavar="DIR", help="also write NAME-groups.png there")
+    parser.add_argument(
+        "--figures", type=output_folder, metavar="DIR", help="also write NAME-groups.png there"
+    )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
     args = parser.parse_args(argv)
     for name in ("trajectories", "states"):

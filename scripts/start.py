@@ -7,38 +7,52 @@
 
 What a command imports next, torch above all, takes a second and gigabytes of addresses. Until `run`
 begins, nothing has been written: SIGINT and SIGTERM end the process at once, with 130, and a
-library that finds no room ends it with 2. This module itself imports next to nothing.
+library that finds no room ends it with 2. With a limit of addresses (ulimit -v) a fork does all of
+it, since libraries may end it in words of their own. This module itself imports next to nothing.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from .common import signals, threads
 
 COMMANDS = os.path.dirname(os.path.abspath(__file__))  # those in the folder above as well
-NO_ROOM = "out of memory while the libraries were loaded: free some, or raise ulimit -v"
+NO_ROOM = "out of memory: free some, or raise its limit (ulimit -v)"
 # How loaders and interpreters say it; what allocators say is known where torch is imported.
 WORDS_OF_NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't start new thread")
-ROOM_TO_RUN, ROOM_OF_THREADS = 1 << 26, 1 << 25  # bytes: in all, and of a core's threads
+TOLD = (0, 2, 130)  # exit codes of commands, after their line
+DEFECT = 3  # exit code of a fork that has printed a traceback
 
-_rehearsing = False
+_forked = False
+_stderr = 2
 
 
 def run(main: Callable[[], int | None], **words: str) -> None:
     """See experiment.cli.run, which the command has imported by now."""
     from .experiment import cli
 
-    if _rehearsing:
-        import mmap
-
-        mmap.mmap(-1, ROOM_TO_RUN + ROOM_OF_THREADS * (os.cpu_count() or 1)).close()
-        os._exit(0)
     try:
         cli.run(main, **words)
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code != 0:
+            _leave(ended.code)
+        raise
     finally:  # the work is done, and Python ends
         signals.ignore()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a command that has told its error. What libraries would still do at Python's end could
+    fail as well, for want of memory for example, and say so in words of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 def watch() -> None:
@@ -47,27 +61,44 @@ def watch() -> None:
 
     signals.handle(_stop)
     sys.excepthook = _explain
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        _rehearse()
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited and sys.platform.startswith("linux"):
+        _fork()
 
 
-def _rehearse() -> None:
-    """With a limit of addresses (ulimit -v), a fork imports everything first, up to `run`.
+def _fork() -> None:
+    """Returns in a fork, which does the work. This process ends as the fork does.
 
-    OpenBLAS, OpenMP and glibc itself end a process, in words of their own, where they find no room:
-    that shall not be this one.
+    OpenBLAS, OpenMP, oneDNN and glibc end a process, by signals or with an exit code of their own,
+    where they find no room: then this one tells it. What they say goes nowhere, since Python has an
+    stderr of its own.
     """
-    global _rehearsing
+    global _forked, _stderr
+    awaited = {*signals.ENDING, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
-        _rehearsing = True
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        _forked = True
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with suppress(OSError, AttributeError):  # where there is no stderr
+            _stderr = os.dup(2)
+            encoding = sys.stderr.encoding
+            sys.stderr = open(_stderr, "w", 1, encoding, "backslashreplace")  # noqa: SIM115
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         return
-    _, status = os.waitpid(child, 0)
-    if status != 0:
-        _end(2, NO_ROOM)
+    ended = status = 0
+    while not ended:
+        signal_info = signal.sigwaitinfo(awaited)
+        if signal_info.si_signo == signal.SIGCHLD:
+            ended, status = os.waitpid(child, os.WNOHANG)
+        elif signal_info.si_code <= 0:  # sent to this process; a terminal sends it to both
+            os.kill(child, signal_info.si_signo)
+    code = os.waitstatus_to_exitcode(status)
+    if code in TOLD:
+        os._exit(code)
+    if code == DEFECT:
+        os._exit(1)
+    _end(2, NO_ROOM)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -75,8 +106,6 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if _rehearsing:  # what has nothing to do with memory is met once more, and told then
-        os._exit(0 if isinstance(error, ModuleNotFoundError | SyntaxError) else 2)
     cause: BaseException | None = error
     while cause is not None:
         text = str(cause).lower()
@@ -84,11 +113,13 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
             _end(2, NO_ROOM)
         cause = cause.__cause__ or cause.__context__
     sys.__excepthook__(kind, error, trace)
+    if _forked:
+        _leave(DEFECT)
 
 
 def _end(code: int, line: str) -> None:
     try:
-        os.write(2, f"error: {line}\n".encode())
+        os.write(_stderr, f"error: {line}\n".encode())
     finally:
         os._exit(code)
 

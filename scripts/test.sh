@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the environment if need be and runs every check.
 #   sh scripts/test.sh                 all tests
-#   sh scripts/test.sh --quick         without those that take longer than a second or two
+#   sh scripts/test.sh --quick         without those marked as slow: longer than about a second
 # Further arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,7 +15,17 @@ if [ "${1:-}" = --quick ]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
-# A file of tests a process, two at a time: each has its own temporary folders.
+# Types are checked beside the tests, and what is found is told at the end.
+types=$(mktemp)
+"$PYTHON" -m mypy >"$types" 2>&1 &
+checking=$!
+trap 'kill "$checking" 2>/dev/null || :; rm -f "$types"' EXIT
+trap 'exit 130' INT
+code=0
+# Two processes: each begins with a half of the tests and takes over what the other has left.
 # Folders of passed tests go at once: they are 0.7 GB, and pytest would keep those of three runs.
-"$PYTHON" -m pytest -q -n 2 --dist loadfile -o tmp_path_retention_policy=failed tests "$@"
+"$PYTHON" -m pytest -q -n 2 --dist worksteal -o tmp_path_retention_policy=failed tests "$@" ||
+    code=$?
+wait "$checking" || code=1
+cat "$types"
+exit "$code"

@@ -1,5 +1,7 @@
 """Options of the longer tests (sh scripts/test.sh --kills 50 --fuzz 2000) and shared fixtures."""
 
+import fcntl
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=100, help="files mutated in test_fuzz.py")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the marker `gpu` run where there is a CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """Inception weights, converted in a fresh folder."""
-    return inception.prepare_inception(tmp_path_factory.mktemp("torch") / "hub" / "checkpoints")
+    """Inception weights, converted in a fresh folder that the workers of pytest-xdist share."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    cache = root / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return inception.prepare_inception(cache)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +78,17 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """A seed, one thread and no gradients."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
     torch.set_num_threads(threads)
 
 

@@ -26,7 +26,7 @@ SETTINGS = QuantSettings(
     search=SearchSettings(rounds=2, batch_size=4),
     reconstruct=ReconstructSettings(finetune_iterations=2, finetune_batch_size=4),
 )
-FEW = CalibrationSettings(samples=8, trajectories=8, batch_size=8)
+FEW = CalibrationSettings(samples=8, batch_size=8)
 QUICK = {"settings": SETTINGS, "calibration": FEW, "weight_bits": 8}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,23 @@ from tinydm.scripts import benchmark
 from tinydm.scripts.bench import leads, measure, methods, tables
 from tinydm.scripts.bench.ablations import PARTS
 from tinydm.scripts.bench.cells import Bench
-from tinydm.scripts.bench.plan import Cell, Plan, ablation_cells, is_current, read_bits
+from tinydm.scripts.bench.plan import (
+    BASES,
+    QUANTIZED,
+    Cell,
+    Plan,
+    ablation_cells,
+    is_current,
+    read_bits,
+    study_cells,
+)
+from tinydm.scripts.bench.studies import STUDIES
+from tinydm.scripts.common import memory
 from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment.runs import locked
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = "calibration s"
+TIMES = ("calibration s", "peak MiB")
 SOFTMAX_4 = ("quant.activation.softmax=row", "quant.activation.softmax_bits=4")
 
 
@@ -54,7 +66,7 @@ def table(path: Path, number: int = 0) -> list[dict[str, str]]:
 
 
 def without_times(path: Path) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k != TIMES} for row in table(path)]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in table(path)]
 
 
 def made(folder: Path) -> dict[str, float]:
@@ -74,9 +86,14 @@ def test_table_in_the_papers_layout(first: Path) -> None:
     assert tuple(rows[0]) == tables.COLUMNS
     named = [(r["Timesteps"], r["Bit-width (W/A)"], r["Method"]) for r in rows]
     assert named == [("3", "32/32", "FP"), ("3", "4/8", "MinMax"), ("3", "4/8", "TinyDM")]
-    assert rows[0]["PSNR (dB)"] == "" and rows[0][TIMES] == ""
+    assert all(rows[0][name] == "" for name in ("PSNR (dB)", "eps weighted", *TIMES))
+    assert all(30 < float(row["peak MiB"]) < 5000 for row in rows[1:])  # of Python with PyTorch
     assert all(row[name] == "" for row in rows for name in tables.SCORES)
-    assert all("[" in row["PSNR (dB)"] and "[" in row["eps-MSE"] for row in rows[1:])
+    for name in ("PSNR (dB)", "eps-MSE", "eps weighted"):
+        assert all("[" in row[name] for row in rows[1:])
+    assert (
+        "Calibrated on 8 different samples of 3 trajectories." in (first / "results.md").read_text()
+    )
     result = json.loads((first / "results.json").read_text())
     assert str(first) not in json.dumps(result)
     assert {row["cell"]["label"] for row in result["rows"]} == {"fp", "minmax", "tinydm"}
@@ -109,6 +126,7 @@ def row_of(label: str, steps: int, calibrated: int, seed: int, mse: np.ndarray) 
         "calibrated": {"name": "ddim", "steps": calibrated},
         "image_mse": mse.tolist(),
         "eps_mse_of_trajectories": (mse / 1000).tolist(),
+        "eps_weighted_of_trajectories": (mse / 500).tolist(),
     }
 
 
@@ -127,7 +145,8 @@ def test_lead_over_common_seeds_and_samplers() -> None:
     text = leads.lead_table(rows).splitlines()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[2:]]
     ten = "+10.00 [+10.00, +10.00]"
-    assert lines[0] == ["50", "4/8", "PTQD", "1", ten, ten, "64 of 64", "0.100 [0.100, 0.100]"]
+    tenth = "0.100 [0.100, 0.100]"
+    assert lines[0] == ["50", "4/8", "PTQD", "1", ten, ten, "64 of 64", tenth, tenth]
     assert lines[1][:4] == ["20 (calibrated at 50)", "4/8", "PTQD, calibrated there", "1"]
     assert lines[1][6] == "48 of 64" and len(lines) == 2
     assert leads.lead_table(rows[:2]) == ""
@@ -182,7 +201,7 @@ def test_scores_of_another_reference_are_left_out(room: Path, tmp_path: Path) ->
     assert bench.merge([], [long]) == [] and bench.most_trajectories == 2
     both = [made | {"scores": scores(s, n)} for s, n in (("a", None), ("b", 5))]
     both[1] = both[1] | {"cell": both[1]["cell"] | {"label": "ptqd"}}
-    assert sum("of x.npz" in note for note in tables.notes(both, ablations=False)) == 2
+    assert sum("of x.npz" in note for note in tables.notes(both)) == 2
 
 
 def test_softmax_variants_are_what_they_say() -> None:
@@ -219,24 +238,35 @@ def test_integer_backend(room: Path) -> None:
     assert whole[1]["eps_mse_of_steps"] != fake[1]["eps_mse_of_steps"]
 
 
-def test_ptqd_is_fitted_to_the_model_of_its_base(room: Path) -> None:
-    """With Q-Diffusion there already, the same file as from nothing, and no reconstruction."""
-    both = ("--methods", "qdiffusion,ptqd", "--bits", "w4a8")
-    benchmark.main(options(room, "based", *both))
-    benchmark.main(options(room, "alone", "--methods", "ptqd", "--bits", "w4a8"))
+@pytest.mark.parametrize(
+    ("base", "method", "phase"),
+    [
+        ("qdiffusion", "ptqd", "reconstruct"),
+        ("e2e_plain", "e2e", "finetune"),
+    ],
+)
+def test_a_correction_is_fitted_to_the_model_of_its_base(
+    room: Path, base: str, method: str, phase: str
+) -> None:
+    """With Q-Diffusion there already, PTQD is the same file as from nothing, and nothing is
+    reconstructed again."""
+    both = ("--methods", f"{method},{base}", "--bits", "w4a8")
+    based, alone = (room / f"{method}-{name}" for name in ("based", "alone"))
+    benchmark.main(options(room, based.name, *both))
+    benchmark.main(options(room, alone.name, "--methods", method, "--bits", "w4a8"))
     files = [
-        next((room / n).glob("cells/*-ptqd-*/quantized.safetensors")) for n in ("based", "alone")
+        next(folder.glob(f"cells/*-{method}-*/quantized.safetensors")) for folder in (based, alone)
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
     reports = [json.loads((f.parent / "report.json").read_text()) for f in files]
     assert reports[0]["identity"] == reports[1]["identity"]
     assert reports[0]["layers"] == reports[1]["layers"]
-    base = next((room / "based").glob("cells/*-qdiffusion-*/report.json"))
-    shared = json.loads(base.read_text())["phases"]["reconstruct"]
-    assert reports[0]["phases"]["reconstruct"] == shared  # with its seconds
-    before = made(room / "based")
-    benchmark.main(options(room, "based", *both))
-    assert made(room / "based") == before
+    report = next(based.glob(f"cells/*-{base}-*/report.json"))
+    shared = json.loads(report.read_text())["phases"][phase]
+    assert reports[0]["phases"][phase] == shared  # with its seconds
+    before = made(based)
+    benchmark.main(options(room, based.name, *both))
+    assert made(based) == before
 
 
 def test_another_command_adds_and_keeps(first: Path, room: Path) -> None:
@@ -270,6 +300,99 @@ def test_a_fresh_folder_gives_the_same_numbers(first: Path, room: Path) -> None:
     assert len(list((room / "again" / "cells").iterdir())) == 2  # equal cells are one
 
 
+def test_noise_seeds_share_the_calibrated_file(first: Path, room: Path) -> None:
+    """Each has images of its own, and the interval is over all of them."""
+    before = made(first)
+    more = ("--methods", "fp,minmax", "--bits", "w4a8", "--noise-seeds", "5,77")
+    benchmark.main(options(room, "first", *more))
+    new = {name for name in made(first) if name not in before}
+    assert len({name.split("/")[0] for name in new if name.startswith("full-")}) == 1
+    assert not any(name.endswith((".safetensors", ".pt")) for name in new)
+    result = json.loads((first / "results.json").read_text())
+    own = [row for row in result["rows"] if row["cell"]["label"] == "minmax"]
+    own = [row for row in own if row["sampler"]["steps"] == 3 and row["sampler"]["name"] == "ddim"]
+    assert [row["noise"] for row in own] == [5, 77]
+    assert own[0]["image_mse"] != own[1]["image_mse"]
+    assert own[0]["eps_mse_of_steps"] == own[1]["eps_mse_of_steps"]
+    same = {"name": "ddim", "steps": 3}
+    lines = {r["cell"]["label"]: r for r in result["lines"] if r["sampler"] == same}
+    assert lines["minmax"]["noise_seeds"] == [5, 77] and lines["tinydm"]["noise_seeds"] == [5]
+    errors = np.array([own[0]["image_mse"] + own[1]["image_mse"]])
+    assert lines["minmax"]["psnr"] == pytest.approx(measure.pooled_psnr(errors))
+    text = (first / "results.md").read_text()
+    assert "2 images of each of the noise seeds 5, 77" in text
+    assert "TinyDM: seeds 0, noise seeds 5 alone." in text
+    benchmark.main(options(room, "first", "--methods", "minmax", "--bits", "w4a8"))
+    rows = json.loads((first / "results.json").read_text())["rows"]
+    assert sum(row["cell"]["label"] == "minmax" and row["noise"] == 77 for row in rows) == 1
+
+
+def test_the_weighted_error_counts_steps_by_importance() -> None:
+    error = torch.tensor([[1.0, 2.0], [10.0, 20.0]])  # (S, N)
+    assert measure.weighted_mean(error, torch.tensor([1.0, 1.0])) == [5.5, 11.0]
+    assert measure.weighted_mean(error, torch.tensor([3.0, 1.0])) == [3.25, 6.5]
+    assert measure.weighted_mean(error, torch.tensor([0.3, 0.1])) == pytest.approx([3.25, 6.5])
+
+
+def test_intervals_are_over_calibration_seeds_too() -> None:
+    """Seeds that differ more than their images make the interval wide; the mean stays within."""
+    random = np.random.default_rng(1)
+    images = random.exponential(100.0, size=400)
+    together = measure.interval(measure.psnr_of_means, np.stack([images] * 3))
+    apart = measure.interval(measure.psnr_of_means, np.stack([images / 4, images, 4 * images]))
+    assert together[1] - together[0] < 1.5 and 6 < apart[1] - apart[0] <= 12.1 + 1.5
+    # The lead of a method that is better by as much with every seed is as sure as with one.
+    ours, theirs = (f * np.stack([images / 4, images, 4 * images]) for f in (1, 10))
+    value, (low, high) = tables.paired(
+        lambda a, b: measure.psnr_of_means(a) - measure.psnr_of_means(b), ours, theirs
+    )
+    assert value == pytest.approx(10) and high - low < 1e-9
+
+
+def test_rates_are_chosen_on_seeds_that_no_table_uses(room: Path) -> None:
+    tune = ("--tune", "e2e_plain,ptq4dm", "--bits", "w4a8", "--count", "1")
+    for seeds, noise, word in (("0", "100", "--seeds"), ("100", "1234", "sampling.seed")):
+        arguments = options(room, "tuning", *tune, "--seeds", seeds)
+        with pytest.raises(ConfigError, match=word):
+            benchmark.main([*arguments, "--set", f"sampling.seed={noise}"])
+    arguments = options(room, "tuning", *tune, "--seeds", "100", "--set", "sampling.seed=100")
+    benchmark.main(arguments)
+    rows = table(room / "tuning" / "tuning.md")
+    assert [row["Method"] for row in rows] == ["PTQ4DM"] * 2 + ["E2E, no correction"] * 3
+    assert rows[2]["Choice"] == "quant.reconstruct.lr_scale=0.001"
+    for of_method in (rows[:2], rows[2:]):
+        best = min(of_method, key=lambda row: float(row["eps weighted"].split()[0]))
+        assert [row["chosen"] for row in of_method].count("yes") == 1 and best["chosen"] == "yes"
+    assert not (room / "tuning" / "results.md").exists()
+
+
+def test_every_study_has_configurations(room: Path) -> None:
+    plan = Plan(str(room / "narrow.yaml"), [])
+    for study, methods_of in STUDIES.items():
+        for cell in study_cells(study, tuple(methods_of), read_bits("w4a8"), [3], [100]):
+            assert (cell.kind, is_current(cell)) == (study, True)
+            assert plan.config(cell).quant.method == cell.method
+            assert Cell.from_plain(json.loads(json.dumps(cell.to_plain()))) == cell
+            assert not is_current(replace(cell, label="other"))
+    with_correction = Cell("budget of ptqd", "600", (4, 8), 3, 0)
+    assert with_correction.base == replace(with_correction, table="budget of qdiffusion")
+    assert set(STUDIES["tuning"]) | set(BASES) | {"minmax"} == set(QUANTIZED)
+
+
+def test_the_peak_of_the_memory_counts_anew() -> None:
+    """What an earlier calibration needed is not the next one's."""
+    if not memory.STATUS.exists():
+        pytest.skip("Linux alone says how much memory a process has")
+    block = torch.ones(200 * 2**18)  # 200 MiB
+    del block
+    assert memory.forget_peak()
+    start = memory.resident("VmHWM")
+    assert start - memory.resident("VmRSS") < 20 * 2**20
+    block = torch.ones(100 * 2**18)
+    del block
+    assert 90 * 2**20 < memory.resident("VmHWM") - start < 150 * 2**20
+
+
 def test_mistakes_are_one_line(room: Path) -> None:
     for arguments, word in (
         (("--methods", "tinydn"), "tinydm"),
@@ -278,6 +401,9 @@ def test_mistakes_are_one_line(room: Path) -> None:
         (("--compile",), "--backend"),
         (("--steps", "2000"), "sampler.steps"),
         (("--set", "quant.activation.group=3"), "groups"),
+        (("--tune", "minmax"), "--tune minmax"),
+        (("--noise-seeds", "x"), "--noise-seeds"),
+        (("--set", "calibration.trajectories=1"), "3 trajectories are needed"),
     ):
         with pytest.raises(ConfigError, match=word) as caught:
             benchmark.main(options(room, "mistakes", *arguments))

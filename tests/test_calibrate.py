@@ -4,10 +4,9 @@ python -m pytest tests/test_calibrate.py
 """
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,66 +14,58 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.commands import CONFIG, QUICK, command, done, refusal
-from tinydm.models.ddim_unet import DDIMUNet
+import calibrate
+import sample_diffusion
+from tests.helpers import forks
+from tests.helpers.commands import command, done
+from tests.helpers.forks import refusal, succeed
+from tests.helpers.rooms import RESULT
 from tinydm.quant.runtime.packed_file import read_metadata
 
-FINETUNE = ("quant.reconstruct.finetune_iterations=12", "quant.reconstruct.finetune_batch_size=8")
-METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
-FILES = {"quantized.safetensors", "config.yaml", "report.json", "layers.txt", "log.txt"}
+METHODS = ("tinydm", "e2e", "qdiffusion", "ptqd", "apqdm", "ptq4dm", "minmax")
+FILES = {RESULT, "config.yaml", "report.json", "layers.txt", "log.txt"}
+BY_BLOCKS = ("quant.reconstruct.iterations=4", "quant.reconstruct.batch_size=4")
+# Steps of learning; those of tinydm stand in tiny.yaml.
+BRIEF = {"tinydm": (), "e2e": ("quant.reconstruct.finetune_iterations=4",)}
 
 
-def calibration(home: Path, out: str, *more: str, method: str = "tinydm") -> dict:
-    values = (f"quant.method={method}", *QUICK, *(FINETUNE if method == "tinydm" else ()))
-    arguments = ("--config", "narrow.yaml", "--out", out, "--set", *values, *more)
-    return command("calibrate.py", home, *arguments)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a configuration and its checkpoint of 45 thousand random parameters."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    torch.manual_seed(0)
-    params = {"ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,)}
-    model = DDIMUNet(ch=8, image_size=16, norm_groups=4, **params)
-    torch.save(model.state_dict(), folder / "narrow.pt")
-    (folder / "narrow.yaml").write_text(CONFIG)
-    return folder
+def calibration(room: Path, out: str, *more: str, method: str = "tinydm") -> list[object]:
+    """Arguments of calibrate.py; more: keys, then options."""
+    values = (f"quant.method={method}", *BRIEF.get(method, BY_BLOCKS))
+    return ["--config", room / "tiny.yaml", "--out", room / out, "--set", *values, *more]
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path) -> Path:
-    """The folder of an uninterrupted run of tinydm."""
-    done(calibration(home, "whole"))
-    return home / "whole"
+def whole(room: Path) -> Path:
+    """The folder of an uninterrupted run of tinydm, by a process as a user starts it."""
+    done(command("calibrate.py", room, *map(str, calibration(room, "whole"))))
+    return room / "whole"
 
 
-def killed(made: dict, state: Path) -> list[str]:
-    """Starts a calibration, kills it as soon as it has saved; returns the phases it had done."""
-    before = state.stat().st_mtime_ns if state.exists() else None
-    process = subprocess.Popen(**made)
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and process.poll() is None:
-        if state.exists() and state.stat().st_mtime_ns != before:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+def refused(room: Path, out: str, *more: str) -> str:
+    return refusal(forks.run(calibrate.main, *calibration(room, out, *more)))
+
+
+def killed(arguments: list[object], state: Path, phase: str) -> list[str]:
+    """A calibration that is killed as soon as it has saved this phase; the phases it had done."""
+    deadly = forks.after_phase(phase, forks.signal_itself(signal.SIGKILL))
+    fork = forks.run(calibrate.main, *arguments, before=deadly)
+    assert fork.code == -signal.SIGKILL, fork.text()
     return torch.load(state, weights_only=True)["state"]["done"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_file_and_a_complete_table(
-    method: str, home: Path, whole: Path
+    method: str, room: Path, whole: Path
 ) -> None:
     folder = whole
     if method != "tinydm":
-        folder = home / method
-        done(calibration(home, method, method=method))
+        folder = room / method
+        succeed(calibrate.main, *calibration(room, method, method=method))
     assert {path.name for path in folder.iterdir()} == FILES
     report = json.loads((folder / "report.json").read_text())
-    state = torch.load(home / "narrow.pt", weights_only=True)
+    state = torch.load(room / "tiny.pt", weights_only=True)
     weights = {n.removesuffix(".weight"): v.numel() for n, v in state.items() if v.dim() > 1}
     rows = {row["name"]: row for row in report["layers"]}
     assert {n: row["weights"] for n, row in rows.items() if row["weights"]} == weights
@@ -91,61 +82,62 @@ def test_every_method_makes_a_file_and_a_complete_table(
         else:
             assert row["weight_bits"] is None and row["activation_bits"] == [8, 8], name
     split = {n for n, row in rows.items() if len(row["activation_bits"]) == 2 and n in weights}
-    assert bool(split) == (method in ("tinydm", "qdiffusion", "ptqd"))
-    size = (folder / "quantized.safetensors").stat().st_size
+    assert bool(split) == (method not in ("ptq4dm", "minmax"))
+    size = (folder / RESULT).stat().st_size
     assert report["bytes"] == size
     assert report["ratio_to_float32"] == pytest.approx(size / (4 * sum(_numel(state))))
     table = (folder / "layers.txt").read_text()
     assert all(name in table for name in rows)
-    metadata = read_metadata(folder / "quantized.safetensors")
+    metadata = read_metadata(folder / RESULT)
     assert metadata["method"] == report["method"] == method
-    assert len(metadata["timesteps"]) == 6
-    assert ("reconstruct" in report["phases"]) == (method in ("qdiffusion", "ptqd", "ptq4dm"))
+    assert len(metadata["timesteps"]) == 3
+    by_blocks = ("qdiffusion", "ptqd", "apqdm", "ptq4dm")
+    assert ("reconstruct" in report["phases"]) == (method in by_blocks)
     assert ("rounding" in report["phases"]) == (method == "tinydm")
-    assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd"))
-    assert str(home) not in metadata["method"] + "".join(map(str, metadata["layers"]))
+    assert ("correction" in report["phases"]) == (method in ("tinydm", "ptqd", "e2e"))
+    assert str(room) not in metadata["method"] + "".join(map(str, metadata["layers"]))
 
 
-@pytest.mark.parametrize("method", ["tinydm", "ptqd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tinydm", "tfmq"])
 def test_the_time_embedding_is_a_layer_like_others_when_it_is_not_cached(
-    method: str, home: Path
+    method: str, room: Path
 ) -> None:
     name, keys = f"temporal-{method}", ("quant.time_embedding=reconstructed",)
     if method == "tinydm":  # which has none otherwise
         keys += ("quant.reconstruct.iterations=3",)
-    done(calibration(home, name, *keys, method=method))
-    report = json.loads((home / name / "report.json").read_text())
+    succeed(calibrate.main, *calibration(room, name, *keys, method=method))
+    report = json.loads((room / name / "report.json").read_text())
     rows = [r for r in report["layers"] if "temb" in r["name"]]
     assert rows and all((r["weight_bits"], r["activation_bits"]) == (4, [8]) for r in rows)
     assert set(report["phases"]["temporal"]["errors"]) == {r["name"] for r in rows}
-    file = home / name / "quantized.safetensors"
+    file = room / name / RESULT
     images = f"{name}-images"
-    done(command("sample_diffusion.py", home, "--quantized", str(file), "--out", images))
-    assert len(list((home / images).glob("*.png"))) == 3
+    succeed(sample_diffusion.main, "--quantized", file, "--out", room / images)
+    assert len(list((room / images).glob("*.png"))) == 6
 
 
 def _numel(state: dict[str, torch.Tensor]) -> list[int]:
     return [v.numel() for v in state.values()]
 
 
-def test_killed_twice_and_resumed_gives_the_same_bytes(home: Path, whole: Path) -> None:
-    folder = home / "killed"
+@pytest.mark.slow
+def test_killed_twice_and_resumed_gives_the_same_bytes(room: Path, whole: Path) -> None:
+    folder = room / "killed"
     state = folder / "calibration.pt"
-    first = killed(calibration(home, "killed"), state)
-    assert "correction" not in first  # [] if only the trajectories were there
-    assert not (folder / "quantized.safetensors").exists()
+    first = killed(calibration(room, "killed"), state, "trajectories")
+    assert first == []
+    assert not (folder / RESULT).exists()
 
-    assert "--resume" in refusal(calibration(home, "killed"))
-    other = calibration(home, "killed", "quant.weight.bits=3", "--resume")
-    assert "another configuration" in refusal(other)
+    assert "--resume" in refused(room, "killed")
+    assert "another configuration" in refused(room, "killed", "quant.weight.bits=3", "--resume")
     assert torch.load(state, weights_only=True)["state"]["done"] == first  # refusals touch nothing
 
-    second = killed(calibration(home, "killed", "--resume"), state)
-    assert len(second) > len(first)
-    result = done(calibration(home, "killed", "--resume"))
-    assert f"resumed after: trajectories, {', '.join(second)}" in result.stdout
-    name = "quantized.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    second = killed(calibration(room, "killed", "--resume"), state, "search")
+    assert len(second) > 1
+    printed = succeed(calibrate.main, *calibration(room, "killed", "--resume"))
+    assert f"resumed after: trajectories, {', '.join(second)}" in printed
+    assert (folder / RESULT).read_bytes() == (whole / RESULT).read_bytes()
     assert {path.name for path in folder.iterdir()} == FILES  # no state, no temporaries
     report, expected = (json.loads((f / "report.json").read_text()) for f in (folder, whole))
     for timed in (report, expected):
@@ -156,66 +148,71 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(home: Path, whole: Path) 
     assert report == expected
 
 
-def test_a_finished_folder_is_kept_and_not_mixed(home: Path, whole: Path) -> None:
-    file = whole / "quantized.safetensors"
+@pytest.mark.slow
+def test_a_finished_folder_is_kept_and_not_mixed(room: Path, whole: Path) -> None:
+    file = whole / RESULT
     before = file.stat().st_mtime_ns
-    assert "is there already" in done(calibration(home, "whole")).stdout
-    line = refusal(calibration(home, "whole", "calibration.seed=1"))
+    assert "is there already" in succeed(calibrate.main, *calibration(room, "whole"))
+    line = refused(room, "whole", "calibration.seed=1")
     assert "another configuration" in line and "--overwrite" in line
     assert file.stat().st_mtime_ns == before
 
 
-def test_an_overwriting_run_that_is_killed_can_be_resumed(home: Path, whole: Path) -> None:
+@pytest.mark.slow
+def test_an_overwriting_run_that_is_killed_can_be_resumed(room: Path, whole: Path) -> None:
     """The old result must not stand in the way of the new one, nor pass for it."""
-    folder = home / "again"
+    folder = room / "again"
     shutil.copytree(whole, folder)
     new = ("calibration.seed=1", "quant.reconstruct.finetune_iterations=0")
-    killed(calibration(home, "again", *new, "--overwrite"), folder / "calibration.pt")
-    assert not (folder / "quantized.safetensors").exists()
-    done(calibration(home, "again", *new, "--resume"))
-    name = "quantized.safetensors"
-    assert (folder / name).read_bytes() != (whole / name).read_bytes()
+    arguments = calibration(room, "again", *new, "--overwrite")
+    killed(arguments, folder / "calibration.pt", "trajectories")
+    assert not (folder / RESULT).exists()
+    succeed(calibrate.main, *calibration(room, "again", *new, "--resume"))
+    assert (folder / RESULT).read_bytes() != (whole / RESULT).read_bytes()
 
 
-def test_any_seed_will_do(home: Path) -> None:
+@pytest.mark.slow
+def test_any_seed_will_do(room: Path) -> None:
     """Nanoseconds of the clock, and the largest that is allowed."""
     for seed in (1764000000000000000, 2**63 - 1):
-        done(calibration(home, f"seed-{seed}", f"calibration.seed={seed}"))
+        succeed(calibrate.main, *calibration(room, f"seed-{seed}", f"calibration.seed={seed}"))
 
 
-def test_a_damaged_state_is_refused(home: Path, whole: Path) -> None:
-    folder = home / "damaged"
+def test_a_damaged_state_is_refused(room: Path) -> None:
+    folder = room / "damaged"
     folder.mkdir()
     (folder / "calibration.pt").write_bytes(b"PK\3\4 not a state")
-    assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
+    assert "damaged" in refused(room, "damaged", "--resume")
     for value in ([1, 2], {"identity": "x", "state": {}}):
         torch.save(value, folder / "calibration.pt")
-        assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
+        assert "damaged" in refused(room, "damaged", "--resume")
     value = {"identity": "x", "settings": {}, "state": {}, "states": torch.ones(99)}
     torch.save(value, folder / "calibration.pt")
-    assert "another configuration" in refusal(calibration(home, "damaged", "--resume"))
+    assert "another configuration" in refused(room, "damaged", "--resume")
     content = bytearray((folder / "calibration.pt").read_bytes())
     content[content.index(torch.ones(9).numpy().tobytes())] ^= 1  # only the checksum tells
     (folder / "calibration.pt").write_bytes(content)
-    assert "damaged" in refusal(calibration(home, "damaged", "--resume"))
+    assert "damaged" in refused(room, "damaged", "--resume")
     assert [path.name for path in folder.iterdir()] == ["calibration.pt"]
 
 
-def test_sampling_needs_nothing_but_the_file(home: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sampling_needs_nothing_but_the_file(room: Path, whole: Path, tmp_path: Path) -> None:
     """In an empty folder, without the checkpoint and the configuration; images do depend on it."""
-    shutil.copy(whole / "quantized.safetensors", tmp_path / "q.safetensors")
-    away = home / "narrow.pt.away"
-    (home / "narrow.pt").rename(away)
+    shutil.copy(whole / RESULT, tmp_path / "q.safetensors")
+    arguments = ("--quantized", "q.safetensors", "--out", "i")
+    away = room / "tiny.pt.away"
+    (room / "tiny.pt").rename(away)
     try:
-        done(command("sample_diffusion.py", tmp_path, "--quantized", "q.safetensors", "--out", "i"))
+        succeed(sample_diffusion.main, *arguments, before=lambda: os.chdir(tmp_path))
     finally:
-        away.rename(home / "narrow.pt")
+        away.rename(room / "tiny.pt")
     images = sorted((tmp_path / "i").iterdir())
-    assert [path.name for path in images] == ["000000.png", "000001.png", "000002.png"]
+    assert [path.name for path in images] == [f"00000{i}.png" for i in range(6)]
     pixels = np.stack([np.asarray(Image.open(path)) for path in images])
-    assert pixels.shape == (3, 16, 16, 3) and pixels.std() > 5
-    done(command("sample_diffusion.py", home, "--config", "narrow.yaml", "--out", "fp"))
-    full = np.stack([np.asarray(Image.open(p)) for p in sorted((home / "fp").iterdir())])
+    assert pixels.shape == (6, 8, 8, 3) and pixels.std() > 5
+    succeed(sample_diffusion.main, "--config", room / "tiny.yaml", "--out", room / "fp")
+    full = np.stack([np.asarray(Image.open(p)) for p in sorted((room / "fp").iterdir())])
     difference = np.abs(full.astype(int) - pixels)
     assert difference.any() and difference.mean() < 0.5 * pixels.std()
 
@@ -224,10 +221,10 @@ def test_sampling_needs_nothing_but_the_file(home: Path, whole: Path, tmp_path: 
     ("change", "word"),
     [
         ("quant.weight.bits=9", "quant.weight.bits"),
-        ("model.params.ch=12", "narrow.pt"),
+        ("model.params.ch=12", "tiny.pt"),
         ("model.checkpoint=nowhere.pt", "nowhere.pt"),
     ],
 )
-def test_bad_input_leaves_nothing(change: str, word: str, home: Path) -> None:
-    assert word in refusal(calibration(home, "never", change))
-    assert not (home / "never").exists()
+def test_bad_input_leaves_nothing(change: str, word: str, room: Path) -> None:
+    assert word in refused(room, "never", change)
+    assert not (room / "never").exists()

@@ -35,7 +35,7 @@ if not any(map(shutil.which, COMPILERS)):
     REASON = "no C++ compiler"
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"not here: {REASON}"),
-    pytest.mark.usefixtures("signals"),
+    pytest.mark.usefixtures("signals", "inference"),
 ]
 LAST = torch.channels_last
 
@@ -49,13 +49,6 @@ def compiled() -> Compiled:
 def each(request: pytest.FixtureRequest) -> Compiled:
     """With each set of instructions that this processor has."""
     return Compiled(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def step_of(inverse: float, scale: float, zero_point: int, top: int) -> QuantizerStep:

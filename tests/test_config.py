@@ -78,6 +78,8 @@ def test_end_to_end_steps_of_a_file_are_those_of_its_method() -> None:
         steps = "quant.reconstruct.finetune_iterations=7"
         for order in ([f"quant.method={method}", steps], [steps, f"quant.method={method}"]):
             assert parse_config(text, "x", order).quant.reconstruct.finetune_iterations == 7
+    control = parse_config(text, "x", ["quant.method=e2e"]).quant  # has as many as tinyDM
+    assert control.reconstruct == parse_config(text, "x").quant.reconstruct
     own = text.replace("quant:", "quant:\n  method: ptqd")
     assert parse_config(own, "x").quant.reconstruct.finetune_iterations == 250
     for path in sorted((ROOT / "configs").glob("*.yaml")):

@@ -7,6 +7,7 @@ tested by this.
 python -m pytest tests/test_cuda.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.helpers.fake_cuda import CUDA, CudaTensor, fake_cuda
 from tests.helpers.rooms import CONFIG, RESULT
 from tinydm.models.autoencoder import first_stage_from_upstream
 from tinydm.models.conditioning import ClassEmbedder
+from tinydm.models.noise import drawn_ahead
 from tinydm.models.pipeline import build_denoiser
 from tinydm.quant.calibration.run_state import RunState
 from tinydm.scripts.common.errors import ConfigError, RunError
@@ -34,8 +36,7 @@ from tinydm.scripts.experiment.runs import claim
 from tinydm.scripts.experiment.sampling_run import SamplingRun, make_images
 
 QUICK = (
-    "sampler.steps=4",
-    "calibration.samples=16",
+    "calibration.samples=12",
     "calibration.trajectories=4",
     "quant.search.rounds=2",
     "quant.search.batch_size=4",
@@ -92,6 +93,7 @@ def test_the_device_is_strict() -> None:
 # ---- the project ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
@@ -127,6 +129,7 @@ def test_another_rank_gets_batches_on_its_device() -> None:
         assert torch.equal(x.cpu(), batches[0][0])
 
 
+@pytest.mark.slow
 def test_a_correction_of_a_finished_run(
     room: Path,
     tmp_path: Path,
@@ -176,6 +179,7 @@ def test_sampling_in_full_precision_and_quantized(
             assert torch.equal(images.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_latent_diffusion_with_classes_and_guidance(tmp_path: Path) -> None:
     """A denoiser with context, a class embedder and a first stage, calibrated and sampled."""
     config = latent_room(tmp_path)
@@ -275,6 +279,7 @@ def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: 
     waits = []
     for steps in (3, 6):
         keys = ("quant.method=minmax", f"sampler.eta={eta}", f"sampler.steps={steps}")
+        keys += ("calibration.samples=12",)
         config = config_of(room, *keys)
         folder = tmp_path / str(steps)
         calibrate_run(CalibrationRun(config, assemble(config), folder, torch.device("cpu")))
@@ -285,3 +290,53 @@ def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: 
             assembly.pipeline.sample(assembly.denoiser, range(2), 1, device=CUDA)
             waits.append(mode.waits - before)
     assert waits[0] == waits[1] <= 2
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_noise_is_drawn_ahead_and_stays_the_images_own(eta: float) -> None:
+    """As many draws as steps ask for, and one more; the values are those of the CPU."""
+    draws = []
+
+    def draw() -> torch.Tensor:
+        draws.append(torch.randn(2, 3, generator=generator))
+        return draws[-1]
+
+    generator = torch.Generator().manual_seed(3)
+    with drawn_ahead(draw, "cpu") as noise:
+        expected = [noise(k) for k in range(3)]
+    assert len(draws) == 3
+    draws.clear()
+    generator.manual_seed(3)
+    with fake_cuda() as mode, drawn_ahead(draw, CUDA) as noise:
+        found = [noise(k) for k in range(3 if eta else 0)]
+        assert mode.waits == 0 and all(x.device == CUDA for x in found)
+        for x, y in zip(found, expected, strict=False):
+            assert torch.equal(x.cpu(), y)
+    assert len(draws) == (4 if eta else 0)
+
+
+def test_a_draw_that_fails_is_told() -> None:
+    def draw() -> torch.Tensor:
+        raise MemoryError
+
+    with fake_cuda(), pytest.raises(MemoryError), drawn_ahead(draw, CUDA) as noise:
+        noise(0)
+
+
+def test_latents_are_decoded_together(tmp_path: Path) -> None:
+    """As many in a call whatever the batch, so that an image does not depend on it."""
+    assembly = assemble(latent_room(tmp_path))
+    pipeline = replace(assembly.pipeline, decode_batch=2)
+    seen, decode = [], pipeline.first_stage.decode
+
+    def noted(z: torch.Tensor) -> torch.Tensor:
+        seen.append(len(z))
+        return decode(z)
+
+    pipeline.first_stage.decode = noted
+    three = pipeline.sample(assembly.denoiser, range(3), 1)
+    one = pipeline.sample(assembly.denoiser, [2], 1)
+    assert seen == [2, 2, 2] and len(three) == 3 and torch.equal(three[2:], one)
+    pipeline.first_stage.decode = decode
+    alone = assembly.pipeline.sample(assembly.denoiser, range(3), 1)
+    assert (three - alone).abs().max() < 1e-5

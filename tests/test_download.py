@@ -111,6 +111,18 @@ def test_servers_that_are_busy_and_files_that_are_gone(
     assert len(web.asked) == 4
 
 
+def test_without_a_network_several_attempts_are_made(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each after twice the wait of the one before."""
+    waits: list[float] = []
+    monkeypatch.setattr(downloads, "WAIT", 2.0)
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
+    line = refusal(configured(tmp_path, "http://127.0.0.1:9/model.ckpt"))  # nobody listens there
+    assert "Connection refused" in line and f"put it at {tmp_path / 'model.ckpt'}" in line
+    assert waits == [2.0, 4.0, 8.0, 16.0]
+
+
 def test_published_digests_are_compared(web: Web, whole: bytes, tmp_path: Path) -> None:
     web.files["/model.ckpt"] = whole
     for kind in ("sha256", "md5"):

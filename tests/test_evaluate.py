@@ -23,6 +23,7 @@ from tinydm.scripts.metrics import Pass, evaluate, inception, inputs
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 @needs_package
 def test_fid_equals_pytorch_fid_on_folders(weights, network, folders):
     """Same moments as pytorch-fid's own loop; the distance itself is compared in test_scores.py."""
@@ -37,6 +38,7 @@ def test_fid_equals_pytorch_fid_on_folders(weights, network, folders):
     assert abs(found.sigma - sigma).max() < 1e-5 * abs(sigma).max()
 
 
+@pytest.mark.slow
 @needs_package
 def test_evaluate_and_stored_statistics(network, folders, tmp_path):
     kept = tmp_path / "ref.npz"
@@ -69,6 +71,7 @@ def run_cli(*arguments: str | Path) -> int:
     return int(caught.value.code or 0)
 
 
+@pytest.mark.slow
 def test_statistics_files_need_no_network(tmp_path, capsys):
     """Two stored Gaussians of the right size: N(0, I) against N(1/2, 4 I), by hand."""
     eye = np.eye(2048)
@@ -143,6 +146,7 @@ def test_paired_alone_needs_no_network(folders, tmp_path, capsys):
     assert "5 pairs, 1 files without partner" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_package
 def test_script_runs_from_anywhere_and_stops_cleanly(weights, tmp_path):
     """SIGINT during the pass gives 130, no traceback, and leaves no file behind."""

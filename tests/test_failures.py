@@ -6,6 +6,7 @@ python -m pytest tests/test_failures.py
 """
 
 import errno
+import faulthandler
 import json
 import os
 import re
@@ -26,10 +27,11 @@ import torch
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.forks import refusal
 from tests.helpers.images import write_images
 from tests.helpers.rooms import RESULT, files_of, write_room
 from tinydm.quant.calibration.phases import learn
-from tinydm.scripts import evaluate
+from tinydm.scripts import evaluate, start
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
@@ -53,14 +55,6 @@ def names_below(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*")}
 
 
-def refusal(fork: forks.Fork) -> str:
-    """The one line of a command that ended with 2."""
-    assert fork.code == 2, fork.text()
-    assert "Traceback" not in fork.text(), fork.text()
-    assert len(fork.errors()) == 1, fork.text()
-    return fork.errors()[0]
-
-
 # ---- full disks ----
 
 
@@ -68,6 +62,7 @@ def largest_file(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("run", 0), ("run", 20_000), ("images", 100)])
 def test_a_full_disk_is_named_and_the_same_command_continues(
     room: Path, whole: Path, tmp_path: Path, name: str, size: int
@@ -142,9 +137,10 @@ def test_what_may_not_be_opened_is_named(public: Path, what: str, tmp_path: Path
     if what in ("out", "run", "images"):
         closed = public / what
         closed.mkdir()
+    out = (closed if closed.is_dir() else public) / "x"
     closed.chmod(0o555 if what in ("out", "run") else 0)
     main = calibrate.main if what == "run" else sample_diffusion.main
-    arguments = ("--config", public / "tiny.yaml", "--out", closed / "x")
+    arguments = ("--config", public / "tiny.yaml", "--out", out)
     if what == "images":
         main, arguments = evaluate.main, (closed, closed)
     fork = forks.run(main, *arguments, before=become_nobody)
@@ -181,6 +177,7 @@ def test_a_denoiser_that_gives_nan(
     assert not [n for n in names_below(tmp_path) if n.endswith((".png", ".tmp", ".safetensors"))]
 
 
+@pytest.mark.slow
 def test_few_samples_are_not_shown_again_and_again(room: Path, tmp_path: Path) -> None:
     many = ("quant.reconstruct.finetune_iterations=1000", "calibration.samples=5")
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path, "--set", *many)
@@ -193,6 +190,7 @@ WILD = ("quant.reconstruct.finetune_iterations=100", "quant.reconstruct.lr_scale
 TAME = ("quant.reconstruct.finetune_iterations=4", "quant.reconstruct.lr_scale=0.005")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [5, 100])
 def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     room: Path, tmp_path: Path, whole: Path, checkpoint: int
@@ -219,6 +217,7 @@ def test_a_calibration_that_runs_away_stops_and_goes_on_with_a_lower_rate(
     assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
 
 
+@pytest.mark.slow
 def test_units_that_learned_at_the_rate_that_ran_away_learn_anew(
     room: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +230,7 @@ def test_units_that_learned_at_the_rate_that_ran_away_learn_anew(
     assert fork.code == 0, fork.text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_noise_has_no_square(room: Path, tmp_path: Path) -> None:
     """The clipped trajectories are finite, the loss is not, and no rate is to blame."""
     state = torch.load(room / "tiny.pt", weights_only=True)
@@ -281,6 +281,63 @@ def test_every_failed_allocation_is_one_line(error: Exception) -> None:
     assert "out of memory: lower the batch size" in refusal(forks.run(main))
 
 
+def test_a_command_says_nothing_after_its_error() -> None:
+    """Where memory lacks, what libraries do at Python's end fails as well."""
+
+    def failing() -> None:
+        raise MemoryError
+
+    def main(arguments: list[str]) -> None:
+        try:
+            start.run(failing)
+        finally:
+            print("Python goes on")
+
+    line = "error: out of memory: lower the batch size (--set sampling.micro_batch=4), free some, "
+    assert forks.run(main).text() == f"{line}or raise its limit (ulimit -v)\n"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [os.abort, lambda: os._exit(1), lambda: os.kill(os.getpid(), signal.SIGSEGV)],
+    ids=["as C++ ends", "as OpenMP ends", "as the loader ends"],
+)
+def test_a_library_that_ends_the_process_is_one_line(end: Callable[[], None]) -> None:
+    def main(arguments: list[str]) -> None:
+        start._fork()
+        faulthandler.disable()  # pytest's own
+        os.write(2, b"terminate called after throwing\n")
+        end()
+
+    assert forks.run(main).text() == f"error: {start.NO_ROOM}\n"
+
+
+def test_the_fork_that_works_ends_as_a_command_does() -> None:
+    def refused(arguments: list[str]) -> None:
+        start._fork()
+        raise ConfigError("x: wrong")
+
+    def defect(arguments: list[str]) -> None:
+        start._fork()
+        start._explain(ValueError, ValueError("x"), None)
+
+    def waiting(arguments: list[str]) -> None:
+        start._fork()
+        print("here", flush=True)
+        time.sleep(60)
+
+    fork = forks.run(refused)
+    assert (fork.code, fork.text()) == (2, "error: x: wrong\n")
+    fork = forks.run(defect)
+    assert fork.code == 1 and fork.text() == "ValueError: x\n"
+    with forks.ended([forks.start(waiting)]) as (fork,):
+        while "here" not in fork.text():
+            time.sleep(0.01)
+        fork.send(signal.SIGTERM)
+        assert fork.wait() == 130
+    assert fork.errors() == ["error: interrupted; the same command continues"]
+
+
 def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     def main(arguments: list[str]) -> None:
         Path("out of memory.yaml").read_text()
@@ -288,6 +345,7 @@ def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
     assert refusal(forks.run(main)).endswith("out of memory.yaml: No such file or directory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [60, 300, 1500])
 @pytest.mark.parametrize("command", ["sample_diffusion.py", "scripts/evaluate.py"])
 def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
@@ -298,7 +356,7 @@ def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
-    line = "error: out of memory while the libraries were loaded: free some, or raise ulimit -v\n"
+    line = "error: out of memory: free some, or raise its limit (ulimit -v)\n"
     # 1500 are enough where PyTorch was built without CUDA.
     assert (done.returncode, done.stderr) == (2, line) or (megabytes, done.returncode) == (1500, 0)
 
@@ -306,6 +364,7 @@ def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
 # ---- two at once ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
 def test_the_second_process_is_sent_away(
     room: Path, tmp_path: Path, main: Callable, whole: Path
@@ -331,55 +390,52 @@ def test_the_second_process_is_sent_away(
         assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
+    def arguments(out: Path, steps: int) -> list[object]:
+        return ["--config", room / "tiny.yaml", "--out", out, "--steps", steps]
+
+    alone = {}
+    for steps in (2, 3):
+        forks.succeed(sample_diffusion.main, *arguments(tmp_path / f"alone-{steps}", steps))
+        alone[steps] = files_of(tmp_path / f"alone-{steps}")
     for attempt in range(4):
         out = tmp_path / f"{attempt}"
-        both = [
-            forks.start(
-                sample_diffusion.main,
-                *("--config", room / "tiny.yaml", "--out", out, "--steps", steps),
-            )
-            for steps in (2, 3)
-        ]
+        both = [forks.start(sample_diffusion.main, *arguments(out, steps)) for steps in (2, 3)]
         with forks.ended(both):
             codes = [fork.wait() for fork in both]
         assert 0 in codes and set(codes) <= {0, 2}
-        steps = (2, 3)[codes.index(0)]
-        alone = tmp_path / f"{attempt}-alone"
-        arguments = ("--config", room / "tiny.yaml", "--out", alone, "--steps", steps)
-        assert forks.run(sample_diffusion.main, *arguments).code == 0
-        assert files_of(out) == files_of(alone)
+        assert files_of(out) == alone[(2, 3)[codes.index(0)]]
 
 
 # ---- Ctrl-C ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
 def test_interrupted_is_130_and_resumable(
     room: Path, tmp_path: Path, main: Callable, whole: Path
 ) -> None:
-    out = tmp_path / "x"
-    arguments = ["--config", room / "tiny.yaml", "--out", out]
-    if main is calibrate.main:  # not over before the signal comes, on a busy machine
-        arguments += ["--set", "quant.reconstruct.finetune_iterations=120"]
-    fork = forks.start(main, *arguments)
-    with forks.ended([fork]):
-        wanted = "000001.png" if main is sample_diffusion.main else "calibration.pt"
-        while not (out / wanted).exists():
-            assert fork.running(), fork.text()
-            time.sleep(0.001)
-        fork.send(signal.SIGINT)
-        assert fork.wait() == 130, fork.text()
+    interruption = forks.signal_itself(signal.SIGINT)
+    arguments = ["--config", room / "tiny.yaml", "--out"]
+    if main is sample_diffusion.main:
+        out, more, before = tmp_path / "images", [], forks.before_image(3, interruption)
+    else:
+        out, more, before = (
+            tmp_path / "run",
+            ["--resume"],
+            forks.after_phase("ranges", interruption),
+        )
+    fork = forks.run(main, *arguments, out, before=before)
+    assert fork.code == 130, fork.text()
     assert fork.errors() == ["error: interrupted; the same command continues"]
     assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
-    more = ["--resume"] if main is calibrate.main else []
-    assert forks.run(main, *arguments, *more).code == 0
+    assert forks.run(main, *arguments, out, *more).code == 0
+    made, expected = files_of(out), files_of(whole / out.name)
     if main is sample_diffusion.main:
-        assert files_of(out) == files_of(whole / "images")
+        assert made == expected
     else:
-        arguments[3] = undisturbed = tmp_path / "undisturbed"
-        assert forks.run(main, *arguments).code == 0
-        assert (out / RESULT).read_bytes() == (undisturbed / RESULT).read_bytes()
+        assert made[RESULT] == expected[RESULT]
 
 
 def test_an_interruption_of_a_destructor_is_not_lost() -> None:

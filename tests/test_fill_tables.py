@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.helpers.commands import command, refusal
+from tests.helpers import forks
 from tests.helpers.narrow import BENCH, write_narrow
 from tests.helpers.strange import changed
 from tinydm.scripts import benchmark, fill_tables
@@ -148,8 +148,9 @@ def test_other_files_are_refused(results: Path, tmp_path: Path) -> None:
     result = json.loads(results.read_text()) | {"name": "emoji32"}
     other = tmp_path / "emoji.json"
     other.write_text(json.dumps(result))
-    line = refusal(command("scripts/fill_tables.py", tmp_path, "emoji.json", "--out", "t.md"))
-    assert "emoji32" in line and "lsun_bedroom" in line and not (tmp_path / "t.md").exists()
+    table = tmp_path / "t.md"
+    line = forks.refusal(forks.run(fill_tables.main, other, "--out", table))
+    assert "emoji32" in line and "lsun_bedroom" in line and not table.exists()
     for text in ("[]", '{"name": "lsun_bedroom", "rows": [{}]}', "{"):
         other.write_text(text)
         with pytest.raises(fill_tables.RunError, match="not a results.json"):

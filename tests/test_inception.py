@@ -19,6 +19,7 @@ def test_layer_names_cover_the_network():
     assert names["mixed_7.tower_1.conv_4"] == "Mixed_6e.branch7x7dbl_5"
 
 
+@pytest.mark.slow
 @needs_package
 def test_conversion_is_exact_and_marked(weights):
     record = json.loads(weights.with_suffix(".json").read_text())
@@ -32,6 +33,7 @@ def test_conversion_is_exact_and_marked(weights):
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @needs_package
 def test_features_equal_pytorch_fid(weights, network, folders):
     images = torch.from_numpy(load_folder(folders[0])[:2]).permute(0, 3, 1, 2)
@@ -48,6 +50,7 @@ def test_features_equal_pytorch_fid(weights, network, folders):
     assert (found.spatial - spatial).abs().max() < 1e-5 * spatial.abs().max()
 
 
+@pytest.mark.slow
 @needs_package
 def test_classifier(weights, tmp_path, network):
     assert not network.has_classifier
@@ -64,6 +67,7 @@ def test_classifier(weights, tmp_path, network):
     assert logits[1, 5] == 6 and logits.sum() == 12
 
 
+@pytest.mark.slow
 @needs_package
 def test_damaged_weights_are_named(weights, tmp_path):
     cut = tmp_path / "cut.pth"

@@ -39,16 +39,7 @@ from tinydm.scripts.experiment.assembly import select_backend
 from tinydm.scripts.experiment.backend import add_backend, read_backend, slow_backend
 
 REASON = int8_supported()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @dataclass(frozen=True)
@@ -222,6 +213,7 @@ def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
     return names.keys() - products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "by_row"), [(4, True), (8, False)])
 def test_network(bits: int, by_row: bool, kind: Kind):
     """With scaled channels as well."""
@@ -231,7 +223,7 @@ def test_network(bits: int, by_row: bool, kind: Kind):
     exact = kind.network(copy.deepcopy(fake))
     assert simulated(exact, kind) == set()
     assert not any(m._weight is not None for m in exact.modules() if isinstance(m, QuantLayer))
-    x = torch.randn(4, 3, 16, 16)
+    x = torch.randn(4, 3, 8, 8)
     for t in (0, 70, 500, 999):
         step = torch.full((4,), t)
         assert psnr(exact(x, step), fake(x, step)) >= 45
@@ -239,6 +231,7 @@ def test_network(bits: int, by_row: bool, kind: Kind):
     assert psnr(exact(x, mixed), fake(x, mixed)) >= 45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformer", [False, True])
 def test_latent_network(transformer, kind: Kind):
     params = dict(in_channels=3, model_channels=16, out_channels=3, num_res_blocks=1, num_heads=2)
@@ -255,16 +248,18 @@ def test_latent_network(transformer, kind: Kind):
     assert psnr(exact(*call), fake(*call)) >= 45
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch(kind: Kind):
     model = kind.network(small_unet())
-    x, t = torch.randn(5, 3, 16, 16), torch.full((5,), 300)
+    x, t = torch.randn(5, 3, 8, 8), torch.full((5,), 300)
     assert psnr(model(x, t), torch.cat([model(row[None], t[:1]) for row in x])) >= 45
 
 
+@pytest.mark.slow
 def test_state_is_plain(kind: Kind):
     """No packed tensor in the state, before or after calls, and copies compute the same."""
     model = kind.network(small_unet())
-    x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
+    x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     expected = model(x, t)
     after = model.state_dict()
@@ -281,15 +276,17 @@ def test_state_is_plain(kind: Kind):
     assert torch.equal(other(x, t), expected)
 
 
+@pytest.mark.slow
 def test_memory_is_one_byte_per_weight(kind: Kind):
     model = kind.network(small_unet())
-    model(torch.randn(2, 3, 16, 16), torch.full((2,), 300))
+    model(torch.randn(2, 3, 8, 8), torch.full((2,), 300))
     for layer in (m for m in model.modules() if isinstance(m, Int8Layer)):
         if kind.compiled is None:
             assert all(w.codes.numel() == 0 for w in layer.weights)  # only the packed form is kept
         assert all(b.dtype != torch.float32 or b.dim() == 1 for b in layer.buffers())
 
 
+@pytest.mark.slow
 def test_what_stays_simulated_is_listed(kind: Kind):
     model = small_unet()
     integers = list(kind.network(copy.deepcopy(model)).modules())
@@ -300,7 +297,7 @@ def test_what_stays_simulated_is_listed(kind: Kind):
     model.denoiser.conv_in = QuantLayer(*parts, inputs=[], split=0)
     second.w_zero_point[0], second.qweight[0, 0, 0, 0] = 3, 255
     second._weight = None
-    x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 300)
+    x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
     expected = model(x, t)
     exact = kind.network(model)
     assert simulated(exact, kind) == {"conv_in", "conv_out"}

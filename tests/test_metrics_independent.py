@@ -60,7 +60,12 @@ def features_of(network: nn.Module, folder: Path) -> tuple[np.ndarray, np.ndarra
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^(1/2) S2 S1^(1/2))^(1/2), by eigenvalues."""
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^(1/2) S2 S1^(1/2))^(1/2), by eigenvalues.
+
+    In the span of the features, which no turn of the axes leaves: 44 dimensions instead of 2048.
+    """
+    basis = np.linalg.qr(np.concatenate([x, y]).T)[0]  # (D, N + M)
+    x, y = x @ basis, y @ basis
     s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     values, vectors = np.linalg.eigh(s1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -89,6 +94,7 @@ def inside_share(points: np.ndarray, manifold: np.ndarray) -> float:
     return inside / len(points)
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_numbers_are_those_of_the_definitions(weights: Path, tmp_path: Path) -> None:
     """The generated images lack one of three kinds, so that they do not cover the others."""

@@ -20,6 +20,7 @@ from PIL import Image
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.forks import refusal
 from tests.helpers.rooms import RESULT, files_of
 from tinydm.scripts import evaluate, train_ddim, train_ldm
 from tinydm.scripts.common.errors import ConfigError
@@ -42,13 +43,6 @@ def run(room: Path) -> Path:
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-def refusal(fork: forks.Fork) -> str:
-    """The one line of a command that ended with 2."""
-    assert fork.code == 2 and len(fork.errors()) == 1, fork.text()
-    assert "Traceback" not in fork.text(), fork.text()
-    return fork.errors()[0]
 
 
 def flip(path: Path, at: int) -> None:
@@ -162,6 +156,17 @@ def test_a_configuration_of_the_users_is_not_replaced(room: Path, tmp_path: Path
         assert path.read_text() == text
 
 
+@pytest.mark.parametrize("name", ["report.json", "layers.txt", "log.txt"])
+def test_reports_of_the_users_are_not_replaced(room: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path)
+    line = refusal(forks.run(calibrate.main, *arguments))
+    assert f"{name}: is a file of yours and would be replaced; give another --out" in line
+    assert files_of(tmp_path) == {name: b"{}"}
+    fast = ("--set", "quant.method=minmax")
+    assert forks.run(calibrate.main, *arguments, *fast, "--overwrite").code == 0
+
+
 def test_a_run_reads_its_own_configuration(copy: Path) -> None:
     """OUT/config.yaml as the run resolved it: resumed, and calibrated anew."""
     before = files_of(copy)
@@ -257,19 +262,12 @@ def test_images_that_go_while_others_are_made(room: Path, tmp_path: Path, what: 
     out = tmp_path / "room" / "images"
     arguments = ("--config", room / "tiny.yaml", "--out", out)
 
-    def arm() -> None:
-        real, left = sampling_run.write_png, [4]
+    def remove() -> None:
+        gone = {"images": out, "one image": out / "000000.png"}.get(what, out.parent)
+        gone.unlink() if gone.is_file() else shutil.rmtree(gone)
 
-        def write(path: Path, image: np.ndarray) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                gone = {"images": out, "one image": out / "000000.png"}.get(what, out.parent)
-                gone.unlink() if gone.is_file() else shutil.rmtree(gone)
-            real(path, image)
-
-        sampling_run.write_png = write
-
-    line = refusal(forks.run(sample_diffusion.main, *arguments, before=arm))
+    before = forks.before_image(4, remove)
+    line = refusal(forks.run(sample_diffusion.main, *arguments, before=before))
     assert "the same command makes what is missing" in line
     assert forks.run(sample_diffusion.main, *arguments).code == 0
     assert len(files_of(out)) == 6 and out.with_name("images.identity.json").exists()
@@ -282,7 +280,7 @@ def test_a_folder_that_is_gone_is_noticed_before_the_next_batch(room: Path, tmp_
         real = sampling_run.to_uint8
 
         def remove(*args: object) -> torch.Tensor:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # the next batch may come before the look
             return real(*args)
 
         sampling_run.to_uint8 = remove
@@ -311,14 +309,25 @@ def test_numbers_are_decimal(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        *(["--seed", "010"], ["--seed", "0123"], ["--count", "010"], ["--batch-size", "02"]),
-        *(["--steps", "03"], ["--set", "sampling.seed=010"], ["--set", "model.params.ch=010"]),
-        ["--set", "model.params.ch_mult=[01]"],
+        *(["--set", "sampling.seed=010"], ["--set", "model.params.ch=010"]),
+        *(["--set", "model.params.ch_mult=[01]"], ["--classes", "01"], ["--seed", "0x"]),
     ],
 )
 def test_octal_numbers_are_refused(room: Path, tmp_path: Path, option: list[str]) -> None:
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", *option)
     assert "must be a" in refusal(forks.run(sample_diffusion.main, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("0123", 123), ("0", 0), ("000", 0), ("08", 8), ("+07", 7)]
+)
+def test_numbers_of_options_may_have_leading_zeros(room: Path, text: str, value: int) -> None:
+    """As a loop over `seq -w` gives them."""
+    args = sample_diffusion.parse_arguments(
+        ["--config", str(room / "tiny.yaml"), "--out", "x", "--seed", text, "--eta", "00.5"]
+    )
+    config = load_config(room / "tiny.yaml", args.overrides)
+    assert (config.sampling.seed, config.sampler.eta) == (value, 0.5)
 
 
 def test_a_file_with_an_octal_number_is_refused(room: Path, tmp_path: Path) -> None:

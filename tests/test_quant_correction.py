@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.calibrated import Silent
+from tests.helpers.toy import STEPS, Toy, ToySampler, eps_error, toy_states
 from tinydm.models.samplers import ddim, ddpm
 from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timesteps
+from tinydm.quant.calibration.phases.correct import correct
 from tinydm.quant.calibration.ptqd import fit_tables
 from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.runtime.correction import LARGEST_K, OutputCorrection, corrected_variance
@@ -47,6 +50,29 @@ def test_correction_recovers_what_was_put_in() -> None:
         found(eps_q[:2]),
         (eps_q[:2] - found.mu[1].view(1, 2, 1, 1)) / (1 + found.k[1].view(1, 2, 1, 1)),
     )
+
+
+@pytest.mark.parametrize("kind", ["ptqd", "drift"])
+def test_the_fit_is_on_trajectories_that_the_weights_did_not_learn_from(kind: str) -> None:
+    """A model that knows its calibration states by heart, and is off by a constant elsewhere."""
+    denoiser = Toy()
+    states = toy_states(denoiser)
+    known = {tuple(x.flatten().tolist()) for step in states.x for x in step}
+
+    class ByHeart(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.context, self.correction = TimestepContext(sorted(STEPS), 1000), None
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            new = [tuple(row.flatten().tolist()) not in known for row in x]
+            return denoiser(x, t, y) + 0.1 * torch.tensor(new).float().view(-1, 1, 1, 1)
+
+    model = ByHeart()
+    assert eps_error(model, states) < 1e-10
+    correct(kind, model, denoiser, ToySampler(), states, Silent())
+    mu = model.correction.mu[1:, 2:]  # the drift of the last step is of no use; channels of codes
+    assert mu.numpy() == pytest.approx(0.1, abs=0.01)
 
 
 def test_correction_of_perfect_outputs_is_nothing() -> None:

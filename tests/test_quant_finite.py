@@ -44,6 +44,7 @@ def test_the_search_stops_at_the_first_sample_that_has_no_error(value: float) ->
             settings,
             generator,
             torch.ones(len(STEPS)),
+            torch.ones(len(STEPS)),
             lambda i, loss: rounds.append(i),
         )
     assert 0 < len(rounds) < 100
@@ -101,7 +102,7 @@ def test_what_was_learned_is_looked_through(value: float, bad: bool) -> None:
 def test_rewound_to_the_start_of_the_phase() -> None:
     start, amid = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
     state = RunState(["equivalent"], amid, partial={"i": 3}, before=start)
-    assert unfinished_phase(state).name == "ranges"
+    assert unfinished_phase(state).name == "bits"
     state.rewind()
     assert state.tensors is start and state.partial is None and not state.before
     state.rewind()  # stands there already

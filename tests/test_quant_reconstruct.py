@@ -23,7 +23,7 @@ from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timestep
 from tinydm.quant.calibration.end_to_end import _balanced_root, _draw, _loss, finetune
 from tinydm.quant.calibration.layers import CalibLayer
 from tinydm.quant.calibration.prefix import Prefix
-from tinydm.quant.calibration.reconstruct import _chunks, unit_names
+from tinydm.quant.calibration.reconstruct import _chunks, hold_out, unit_names
 from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.weights import WeightQuantizer
@@ -115,6 +115,38 @@ def test_no_iterations_and_no_samples_change_nothing() -> None:
     states = block_states(denoiser, 16, 1)
     still = replace(FAST, iterations=0)
     assert learn(denoiser, model, states, settings=still) == {"conv": (0.0, 0.0)}
+
+
+def test_what_judges_is_of_other_trajectories_than_what_teaches() -> None:
+    """Guided calls have two rows of the same noise, which are one trajectory."""
+    x = torch.randn(2, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 4:8], x[:, 12:] = x[:, :4], x[:, 8:12]  # calls of 4 images, without and with the class
+    states = CalibrationStates(x, x, [50, 0], {"y": torch.arange(16)})
+    tuples = torch.cartesian_prod(torch.arange(2), torch.arange(16))
+    order, judges = hold_out(states, tuples, 1 / 4, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == tuples.tolist()
+    assert judges == 8  # 2 of 8 trajectories, 2 halves, 2 steps
+    noise = [set(x[0, part[:, 1]].flatten(1)[:, 0].tolist()) for part in order.split([24, 8])]
+    assert len(noise[0]) == 6 and len(noise[1]) == 2 and not noise[0] & noise[1]
+    other, _ = hold_out(states, tuples, 1 / 4, torch.Generator().manual_seed(1))
+    assert not torch.equal(order[-judges:], other[-judges:])
+    assert hold_out(states, tuples, 0.0, torch.Generator())[1] == 0
+    alone = tuples[tuples[:, 1] == 3]
+    assert hold_out(states, alone, 1 / 8, torch.Generator())[1] == len(alone) == 2
+
+
+def test_a_unit_is_judged_by_what_it_did_not_see() -> None:
+    """The errors that are reported are those of the held-out trajectories, before and after."""
+    denoiser = Block()
+    states = block_states(denoiser, 16, 1)
+    model = block_model(denoiser, states, 3)
+    tuples = torch.cartesian_prod(torch.arange(2), torch.arange(16))
+    order, judges = hold_out(states, tuples, 1 / 8, torch.Generator().manual_seed(0))
+    x, t, eps, _ = states.gather(order[-judges:])
+    before = float((model(x, t) - eps).detach().square().mean())
+    errors = learn(denoiser, model, states, units=["conv"])["conv"]
+    after = float((model(x, t) - eps).detach().square().mean())
+    assert judges == 4 and errors == pytest.approx((before, after), rel=1e-5)
 
 
 def test_units_cover_every_layer_once_in_the_order_of_execution() -> None:

@@ -27,6 +27,7 @@ from tinydm.quant.calibration.equivalent import (
     unscaled_weight,
 )
 from tinydm.quant.calibration.gptq import (
+    DAMPINGS,
     column_blocks,
     compensate,
     compensated_layers,
@@ -65,7 +66,7 @@ def test_codes_lower_the_output_error(columns: int, bits: int, seed: int) -> Non
     top = 2**bits - 1
     weight = torch.randn(8, columns, generator=g) * top / 4
     low, high = torch.full((8, 1), -float(top // 2)), torch.full((8, 1), float(top - top // 2))
-    codes = second_order_codes(weight, hessian, low, high)
+    codes = second_order_codes(weight, hessian, low, high, DAMPINGS[0])
     assert torch.equal(codes, codes.round())
     assert (codes >= low).all() and (codes <= high).all()
     nearest = torch.clamp(weight.round(), low, high)
@@ -76,7 +77,7 @@ def test_codes_lower_the_output_error(columns: int, bits: int, seed: int) -> Non
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     weight = torch.randn(5, 150, generator=torch.Generator().manual_seed(3)) * 4
     codes = second_order_codes(
-        weight, torch.eye(150), torch.full((5, 1), -8.0), torch.full((5, 1), 7.0)
+        weight, torch.eye(150), torch.full((5, 1), -8.0), torch.full((5, 1), 7.0), DAMPINGS[0]
     )
     assert torch.equal(codes, weight.round().clamp(-8, 7))
 
@@ -107,7 +108,7 @@ def test_compensation_beats_rounding_to_nearest(bits: int) -> None:
     states, fresh = block_states(denoiser, 32, 1), block_states(denoiser, 16, 2)
     model = block_model(denoiser, states, bits)
     before = eps_error(model, fresh)
-    gains = compensate(model, states, every_state(states), 16, 4.0)
+    gains = compensate(model, states, *[every_state(states)] * 2, 16, 4.0)
     assert gains["conv"] < 0.9
     assert eps_error(model, fresh) < 0.9 * before  # on samples that it never saw
     codes = deploy(model).denoiser.conv.qweight
@@ -134,7 +135,7 @@ def test_layers_of_the_timestep_are_rounded_for_the_whole_schedule() -> None:
         return float((seen["full"] - seen["quantized"]).square().mean())
 
     before = temporal_error()
-    gains = compensate(model, states, every_state(states), 16, 4.0)
+    gains = compensate(model, states, *[every_state(states)] * 2, 16, 4.0)
     assert gains["embed.layer"] < 1
     assert temporal_error() < 0.8 * before
 
@@ -149,13 +150,13 @@ def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch)
     assert [b.stop - b.start for b in column_blocks(layers["second"])] == [36, 36, 36]
     assert [b.stop - b.start for b in column_blocks(layers["first"])] == [36]
     one = {
-        name: 4 * sum((b.stop - b.start) ** 2 for b in column_blocks(layers[name]))
+        name: 2 * 4 * sum((b.stop - b.start) ** 2 for b in column_blocks(layers[name]))
         for name in layers
     }
     assert len(passes_of(layers, sum(one.values()))) == 1
     assert [list(run) for run in passes_of(layers, 1)] == [[name] for name in layers]
     before = eps_error(model, fresh)
-    gains = compensate(model, states, every_state(states), 16, memory_gb=1e-9)
+    gains = compensate(model, states, *[every_state(states)] * 2, 16, memory_gb=1e-9)
     assert list(gains) == list(layers) and max(gains.values()) <= 1
     assert eps_error(model, fresh) < before
 

@@ -33,6 +33,7 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
         SearchSettings(rounds=30, batch_size=8),
         torch.Generator().manual_seed(0),
         torch.ones(len(STEPS)),
+        torch.ones(len(STEPS)),
         lambda i, loss: rounds.append(i),
     )
     assert rounds == list(range(30))
@@ -69,6 +70,7 @@ def test_search_repairs_a_wrong_group() -> None:
         SearchSettings(rounds=60, batch_size=8, lr_logits=0.3, entropy=0.1),
         torch.Generator().manual_seed(0),
         torch.ones(len(STEPS)),
+        torch.ones(len(STEPS)),
     )
     assert quantizer.group_of_timestep[-1] == right[-1]
     assert eps_error(model, states) < 0.5 * hurt
@@ -83,7 +85,9 @@ def test_a_batch_in_parts_learns_the_same() -> None:
         model = copy.deepcopy(start_model)
         settings = SearchSettings(rounds=6, batch_size=8, accumulate=parts)
         generator = torch.Generator().manual_seed(0)
-        result = search(model, states, settings, generator, torch.linspace(0.5, 2, len(STEPS)))
+        result = search(
+            model, states, settings, generator, *[torch.linspace(0.5, 2, len(STEPS))] * 2
+        )
         quantizers = [q for _, q in activation_quantizers(model)]
         found.append((result, quantizers))
     for result, quantizers in found[1:]:
@@ -102,7 +106,7 @@ def test_with_one_group_scales_learn_as_with_more() -> None:
     state = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     settings = SearchSettings(rounds=2, batch_size=4)
-    result = search(model, states, settings, generator, torch.ones(len(STEPS)))
+    result = search(model, states, settings, generator, *[torch.ones(len(STEPS))] * 2)
     assert len(result.tuples) == 8 and (result.decided, result.moved) == (1.0, 0.0)
     for name, q in activation_quantizers(model):
         moved = not torch.equal(q.log_scale, state[f"{name}.log_scale"])

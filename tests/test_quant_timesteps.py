@@ -22,7 +22,7 @@ FEW = settings(max_examples=80, deadline=None)
 
 
 def test_score_is_the_formula_of_the_paper_without_the_error_term() -> None:
-    selector = ActiveSelector(3, exploration=1.5, error_weight=0.0)
+    selector = ActiveSelector(torch.ones(3), exploration=1.5, error_weight=0.0)
     selector.entropy = normalised_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1]]))
     selector.chosen = torch.tensor([4, 0, 1])
     selector.error = torch.tensor([1.0, 2.0, 3.0])
@@ -35,29 +35,30 @@ def test_score_is_the_formula_of_the_paper_without_the_error_term() -> None:
     assert selector.chosen.tolist() == [6, 1, 2]
 
 
-def test_error_term_is_relative_to_the_largest() -> None:
-    selector = ActiveSelector(3, exploration=0.0, error_weight=2.0)
+def test_what_a_step_does_to_the_image_is_relative_to_the_mean() -> None:
+    selector = ActiveSelector(torch.tensor([2.0, 1.0, 1.0]), exploration=0.0, error_weight=3.0)
     assert selector.score().tolist() == [0, 0, 0]
     selector.observe_error(torch.tensor([0, 2, 2]), torch.tensor([1.0, 3.0, 5.0]))
-    assert torch.allclose(selector.score(), torch.tensor([0.5, 0.0, 2.0]))
+    assert torch.allclose(selector.score(), torch.tensor([3.0, 0.0, 6.0]))  # 2 x 1, 0, 1 x 4
+    assert selector.pick(1).tolist() == [2]
     selector.observe_error(torch.tensor([2]), torch.tensor([0.0]))
     assert torch.allclose(selector.error, torch.tensor([1.0, 0.0, 2.0]))
-    assert selector.pick(1).tolist() == [2]
 
 
 def test_samples_are_shared_in_proportion_to_the_error() -> None:
-    """The best score again and again must not end in one step: weights 2, 1.5 and 1 here."""
-    selector = ActiveSelector(3, exploration=1.0, error_weight=1.0)
-    selector.error = torch.tensor([4.0, 2.0, 0.0])
-    selector.pick(450)
-    assert (selector.chosen - torch.tensor([200, 150, 100])).abs().max() <= 2
+    """The best score again and again must not end in one step: shares 3, 2 and 1 here."""
+    selector = ActiveSelector(torch.tensor([1.0, 0.5, 3.0]), exploration=1.0, error_weight=1.0)
+    selector.error = torch.tensor([4.0, 4.0, 0.0])
+    assert selector.shares().tolist() == [3, 2, 1]
+    selector.pick(600)
+    assert (selector.chosen - torch.tensor([300, 200, 100])).abs().max() <= 2
 
 
 @pytest.mark.parametrize("count", [1, 5, 20, 100])
 def test_every_step_is_eligible(count: int) -> None:
     """The released APQ-DM code can never choose the 30 noisiest steps and fails below 31."""
     for error_weight in (0.0, 1.0):
-        selector = ActiveSelector(count, 1.5, error_weight)
+        selector = ActiveSelector(torch.ones(count), 1.5, error_weight)
         assert sorted(selector.pick(count).tolist()) == list(range(count))
         selector.entropy[0] = 1.0
         selector.chosen += 10

@@ -1,14 +1,14 @@
 """sample_diffusion.py through its command line, on a narrow checkpoint made here.
 
 Most commands run in this process through the wrapper that the script itself uses; those that are
-killed, or that must start alone, run as processes.
+killed, or that are compared with others, run as forks of it.
 """
 
 import json
 import os
 import pickle
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
+import calibrate
+import sample_diffusion
+from tests.helpers import forks
+from tests.helpers.commands import command
 from tests.helpers.narrow import SAMPLING, write_narrow
 from tests.helpers.sampling import sample
 from tinydm.scripts.common.files import remove_stale
@@ -24,7 +28,6 @@ from tinydm.scripts.common.images import is_whole_png
 from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.runs import beside
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("signals")
 
 
@@ -32,14 +35,6 @@ pytestmark = pytest.mark.usefixtures("signals")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with narrow.yaml and narrow.pt."""
     return write_narrow(tmp_path_factory.mktemp("narrow"), SAMPLING)
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "sample_diffusion.py"), *map(str, arguments)]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -54,8 +49,7 @@ def names(count: int) -> set[str]:
 def reference(room: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that others are compared with, made by a process of its own."""
     folder = tmp_path_factory.mktemp("reference") / "images"
-    arguments = command("--config", room / "narrow.yaml", "--out", folder)
-    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+    forks.succeed(sample_diffusion.main, "--config", room / "narrow.yaml", "--out", folder)
     return folder
 
 
@@ -86,17 +80,11 @@ def test_batch_size_changes_no_byte(
 
 def test_two_processes_make_the_same_folder(room: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "images"
-    arguments = command("--config", room / "narrow.yaml", "--out", out)
-    ranks = [
-        subprocess.Popen(
-            arguments,
-            env=environment(RANK=str(rank), WORLD_SIZE="2"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    arguments = ("--config", room / "narrow.yaml", "--out", out)
+    places = [{"RANK": rank, "WORLD_SIZE": 2} for rank in range(2)]
+    ranks = [forks.start(sample_diffusion.main, *arguments, variables=v) for v in places]
+    with forks.ended(ranks):
+        assert [rank.wait() for rank in ranks] == [0, 0]
     assert files_of(out) == files_of(reference)
 
 
@@ -129,10 +117,9 @@ def test_users_words_are_keys(room: Path, tmp_path: Path) -> None:
 
 
 def test_quantized_file_alone_is_enough(room: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "calibrate.py"), "--config", str(room / "narrow.yaml")]
-    keys = ["quant.method=minmax", "calibration.samples=16", "calibration.trajectories=4"]
-    arguments = [*script, "--out", str(tmp_path), "--set", *keys]
-    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+    keys = ("quant.method=minmax", "calibration.samples=12", "calibration.trajectories=4")
+    config = ("--config", room / "narrow.yaml")
+    forks.succeed(calibrate.main, *config, "--out", tmp_path, "--set", *keys)
     quantized = tmp_path / "quantized.safetensors"
     gone = ("--ckpt", tmp_path / "gone.pt", "--quantized", quantized)
     assert sample(*gone, "--out", tmp_path / "a", "--batch_size", 3) == 0
@@ -146,24 +133,16 @@ def test_quantized_file_alone_is_enough(room: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_is_continued(room: Path, tmp_path: Path) -> None:
     """Killed, and with a file cut short: the end is the same, whole files are not touched."""
-    arguments = ("--config", room / "narrow.yaml", "-n", 22, "--steps", 100, "--batch_size", 4)
+    arguments = ("--config", room / "narrow.yaml", "-n", 22, "--batch_size", 4)
     assert sample(*arguments, "--out", tmp_path / "whole") == 0
     out = tmp_path / "images"
-    process = subprocess.Popen(
-        command(*arguments, "--out", out),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("*.png"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    deadly = forks.before_image(6, forks.signal_itself(signal.SIGKILL))
+    fork = forks.run(sample_diffusion.main, *arguments, "--out", out, before=deadly)
+    assert fork.code == -signal.SIGKILL, fork.text()
     found = sorted(out.glob("*.png"))
-    assert 5 <= len(found) < 22
+    assert len(found) == 5
     found[0].write_bytes(found[0].read_bytes()[:-9])
-    (out / f".000009.png.{cli.os.uname().nodename}.{process.pid}.tmp").write_bytes(b"half")
+    (out / f".000009.png.{cli.os.uname().nodename}.{fork.pid}.tmp").write_bytes(b"half")
     times = {path.name: path.stat().st_mtime_ns for path in found[1:]}
     assert sample(*arguments, "--out", out) == 0
     assert files_of(out) == files_of(tmp_path / "whole")
@@ -186,19 +165,15 @@ def test_more_images_are_added_and_fewer_leave_them(
 
 def test_terminated_is_130_and_whole(room: Path, tmp_path: Path) -> None:
     out = tmp_path / "images"
-    process = subprocess.Popen(
-        command("--config", room / "narrow.yaml", "-n", 1000, "--steps", 50, "--out", out),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 60
-    while not list(out.glob("*.png")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.terminate()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert stderr.decode().splitlines()[-1].startswith("error: interrupted")
+    arguments = ("--config", room / "narrow.yaml", "-n", 1000, "--steps", 50, "--out", out)
+    fork = forks.start(sample_diffusion.main, *arguments)
+    with forks.ended([fork]):
+        while not list(out.glob("*.png")):
+            assert fork.running(), fork.text()
+            time.sleep(0.005)
+        fork.send(signal.SIGTERM)
+        assert fork.wait() == 130
+    assert fork.text().splitlines()[-1].startswith("error: interrupted")
     assert all(is_whole_png(path) for path in out.iterdir())
 
 
@@ -274,6 +249,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, Path]:
     return {name: folder / name for name in (*contents, "shapes", "nan", "foreign", "code2")}
 
 
+@pytest.mark.slow
 def test_bad_checkpoints(
     room: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,14 +293,13 @@ def test_bad_arguments(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bad_configuration_as_a_process(room: Path, tmp_path: Path) -> None:
     text = (room / "narrow.yaml").read_text().replace("eta:", "etta:")
     (tmp_path / "bad.yaml").write_text(text)
     line = text.splitlines().index("  etta: 1.0") + 1
-    arguments = command("--config", "bad.yaml", "--out", "images")
-    done = subprocess.run(
-        arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True
-    )
+    made = command("sample_diffusion.py", tmp_path, "--config", "bad.yaml", "--out", "images")
+    done = subprocess.run(**made)
     assert done.returncode == 2 and done.stdout == ""
     expected = f"error: bad.yaml:{line}: unknown key sampler.etta (did you mean eta?)\n"
     assert done.stderr == expected

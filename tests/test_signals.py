@@ -65,6 +65,7 @@ def test_every_command_watches_first(command: str) -> None:
     assert any(line.startswith("    run(") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_message_names_the_command_that_continues(room: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, ROOT / "calibrate.py", "--config", room / "tiny.yaml"]
@@ -103,6 +104,7 @@ def test_output_that_nobody_reads_is_no_error(
     assert (tmp_path / "quantized.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_help_that_nobody_reads(tmp_path: Path) -> None:
     command = f"{sys.executable} {ROOT / 'scripts/evaluate.py'} --help | true"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=True)

@@ -28,6 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded_and_continued(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -62,8 +63,9 @@ def test_a_run_is_recorded_and_continued(
 def test_variants_compute(path: Path, tmp_path: Path) -> None:
     models, outputs = Models(load_config(path), tmp_path), {}
     for name, variant in VARIANTS.items():
-        if variant != VARIANTS["compiled"] and obstacle(variant) is None:
-            outputs[name] = models.call(variant, models.build(variant), 3)()
+        slow = variant.compiled and variant.bits is None
+        if not slow and obstacle(variant) is None:
+            outputs[name] = models.call(models.build(variant), 3)()
             assert outputs[name].shape == (3, 3, 4, 4) and torch.isfinite(outputs[name]).all()
     assert (outputs["bf16"] - outputs["fp32"]).abs().max() < 0.1 * outputs["fp32"].abs().max()
     for name in (n for n in outputs if n.startswith(("int8", "avx"))):
@@ -71,6 +73,60 @@ def test_variants_compute(path: Path, tmp_path: Path) -> None:
         assert (outputs[name] - fake).square().mean() < 1e-3 * fake.square().mean()
     assert models.bytes(VARIANTS["fake-w4a8"]) < models.bytes(VARIANTS["fake-w8a8"])
     assert models.bytes(VARIANTS["fake-w8a8"]) < models.bytes(VARIANTS["fp32"])
+
+
+class Event:
+    """Of a CUDA stream, on a clock of its own: 0.002 s from one to the next."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.clock += 2
+        self.at = Event.clock
+
+    def elapsed_time(self, other: "Event") -> float:
+        return other.at - self.at
+
+
+def test_a_device_has_a_clock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two events around the call, the device idle before and done after."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(speed, "wait_for", lambda device: order.append("wait"))
+
+    def call() -> torch.Tensor:
+        order.append("call")
+        return torch.zeros(1)
+
+    seconds, _ = speed.seconds_of(call, torch.device("cuda", 0))
+    assert seconds == 0.002 and order == ["wait", "call", "wait"]
+
+
+def test_what_a_device_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert obstacle(VARIANTS["fp16-graph"], cuda) is None
+    assert obstacle(VARIANTS["fp16-graph"]) == "needs a CUDA device"
+    assert obstacle(VARIANTS["int8-w8a8-compiled"], cuda) in ("is for CPUs", "no C++ compiler")
+    assert "CUDA" in (obstacle(VARIANTS["fake-w8a8-tf32"]) or "")
+
+
+def test_rows_of_a_card_join_the_table(path: Path, tmp_path: Path) -> None:
+    row = {"model": "big", "variant": "int8", "label": "int8 W8A8", "reason": "no"}
+    report = tmp_path / "gpu_report.json"
+    report.write_text(json.dumps({"device": "NVIDIA X", "speed": [row]}))
+    options = ["--configs", str(path), "--variants", "fp32", "--batches", "1", "--repeats", "1"]
+    out = tmp_path / "out"
+    speed.main([*options, "--threads", "1", "--merge", str(report), "--out", str(out)])
+    text = (out / "speed.md").read_text()
+    assert "big, NVIDIA X | int8 W8A8" in text and CONFIG["name"] in text
+    for damaged in ({"speed": 3}, {"speed": [{"label": "x"}]}, {}):
+        report.write_text(json.dumps(damaged))
+        with pytest.raises(ConfigError, match="is no gpu_report.json"):
+            speed.main([*options, "--merge", str(report), "--out", str(out)])
 
 
 def test_numbers_of_a_line(path: Path) -> None:

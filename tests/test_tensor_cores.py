@@ -18,12 +18,13 @@ from tests.helpers.integer_layers import (
     same,
     small_unet,
 )
+from tests.helpers.tensor_cores import to_tf32
 from tinydm.quant.backends.onednn import integer_codes
 from tinydm.quant.backends.tensor_cores import (
     EXACT_SUM,
     IntegerProductLayer,
+    allow_tf32,
     float32_reason,
-    tf32_allowed,
     use_tensor_cores,
 )
 from tinydm.quant.runtime.layers import QuantLayer
@@ -34,12 +35,6 @@ def _settings(one_thread: None):
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def tf32(x: torch.Tensor) -> torch.Tensor:
-    """x with 10 bits behind the first one, to nearest, ties to even, as tensor cores read it."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 LAYERS = [
@@ -63,8 +58,8 @@ def test_a_layer_loses_nothing(
     bare, seen = fake.op._call, []
 
     def rounded(q, weight, bias, *geometry):
-        seen.append((q.clone(), bare(tf32(q), tf32(weight), None, *geometry)))
-        return bare(tf32(q), tf32(weight), bias, *geometry)
+        seen.append((q.clone(), bare(to_tf32(q), to_tf32(weight), None, *geometry)))
+        return bare(to_tf32(q), to_tf32(weight), bias, *geometry)
 
     for t in TIMESTEPS[:2]:
         at.set(torch.full((2,), t))
@@ -117,7 +112,7 @@ def test_tf32_is_allowed_inside_alone() -> None:
     for flag in flags:
         flag.allow_tf32 = False
     try:
-        with tf32_allowed():
+        with allow_tf32(True):
             assert all(flag.allow_tf32 for flag in flags)
         assert not any(flag.allow_tf32 for flag in flags)
     finally:

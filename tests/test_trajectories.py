@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.calibrated import Silent
 from tests.helpers.latent import CONFIG, FIRST_STAGE, PARAMS, write_checkpoint
 from tinydm.models.pipeline import build_denoiser
-from tinydm.quant.calibration.phases.correct import correct_noise
+from tinydm.quant.calibration.phases.correct import correct
 from tinydm.quant.core.context import TimestepContext
 from tinydm.scripts.bench.measure import eps_errors
 from tinydm.scripts.common.errors import ConfigError
@@ -17,18 +18,22 @@ from tinydm.scripts.experiment.assembly import Assembly, assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
 from tinydm.scripts.experiment.config import load_config, parse_config
 from tinydm.scripts.experiment.config_sections import calls_per_image
-from tinydm.scripts.experiment.trajectories import guided_rows, mean_of_halves, record_states
+from tinydm.scripts.experiment.trajectories import mean_of_halves, record_states
 
 COUNT = 8  # two network calls, without and with the class
 
 
 @pytest.fixture(scope="module")
-def assembly(tmp_path_factory: pytest.TempPathFactory) -> Assembly:
-    folder = tmp_path_factory.mktemp("guided")
-    config = CONFIG | {"model": CONFIG["model"] | {"checkpoint": str(folder / "model.ckpt")}}
-    write_checkpoint(folder / "model.ckpt", config)
-    (folder / "narrow.yaml").write_text(yaml.safe_dump(config))
-    return assemble(load_config(folder / "narrow.yaml"))
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guided")
+
+
+@pytest.fixture(scope="module")
+def assembly(room: Path) -> Assembly:
+    config = CONFIG | {"model": CONFIG["model"] | {"checkpoint": str(room / "model.ckpt")}}
+    write_checkpoint(room / "model.ckpt", config)
+    (room / "narrow.yaml").write_text(yaml.safe_dump(config))
+    return assemble(load_config(room / "narrow.yaml"))
 
 
 def sampled(assembly: Assembly, model: torch.nn.Module) -> torch.Tensor:
@@ -53,7 +58,9 @@ def test_rows_of_a_bank_are_the_samplers_outputs(assembly: Assembly) -> None:
     assert states.trajectories == 2 * COUNT
     expected = sampled(assembly, assembly.denoiser)
     for k, eps in enumerate(states.eps):
-        torch.testing.assert_close(guided_rows(assembly.pipeline, eps), expected[k])
+        halves = eps.unflatten(0, (-1, 2, assembly.pipeline.micro_batch))
+        guided = assembly.pipeline.guide(halves[:, 0], halves[:, 1]).flatten(0, 1)
+        torch.testing.assert_close(guided, expected[k])
 
 
 def test_a_short_chain_of_a_sampler_that_asks_twice(assembly: Assembly) -> None:
@@ -90,34 +97,32 @@ def test_an_error_is_of_a_trajectory(assembly: Assembly) -> None:
     assert both[:, 0].tolist() == pytest.approx(states[:, 0].tolist())
 
 
-def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly) -> None:
+def test_ptqds_tables_are_of_guided_outputs(assembly: Assembly, room: Path) -> None:
     """An error of the two halves that guidance takes away must not be corrected."""
     states = record_states(assembly.pipeline, assembly.denoiser, COUNT, 3)
-    scale, size = assembly.pipeline.guidance_scale, assembly.pipeline.micro_batch
+    states.x = states.x[:, : assembly.pipeline.micro_batch]  # so that one call has all of them
+    scale = assembly.pipeline.guidance_scale
     context = TimestepContext(sorted(set(states.timesteps)), 1000)
-
-    class Silent:
-        def begin(self, phase: str, total: int) -> None: ...
-        def step(self, text: str) -> None: ...
-        def end(self) -> None: ...
+    run = CalibrationRun(load_config(room / "narrow.yaml"), assembly, room, torch.device("cpu"))
 
     class Off(torch.nn.Module):
-        """Adds what weighs nothing: (1 - s) a + s b = 0."""
+        """Adds what weighs nothing, (1 - s) a + s b = 0, and something to both."""
 
-        def __init__(self) -> None:
+        def __init__(self, more: float) -> None:
             super().__init__()
-            self.context, self.correction, self.calls = context, None, 0
+            self.context, self.correction, self.calls, self.more = context, None, 0, more
 
         def forward(self, x: torch.Tensor, t: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
             self.calls += 1
             added = scale if self.calls % 2 else scale - 1
-            return assembly.denoiser(x, t, **given) + 0.1 * added
+            return assembly.denoiser(x, t, **given) + 0.1 * added + self.more
 
-    off = Off()
-    correct_noise(off, states, size, Silent(), lambda eps: guided_rows(assembly.pipeline, eps))
-    assert off.correction.mu.abs().max() < 1e-5 and off.correction.sigma.max() < 1e-5
-    correct_noise(off, states, size, Silent(), lambda eps: eps)
-    assert off.correction.mu.abs().max() > 1e-3
+    for more in (0.0, 0.05):
+        off, progress = Off(more), Silent()
+        correct("ptqd", off, assembly.denoiser, run, states, progress)
+        assert off.correction.mu.sub(more).abs().max() < 1e-5
+        assert off.correction.sigma.max() < 1e-5
+        assert progress.phases == {"noise correction": [2 * len(states.timesteps)] * 2}
 
 
 def test_the_scale_of_latents_is_found_in_the_denoisers_file(tmp_path: Path) -> None:

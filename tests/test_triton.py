@@ -75,10 +75,9 @@ def test_kernels_under_the_interpreter() -> None:
     run_cases("1")
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_kernels_on_a_card() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     reason = int8_supported("cuda")
     if reason is not None:
         pytest.skip(reason)

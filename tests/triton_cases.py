@@ -21,7 +21,7 @@ from tests.helpers.integer_layers import (
     quantizer,
     same,
 )
-from tests.helpers.triton import DEVICE, at_timestep, nhwc, settings  # noqa: F401
+from tests.helpers.triton import DEVICE, at_timestep, nhwc
 from tinydm.quant.backends import triton_launch as kernels
 from tinydm.quant.backends.onednn import CodeQuantizer
 from tinydm.quant.backends.triton_layers import (
@@ -33,6 +33,8 @@ from tinydm.quant.backends.triton_layers import (
 from tinydm.quant.core.affine import per_channel
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
 from tinydm.quant.runtime.packing import pack, unpack
+
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def pair_of(fake: QuantLayer, packed: bool = False) -> tuple[TritonLayer, CurrentTimestep]:

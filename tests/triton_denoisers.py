@@ -11,7 +11,7 @@ from torch import nn
 from tests.helpers.integer_layers import context, deployed, quant_layer, quantizer
 from tests.helpers.packed import small_model
 from tests.helpers.tape import Tape
-from tests.helpers.triton import DEVICE, nhwc, settings  # noqa: F401
+from tests.helpers.triton import DEVICE, nhwc
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.backends import triton_launch as kernels
@@ -27,6 +27,9 @@ from tinydm.quant.backends.triton_layers import (
 )
 from tinydm.quant.runtime.denoiser import QuantDenoiser
 from tinydm.quant.runtime.layers import QuantLayer, QuantMatMul
+from tinydm.scripts.experiment.precision import in_precision
+
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def denoiser(kind: str) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
@@ -118,6 +121,25 @@ def test_denoiser(kind: str) -> None:
     assert sorted(gaps)[1] < 1e-9 and max(gaps) < 1e-3, gaps
 
 
+def test_maps_in_half_precision() -> None:
+    """Everything between layers has 16 bits; the result is that of float32 but for its rounding,
+    which now and then takes another code."""
+    fake, (x, *rest) = denoiser("ldm")
+    new, half = integer_form(fake), in_precision(integer_form(fake), "fp16")
+    seen: set[torch.dtype] = set()
+
+    def note(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        seen.update((args[0].dtype, out.dtype))
+
+    for module in half.modules():
+        if isinstance(module, TritonLayer):
+            module.register_forward_hook(note)
+    t = torch.full((1,), 300)
+    out = half(x, t, *rest)
+    assert seen == {torch.float16} and out.dtype is torch.float32
+    assert 0 < relative(out, new(x, t, *rest)) < 0.05
+
+
 def test_mixed_timesteps_run_row_by_row() -> None:
     fake = small_model().to(DEVICE)
     new = integer_form(fake)
@@ -160,7 +182,7 @@ def test_a_graph_serves_all_timesteps() -> None:
         t = torch.full((1,), timestep, device=DEVICE)
         found = new(x, t, *rest)
         assert relative(found, new.denoiser(x, t, *rest)) < 1e-6
-    assert len(new._recorded) == 1
+    assert len(new.graphs) == 1
 
 
 def test_what_cannot_run_is_named_and_stays() -> None:

@@ -23,6 +23,7 @@ from .models.diffusers_pipeline import DiffusersPipeline
 from .quant.backends.native import Compiled
 from .quant.backends.selection import int8_supported, to_int8
 from .quant.calibration.calibrate import calibrate as calibrate_task
+from .quant.calibration.distinct import enough_trajectories
 from .quant.calibration.record import Recorder
 from .quant.calibration.states import CalibrationStates, joined
 from .quant.calibration.task import OnOutput, Task
@@ -112,9 +113,14 @@ def calibrate(
         if pipeline.uncorrected() is not None:
             settings = replace(settings, correction="none")
     device = str(next(denoiser.parameters()).device)
-    blocks = range(0, calibration.trajectories, batch_size)
-    parts = [source.states(denoiser, range(i, i + batch_size), device) for i in blocks]
-    states = joined(parts)
+    first = source.states(denoiser, range(batch_size), device)
+    total = calibration.trajectories
+    if total is None:
+        enough = enough_trajectories(calibration.samples, len(first.timesteps))
+        total = -(-enough * batch_size // first.trajectories)  # guidance makes two of each
+    blocks = range(batch_size, total, batch_size)
+    more_states = [source.states(denoiser, range(i, i + batch_size), device) for i in blocks]
+    states = joined([first, *more_states])
     importance = source.importance(len(states.timesteps))
     task = Task(denoiser, states, settings, calibration, limit, importance, source, _Bars())
     deployed, _ = calibrate_task(task)
@@ -162,9 +168,6 @@ class _OwnSampler:
 
         self.sample(observed, range(FRESH, FRESH + count))
 
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        return eps
-
 
 @dataclass
 class _PipelineSampler:
@@ -185,12 +188,6 @@ class _PipelineSampler:
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         numbers = range(FRESH, FRESH + count)
         self.pipeline.latents(model, numbers, self.seed, self.classes, on_output=on_output)
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        if not self.pipeline.guided:
-            return eps
-        halves = eps.unflatten(0, (-1, 2, self.pipeline.micro_batch))
-        return self.pipeline.guide(halves[:, 0], halves[:, 1]).flatten(0, 1)
 
 
 class _Bars:

@@ -9,7 +9,8 @@ which is exact as long as no partial sum reaches 2^24. The scales multiply the o
     y = s_x s_w[o] (sum_k w (q - z)) + b
 
 as many launches as with dequantized weights. Where that bound does not hold, a layer stays as it
-is, and so do all matrix products of attention.
+is. Products of attention multiply integers anyway: they use TF32 where they are so short that the
+bound holds for any codes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 
 from ..core.affine import fake_quantize_shared, per_channel
 from ..runtime.denoiser import QuantDenoiser, replace_module
-from ..runtime.layers import QuantLayer, TimestepLayer
+from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 
 EXACT_SUM = 2**24  # below, float32 holds every integer
 EXACT_OPERAND = 2**11  # TF32: up to here
@@ -49,11 +50,12 @@ class IntegerProductLayer(QuantLayer):
         first = self._quantizers[0]
         index = first.context.index
         if not isinstance(index, int) or first._forward_pre_hooks:
-            return super()._output(x, plus, inplace)
+            with allow_tf32(False):
+                return super()._output(x, plus, inplace)
         step = (self._steps.get(index) or self._step(index, x.shape[self.op.channel_dim])).step
         q = fake_quantize_shared(x, step, self.op.channel_dim, inplace)
         scale, bias = self._scales_of(index)
-        with tf32_allowed():
+        with allow_tf32(True):
             sums = self.op(q, self.integers(), bias)
         return sums.mul_(scale) if plus is None else torch.addcmul(plus, sums, scale)
 
@@ -71,11 +73,35 @@ class IntegerProductLayer(QuantLayer):
         self._integers, self._scales = None, {}
 
 
+class IntegerProductMatMul(QuantMatMul):
+    """A QuantMatMul with TF32 allowed where no sum can reach 2^24: over 257 products of 8-bit codes
+    at most. A batch of mixed timesteps is as before."""
+
+    def __init__(self, product: QuantMatMul):
+        super().__init__(product.left, product.right, product.by_row)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        with allow_tf32(False):
+            return super().forward(left, right)
+
+    def _scaled_after(
+        self, left: torch.Tensor, right: torch.Tensor, index: int, inplace: bool = False
+    ) -> torch.Tensor:
+        largest = [max(-s.low, s.high) for s in (self.left.step(index), self.right.step(index))]
+        exact = max(largest) <= EXACT_OPERAND
+        exact = exact and left.shape[-1] * largest[0] * largest[1] < EXACT_SUM
+        with allow_tf32(exact):
+            return super()._scaled_after(left, right, index, inplace)
+
+
 def use_tensor_cores(model: QuantDenoiser) -> dict[str, str]:
-    """Replaces, in place, the layers of a deployed model that are exact in TF32. The others -> why
-    not; those of the timestep are not listed, which run in float32 once per timestep."""
+    """Replaces, in place, the layers of a deployed model that are exact in TF32, and the products
+    of attention, which look at their lengths. The other layers -> why not; those of the timestep
+    are not listed, which run in float32 once per timestep."""
     named = {}
     for name, module in list(model.denoiser.named_modules()):
+        if isinstance(module, QuantMatMul):
+            replace_module(model.denoiser, name, IntegerProductMatMul(module))
         if not isinstance(module, QuantLayer):
             continue
         if isinstance(model.denoiser.get_submodule(name.rpartition(".")[0]), TimestepLayer):
@@ -115,11 +141,11 @@ def integer_weight(layer: QuantLayer) -> torch.Tensor:
 
 
 @contextmanager
-def tf32_allowed() -> Iterator[None]:
-    """Convolutions and matrix products may use TF32 in this block, on devices that have it."""
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Whether convolutions and matrix products use TF32 in this block, on devices that have it."""
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = True
+    convolutions.allow_tf32 = products.allow_tf32 = allowed
     try:
         yield
     finally:

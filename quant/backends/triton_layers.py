@@ -10,6 +10,7 @@ once for each shape of its input, as a CUDA graph, and plays them again.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from ..runtime.packing import pack
 from ..runtime.quantizer import ActivationQuantizer
 from . import triton_launch as kernels
+from .graphs import Graphs, is_tensor
 from .onednn import integer_codes, weights_fit
 
 
@@ -216,15 +218,20 @@ class TritonDenoiser(QuantDenoiser):
     """A QuantDenoiser of such layers. simulated: name -> why this layer was left as it is.
 
     On CUDA, unless a layer is simulated, whose scale PyTorch would take from the host, it records a
-    CUDA graph for each shape of its input and plays it again at every timestep. A batch of mixed
-    timesteps, which no sampler makes, runs row by row.
+    CUDA graph for each shape of its input and plays it again at every timestep; not where
+    `records` is set to false. A batch of mixed timesteps, which no sampler makes, runs row by row.
     """
 
     def __init__(self, model: QuantDenoiser, current: CurrentTimestep, simulated: dict[str, str]):
         super().__init__(model.denoiser, model.context)
         self.correction = model.correction
         self.current, self.simulated = current, simulated
-        self._recorded: dict[tuple, Recorded] = {}
+        self.graphs, self.records = Graphs(), True
+
+    def keep_maps_in(self, dtype: torch.dtype) -> None:
+        """What goes from layer to layer gets this type, and half of the memory with 16 bits; what
+        comes in and goes out stays float32. Once, before the first call."""
+        self.denoiser = MapsIn(self.denoiser, dtype)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
@@ -245,70 +252,45 @@ class TritonDenoiser(QuantDenoiser):
         if x.device.type != "cuda":
             return self.denoiser(x, t, *args, **kwargs)
         with torch.cuda.device(x.device):  # where Triton launches
-            if self.simulated:
+            if self.simulated or not self.records:
                 return self.denoiser(x, t.to(x.device), *args, **kwargs)
-            inputs = [x, t, *args, *kwargs.values()]
-            key = tuple((v.shape, v.dtype, v.stride()) if _is_tensor(v) else v for v in inputs)
-            key += tuple(kwargs)
-            recorded = self._recorded.get(key)
-            if recorded is None:
-                with _timesteps_computed(self.denoiser):
-                    recorded = Recorded(self.denoiser, inputs, tuple(kwargs))
-                self._recorded[key] = recorded
-            return recorded(inputs)
+            computed = partial(_timesteps_computed, self.denoiser)
+            return self.graphs.call(self.denoiser, (x, t, *args), kwargs, computed)
 
     def _row(
         self, i: int, x: torch.Tensor, t: torch.Tensor, args: tuple, kwargs: dict
     ) -> torch.Tensor:
         def of_row(value: Any) -> Any:
-            return value[i : i + 1] if _is_tensor(value) and len(value) == len(x) else value
+            return value[i : i + 1] if is_tensor(value) and len(value) == len(x) else value
 
         self.context.set(t[i : i + 1])
         rest = tuple(of_row(v) for v in args), {k: of_row(v) for k, v in kwargs.items()}
         return self._shared(of_row(x), of_row(t), *rest)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "TritonDenoiser":
-        self._recorded.clear()  # the weights move
+        self.graphs.clear()  # the weights move
         return super()._apply(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_recorded": {}}
 
+class MapsIn(nn.Module):
+    """A denoiser of integer layers with maps of another type between them. Layers take any type
+    and return that of their input; norms and what else has parameters are converted."""
 
-class Recorded:
-    """The launches of one call of a denoiser, as a CUDA graph over copies of its inputs.
+    def __init__(self, denoiser: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.denoiser, self.dtype = denoiser, dtype
+        for module in denoiser.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.Conv1d | nn.Conv2d | nn.Linear):
+                module.to(dtype)
 
-    inputs: the call's positional arguments, then the values of the keywords `names`; of its
-    tensors, t may lie on the host.
-    """
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rest = [self._converted(value) for value in args]
+        named = {name: self._converted(value) for name, value in kwargs.items()}
+        return self.denoiser(x.to(self.dtype), t, *rest, **named).float()
 
-    def __init__(self, denoiser: nn.Module, inputs: list[Any], names: tuple[str, ...]):
-        device = inputs[0].device
-        self.inputs = [v.to(device, copy=True) if _is_tensor(v) else v for v in inputs]
-        count = len(inputs) - len(names)
-        given, named = self.inputs[:count], dict(zip(names, self.inputs[count:], strict=True))
-        # What is made at the first call (compiled kernels, weights in floating point, workspaces)
-        # may not be made while a graph is recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                denoiser(*given, **named)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = denoiser(*given, **named)
-
-    def __call__(self, inputs: list[Any]) -> torch.Tensor:
-        for own, value in zip(self.inputs, inputs, strict=True):
-            if _is_tensor(own):
-                own.copy_(value, non_blocking=True)
-        self.graph.replay()
-        return self.output.clone()
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    def _converted(self, value: Any) -> Any:
+        floating = is_tensor(value) and value.is_floating_point()
+        return value.to(self.dtype) if floating else value
 
 
 @contextmanager

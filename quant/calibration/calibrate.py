@@ -12,7 +12,9 @@ import torch
 
 from ..core.context import Timestep, TimestepContext
 from ..runtime.denoiser import QuantDenoiser
+from .distinct import check_trajectories
 from .finite import check_finite
+from .mixed_bits import set_bits
 from .phases import PHASES
 from .run_state import restore
 from .task import Job, Task
@@ -32,9 +34,10 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     """Quantizes the denoiser of a task. Returns the deployed model and a report of plain values.
 
     Raises DivergenceError if a loss or a learned value is not finite: in the phase that
-    phases.unfinished_phase(task.state) names.
+    phases.unfinished_phase(task.state) names. Raises TooFewTrajectoriesError.
     """
     state, progress = task.state, task.progress
+    check_trajectories(task.calibration, len(task.states.timesteps), task.states.trajectories)
     timesteps = calibrated_timesteps(task.states.timesteps, task.calibration.calibrated_timesteps)
     context = TimestepContext(timesteps, task.train_timesteps)
     policy = BitPolicy.of(task.settings)
@@ -44,6 +47,7 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     model = quantize(task.denoiser, context, policy, on_layer=progress.step)
     progress.end()
     if state.tensors:
+        set_bits(model, (state.report.get("bits") or {}).get("bits", {}))
         restore(model, state.tensors)
         state.tensors = {}
     job = Job(task, model)

@@ -41,7 +41,9 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
         taken.add(id(layer.weight))
     quantizers = [q for _, q in activation_quantizers(model)]
     groups += scale_groups(quantizers, lr_scale)
-    zero_points = [q.zero_point for q in quantizers if not (q.symmetric or q.unsigned)]
+    asymmetric = [q for q in quantizers if not (q.symmetric or q.unsigned)]
+    zero_points = [q.zero_point for q in asymmetric]
+    zero_points += [q.shared_zero_point for q in asymmetric if q.groups > 1]
     groups.append({"params": zero_points, "lr": LR_ZERO_POINT})
     taken |= {id(p) for q in quantizers for p in q.parameters()}
     taken |= {id(p) for group in groups for p in group["params"]}
@@ -121,8 +123,8 @@ def finetune(
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:
     """The root of the weights (S,), scaled to a mean of 1 over what is drawn."""
     root = step_weight.sqrt()
-    of_tuples = root[tuples[:, 0]]
-    return root * (of_tuples.sum() / of_tuples.square().sum())
+    drawn = (torch.bincount(tuples[:, 0], minlength=len(root)) > 0) * root
+    return root * (drawn.sum() / drawn.square().sum())
 
 
 def _draw(
@@ -131,7 +133,9 @@ def _draw(
     """Numbers of `count` tuples, each as likely as the root of its step's weight."""
     if root is None:
         return torch.randint(len(tuples), (count,), generator=generator)
-    return torch.multinomial(root[tuples[:, 0]], count, replacement=True, generator=generator)
+    alike = torch.bincount(tuples[:, 0], minlength=len(root))
+    chance = (root / alike.clamp(min=1))[tuples[:, 0]]
+    return torch.multinomial(chance, count, replacement=True, generator=generator)
 
 
 def _loss(

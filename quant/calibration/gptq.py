@@ -3,6 +3,9 @@
 GPTQ (Frantar et al. 2023) on every layer, with H = X^T X of the layer's own quantized inputs X. The
 codes move to the grid that the scale search chose; what later phases learn starts from them.
 
+Each block of columns takes the codes that lose least on samples of other trajectories: rounded to
+nearest, or by H with little or much damping. H itself cannot tell where it was learned by heart.
+
 Memory is bounded: a wide layer's H is kept in diagonal blocks of whole input channels, and layers
 are taken in passes over the samples, each pass as many as its share of memory holds. Layers of a
 later pass see inputs that come through the rounded weights of the earlier ones.
@@ -22,7 +25,7 @@ from .layers import CalibLayer
 from .states import CalibrationStates
 
 ROWS = 64  # output positions per sample that enter H, at most (a grid over the feature map)
-DAMPING = 0.01  # of the mean of H's diagonal
+DAMPINGS = (0.01, 0.2)  # of the mean of H's diagonal: the more, the nearer to the nearest codes
 DELAYED_COLUMNS = 128  # columns whose update of the rest is delayed
 WIDEST_HESSIAN = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
 
@@ -51,7 +54,7 @@ def passes_of(layers: dict[str, CalibLayer], limit: int) -> list[dict[str, Calib
     runs: list[dict[str, CalibLayer]] = [{}]
     used = 0
     for name, layer in layers.items():
-        size = sum(4 * (b.stop - b.start) ** 2 for b in column_blocks(layer))
+        size = sum(2 * 4 * (b.stop - b.start) ** 2 for b in column_blocks(layer))  # both kinds of H
         if runs[-1] and used + size > limit:
             runs.append({})
             used = 0
@@ -92,20 +95,23 @@ def compensate(
     model: QuantDenoiser,
     states: CalibrationStates,
     tuples: torch.Tensor,
+    judges: torch.Tensor,
     batch_size: int,
     memory_gb: float,
     on_layer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
     """Rounds the weights of all layers in place. tuples (n, 2): samples of the states for H, whose
-    blocks take at most half of memory_gb at a time (or one layer's).
+    blocks take at most half of memory_gb at a time (or one layer's); judges (m, 2): those for the
+    choice, of other trajectories.
 
-    Returns tr(E H E^T) after, relative to rounding to nearest, by layer name.
+    Returns tr(E H E^T) of the judges, relative to rounding to nearest, by layer name.
     """
     gains = {}
     for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
-        hessians = _hessians(model, layers, states, tuples, batch_size)
+        learned = _hessians(model, layers, states, tuples, batch_size)
+        judging = _hessians(model, layers, states, judges, batch_size)
         for name, layer in layers.items():
-            gains[name] = _round_layer(layer, hessians.pop(name))
+            gains[name] = _round_layer(layer, learned.pop(name), judging.pop(name))
             on_layer(name)
     return gains
 
@@ -143,23 +149,25 @@ def _hessians(
     return hessians
 
 
-def _round_layer(layer: CalibLayer, hessians: list[torch.Tensor]) -> float:
+def _round_layer(
+    layer: CalibLayer, learned: list[torch.Tensor], judging: list[torch.Tensor]
+) -> float:
     quantizer = layer.quantizer
     weight = layer.weight.detach()
     flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes
     zero, top = quantizer.zero_point[:, None], 2**quantizer.bits - 1
     codes = torch.clamp(flat.round(), -zero, top - zero)  # to nearest
     before = after = 0.0
-    for columns, hessian in zip(column_blocks(layer), hessians, strict=True):
+    for columns, hessian, judge in zip(column_blocks(layer), learned, judging, strict=True):
         part = flat[:, columns]
-        found = second_order_codes(part, hessian, -zero, top - zero)
-        nearest, better = (
-            _loss((q - part) * quantizer.scale[:, None], hessian)
-            for q in (codes[:, columns], found)
-        )
-        if better < nearest:
-            codes[:, columns] = found
-        before, after = before + nearest, after + min(nearest, better)
+        candidates = [codes[:, columns]]
+        candidates += [
+            second_order_codes(part, hessian, -zero, top - zero, damping) for damping in DAMPINGS
+        ]
+        lost = [_loss((q - part) * quantizer.scale[:, None], judge) for q in candidates]
+        best = min(range(len(lost)), key=lost.__getitem__)
+        codes[:, columns] = candidates[best]
+        before, after = before + lost[0], after + lost[best]
     if after < before:
         quantizer.fix_codes((codes + zero).view_as(weight))
     return after / max(before, 1e-20)
@@ -171,7 +179,11 @@ def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
 
 
 def second_order_codes(
-    weight: torch.Tensor, hessian: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    damping: float,
 ) -> torch.Tensor:
     """weight (O, N) in units of its scale, hessian (N, N), low and high (O, 1) -> codes (O, N).
 
@@ -180,7 +192,7 @@ def second_order_codes(
     """
     order = hessian.diagonal().argsort(descending=True)
     h = hessian[order][:, order].double()
-    h.diagonal().add_(DAMPING * h.diagonal().mean().clamp(min=1e-12))
+    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)  # H^-1 = U^T U
     w = weight[:, order].clone()

@@ -13,6 +13,7 @@ from ..core.affine import range_to_scale
 from .quantizer import LearnedQuantizer
 from .statistics import Statistics
 
+SPARED = 0.01  # of a tensor's error, that groups which are left out may cost
 HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
 
 
@@ -112,6 +113,25 @@ def refine(
     return group_of_timestep, candidates
 
 
+def cheapest_groups(
+    table: torch.Tensor, groups: int, free: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest groups that lose no more than SPARED beside `groups` of them.
+
+    A group that is worth nothing would only take samples from the others. free: groups need not be
+    contiguous.
+    """
+    found = []
+    for count in range(1, min(groups, len(table)) + 1):
+        group_of_timestep, chosen = contiguous_groups(table, count)
+        if free:
+            group_of_timestep, chosen = refine(table, group_of_timestep, chosen)
+        cost = table[torch.arange(len(table)), chosen[group_of_timestep]].sum()
+        found.append((float(cost), group_of_timestep, chosen))
+    limit = found[-1][0] * (1 + SPARED)
+    return next((group, chosen) for cost, group, chosen in found if cost <= limit)
+
+
 def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Equal runs of timesteps (the grouping of TFMQ-DM), each with its best candidate."""
     timesteps = len(table)
@@ -122,9 +142,17 @@ def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torc
 
 
 def assign(
-    quantizer: LearnedQuantizer, stats: Statistics, groups: int, search: str, scale: str
+    quantizer: LearnedQuantizer,
+    stats: Statistics,
+    groups: int,
+    search: str,
+    scale: str,
+    weight: torch.Tensor | None = None,
 ) -> None:
     """Sets the quantizer's ranges and groups from the statistics.
+
+    weight (S,): how much an error at each calibrated timestep matters; None: all alike. It counts
+    where groups are searched.
 
     search: none (one range by the error over all samples, power 2.4 as in the literature) |
     uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
@@ -156,11 +184,9 @@ def assign(
     elif search == "uniform":
         group_of_timestep, chosen = uniform_groups(table, groups)
     else:
-        # Relative to each timestep's own best range: every timestep counts alike, however large its
-        # activations are.
+        # Relative to each timestep's own best range, however large its activations are.
         table = table / table.min(dim=1, keepdim=True).values.clamp(min=1e-20)
-        group_of_timestep, chosen = contiguous_groups(table, groups)
-        if search != "dp":
-            group_of_timestep, chosen = refine(table, group_of_timestep, chosen)
+        weighted = table if weight is None else table * (weight / weight.mean())[:, None]
+        group_of_timestep, chosen = cheapest_groups(weighted, groups, free=search != "dp")
         quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
     quantizer.set_ranges(low[chosen], high[chosen], group_of_timestep)

@@ -106,6 +106,9 @@ class LearnedQuantizer(nn.Module):
         self.enabled = True
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.zero_point = nn.Parameter(torch.zeros(1), requires_grad=not (symmetric or unsigned))
+        # What the groups learn together: each of them alone sees only its share of the samples.
+        self.shared_log_scale = nn.Parameter(torch.zeros(()))
+        self.shared_zero_point = nn.Parameter(torch.zeros(()))
         self.register_buffer(
             "group_of_timestep", torch.zeros(len(context.timesteps), dtype=torch.long)
         )
@@ -135,11 +138,16 @@ class LearnedQuantizer(nn.Module):
         self.group_of_timestep = group_of_timestep.long().to(device)
 
     def _integral_zero_point(self) -> torch.Tensor:
-        return round_ste(self.zero_point.clamp(0, 2**self.bits - 1))
+        zero_point = self.zero_point + self.shared_zero_point
+        return round_ste(zero_point.clamp(0, 2**self.bits - 1))
+
+    def current_scale(self) -> torch.Tensor:
+        """(G,)"""
+        return (self.log_scale + self.shared_log_scale).exp()
 
     def _quantize(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         shape = () if group.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
-        scale = self.log_scale.exp()[group].reshape(shape)
+        scale = self.current_scale()[group].reshape(shape)
         zero_point = self._integral_zero_point()[group].reshape(shape)
         return _LearnedFakeQuantize.apply(x, scale, zero_point, 2**self.bits - 1)
 
@@ -160,7 +168,7 @@ class LearnedQuantizer(nn.Module):
         return cast(torch.Tensor, sum(parts))  # never the 0 of an empty sum
 
     def deploy(self) -> ActivationQuantizer:
-        scale = self.log_scale.exp().clamp(min=SMALLEST_SCALE)
+        scale = self.current_scale().clamp(min=SMALLEST_SCALE)
         return ActivationQuantizer(
             self.context,
             scale,
@@ -175,4 +183,6 @@ def scale_groups(quantizers: list[LearnedQuantizer], lr: float) -> list[dict]:
     by_bits: dict[int, list[nn.Parameter]] = {}
     for q in quantizers:
         by_bits.setdefault(q.bits, []).append(q.log_scale)
+        if q.groups > 1:
+            by_bits[q.bits].append(q.shared_log_scale)
     return [{"params": v, "lr": rate_of_scale(lr, bits)} for bits, v in sorted(by_bits.items())]

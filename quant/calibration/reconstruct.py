@@ -3,7 +3,8 @@
 The residual units are taken in the order of execution, in chunks whose full-precision inputs and
 outputs, recorded in one pass, fit the memory limit. The inputs behind the quantized prefix are
 those of the units as reconstructed so far (prefix.py). A unit learns to give the full-precision
-output from those inputs. It keeps what it learned only if the error of held-out samples fell.
+output from those inputs. It keeps what it learned only if the error fell on held-out trajectories:
+samples of one trajectory are alike, also those of different steps.
 """
 
 import math
@@ -21,7 +22,7 @@ from .prefix import Prefix
 from .quantizer import LearnedQuantizer
 from .states import CalibrationStates
 
-HELD_OUT_SHARE = 1 / 8  # share of the samples that judge instead of teach; 0: all of them do both
+HELD_OUT_SHARE = 1 / 8  # of the trajectories: they judge instead of teach; 0: all of them do both
 
 
 @dataclass
@@ -59,6 +60,25 @@ def _trainable(unit: nn.Module, done: set[int]) -> list[CalibLayer]:
     those with their id in `done`."""
     inside = {id(m.layer) for m in unit.modules() if isinstance(m, CalibTimestepLayer)} | done
     return [m for m in unit.modules() if isinstance(m, CalibLayer) and id(m) not in inside]
+
+
+def hold_out(
+    states: CalibrationStates, tuples: torch.Tensor, share: float, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """The samples (n, 2) in random order, the judges last, and the number of these: all samples of
+    a share of the trajectories, of one at least. A single trajectory has judges alone.
+
+    Both halves of a guided call start from the same noise and count as one trajectory.
+    """
+    order = tuples[torch.randperm(len(tuples), generator=generator)]
+    if share == 0:
+        return order, 0
+    starts = states.x[0].flatten(1).unique(dim=0, return_inverse=True)[1]  # (N,)
+    mine = starts[order[:, 1]]
+    there = mine.unique()
+    chosen = there[torch.randperm(len(there), generator=generator)]
+    judges = torch.isin(mine, chosen[: max(1, int(len(there) * share))])
+    return torch.cat([order[~judges], order[judges]]), int(judges.sum())
 
 
 @torch.no_grad()
@@ -118,9 +138,9 @@ def reconstruct(
     tuples (n, 2) of the states. The random numbers of a unit depend on the seed and its name only.
     on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
     names of the units that are `finished`, and ends as an uninterrupted one. Layers `apart` keep
-    what they have, though units hold them. Raises DivergenceError.
+    what they have, though units hold them. held_out: see hold_out. Raises DivergenceError.
     """
-    order = tuples[torch.randperm(len(tuples), generator=torch.Generator().manual_seed(seed))]
+    order, judges = hold_out(states, tuples, held_out, torch.Generator().manual_seed(seed))
 
     def batches() -> Iterator:
         for start in range(0, len(order), settings.batch_size):
@@ -144,7 +164,7 @@ def reconstruct(
             record = Record(prefix.inputs(inside[name], batches()), full.pop(name))
             generator = torch.Generator().manual_seed(_seed_of(seed, name))
             before, after = _learn_unit(
-                model, name, record, t_all, settings, learn_scales, generator, done, held_out
+                model, name, record, t_all, settings, learn_scales, generator, done, judges
             )
             prefix.finish(name, inside[name])
             on_unit(name, before, after)
@@ -167,13 +187,13 @@ def _learn_unit(
     learn_scales: bool,
     generator: torch.Generator,
     done: set[int],
-    held_out: float,
+    judges: int,
 ) -> tuple[float, float]:
-    """Returns the held-out error before and after; restores the start if it did not fall."""
+    """Returns the held-out error before and after; restores the start if it did not fall. judges:
+    the last rows, or 0 where all of them judge."""
     unit = model.denoiser.get_submodule(name)
     layers = _trainable(unit, done)
     device = next(unit.parameters()).device
-    judges = max(1, int(len(t_all) * held_out)) if held_out else 0
     teach = len(t_all) - judges
     if teach < 1 or settings.iterations == 0:
         return 0.0, 0.0

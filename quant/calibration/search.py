@@ -24,7 +24,7 @@ from .timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 from .wrapping import activation_quantizers
 
 LOGITS_PER_EXCESS, LOWEST_LOGIT = 10.0, 4.0
-SMALLEST_ERROR = 1e-20
+SMALLEST_ERROR, SMALLEST_SHARE = 1e-20, 1e-6
 MOST_GROUPED_BITS = 8  # bits; the inputs of the first and last layer have more, and no groups
 
 
@@ -80,13 +80,10 @@ def take_most_likely(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     return decided / max(total, 1), moved / max(total, 1)
 
 
-def _errors(
-    model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor, importance: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared eps error of each tuple (n, 2), times the importance of its step; (n,)."""
+def _errors(model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor) -> torch.Tensor:
+    """Mean squared eps error of each tuple (n, 2); (n,)."""
     x, t, eps, conditioning = states.gather(index)
-    error = (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
-    return error * importance[index[:, 0]].to(error.device)
+    return (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
 
 
 def search(
@@ -95,20 +92,22 @@ def search(
     settings: SearchSettings,
     generator: torch.Generator,
     importance: torch.Tensor,
+    first_errors: torch.Tensor,
     on_round: Callable[[int, float], None] = lambda i, loss: None,
 ) -> SearchResult:
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
     Only quantizers with more than one group are searched; with one group everywhere the scales
-    learn alone. importance (S,): how much an eps error at a sampling step matters.
+    learn alone. importance (S,): how much an eps error at a sampling step matters;
+    first_errors (S,): eps errors there before the search.
     on_round(i, loss) is for progress. Raises DivergenceError.
     """
     every = [q for _, q in activation_quantizers(model)]
     quantizers = [q for q in every if q.groups > 1]
     of_groups = [q for q in every if q.bits <= MOST_GROUPED_BITS]
     learned = quantizers or of_groups  # those that would have more groups, were there more
-    count = len(states.timesteps)
-    selector = ActiveSelector(count, settings.exploration, settings.error_weight)
+    selector = ActiveSelector(importance, settings.exploration, settings.error_weight)
+    selector.error = first_errors.clone()
     if not learned:
         return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
     logits = start(quantizers)
@@ -127,17 +126,20 @@ def search(
         temperature = settings.temperature**progress
         for q in quantizers:
             q.temperature = temperature
+        # What is drawn more often counts less, so that the loss stays that of the importance.
+        shares = selector.shares().clamp(min=SMALLEST_SHARE)
+        weight = importance / importance.mean() * shares.mean() / shares
         index = tuples_of_steps(selector.pick(settings.batch_size), states.trajectories, generator)
         optimizer.zero_grad(set_to_none=True)
         parts = index.chunk(settings.accumulate)
         if normaliser is None:
             with torch.no_grad():
-                first = [_errors(model, states, part, importance) for part in parts]
-            normaliser = torch.cat(first).mean().clamp(min=1e-12)
+                first = torch.cat([_errors(model, states, part) for part in parts])
+            normaliser = (first * weight[index[:, 0]].to(first.device)).mean().clamp(min=1e-12)
         of_parts, value = [], 0.0
         for part in parts:
-            found = _errors(model, states, part, importance)
-            loss = found.sum() / len(index) / normaliser
+            found = _errors(model, states, part)
+            loss = (found * weight[part[:, 0]].to(found.device)).sum() / len(index) / normaliser
             value += finite_loss(loss, i, settings.rounds)
             loss.backward()
             of_parts.append(found.detach())

@@ -14,7 +14,7 @@ from .run_state import RunState
 from .states import CalibrationStates
 
 # Streams of random numbers; fixed, so that a new phase leaves those of the others alone.
-STREAMS = {"equivalent": 0, "search": 3, "finetune": 5}
+STREAMS = {"equivalent": 0, "bits": 1, "errors": 2, "search": 3, "finetune": 5}
 
 # (x_t, t, eps) of a call -> the eps that the sampler goes on with.
 OnOutput = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -25,12 +25,7 @@ class Sampler(Protocol):
 
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """Samples `count` fresh images at once, the same ones each time. on_output sees and may
-        change each output that the sampler gets."""
-        ...
-
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """Outputs of all rows of the calibration states at a step -> what the sampler makes of them
-        (guidance)."""
+        change each output that the sampler gets (after guidance)."""
         ...
 
 

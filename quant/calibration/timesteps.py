@@ -20,11 +20,12 @@ def tuples_of_steps(
     Each step walks through its own random order of the trajectories, so that none repeats before
     all were used.
     """
-    order = {int(k): torch.randperm(trajectories, generator=generator) for k in steps.unique()}
+    walks = {k: torch.randperm(trajectories, generator=generator) for k in steps.unique().tolist()}
+    order = {k: walk.tolist() for k, walk in walks.items()}
     used = dict.fromkeys(order, 0)
     pairs = []
     for k in steps.tolist():
-        pairs.append((k, int(order[k][used[k] % trajectories])))
+        pairs.append((k, order[k][used[k] % trajectories]))
         used[k] += 1
     return torch.tensor(pairs)
 
@@ -64,24 +65,30 @@ def spread(tuples: torch.Tensor, samples: int) -> torch.Tensor:
 class ActiveSelector:
     """Scores the sampling steps and picks the most informative ones.
 
-    s(k) = mean_l H(sigma_l^k) / ln G  +  (eta + rho L_k / max L) / (N_k + 1)
+    s(k) = mean_l H(sigma_l^k) / ln G  +  (eta + rho C_k / mean C) / (N_k + 1)
 
-    H is the entropy of the group assignment, L_k the running eps error at step k, N_k how often k
-    was chosen. rho = 0 is the rule of the paper. The error is divided by the count as well: picking
-    the best score again and again then shares the samples out in proportion to eta + rho L_k / max
-    L; undivided it gave 875 of 1024 samples to one step of emoji32. Every step is eligible.
+    H is the entropy of the group assignment, C_k what the eps error at step k does to the image
+    (its importance times the running error), N_k how often k was chosen. rho = 0 is the rule of the
+    paper. C_k is divided by the count as well: picking the best score again and again then shares
+    the samples out in proportion to `shares`. Every step is eligible.
     """
 
-    def __init__(self, count: int, exploration: float, error_weight: float):
+    def __init__(self, importance: torch.Tensor, exploration: float, error_weight: float):
+        self.importance = importance  # (count,)
         self.exploration, self.error_weight = exploration, error_weight
-        self.entropy = torch.zeros(count)  # normalised to 0..1
-        self.error = torch.zeros(count)
-        self.chosen = torch.zeros(count, dtype=torch.long)
+        self.entropy = torch.zeros(len(importance))  # normalised to 0..1
+        self.error = torch.zeros(len(importance))
+        self.chosen = torch.zeros(len(importance), dtype=torch.long)
+
+    def shares(self) -> torch.Tensor:
+        """What the samples are shared out in proportion to, but for the entropy, (count,)."""
+        contribution = self.importance * self.error
+        mean = contribution.mean().clamp(min=1e-20)
+        return self.exploration + self.error_weight * contribution / mean
 
     def score(self) -> torch.Tensor:
         """The score of each sampling step, (count,) float32."""
-        error = self.error / self.error.max().clamp(min=1e-12)
-        return self.entropy + (self.exploration + self.error_weight * error) / (self.chosen + 1)
+        return self.entropy + self.shares() / (self.chosen + 1)
 
     def pick(self, n: int) -> torch.Tensor:
         """The n best steps, one after the other, each counted at once; (n,) indices."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-METHODS = ("tinydm", "qdiffusion", "ptqd", "ptq4dm", "minmax")
+FEWEST_BITS = 2  # of a weight or an activation
+METHODS = ("tinydm", "e2e", "e2e_plain", "qdiffusion", "ptqd", "tfmq", "apqdm", "ptq4dm", "minmax")
 
 
 def setting(
@@ -34,6 +35,12 @@ def setting(
 @dataclass(frozen=True)
 class WeightSettings:
     bits: int = setting(4, "bits of the weights", within=(2, 8))
+    average_bits: float = setting(
+        0.0,
+        "mean bits of a weight, shared out among the layers by what their errors do to the image; "
+        "0: `bits` for all of them",
+        within=(0.0, 8.0),
+    )
     scale: str = setting(
         "mse",
         "scale of each output channel: by a search of the clipping range, or of the full range",
@@ -94,7 +101,7 @@ class SearchSettings:
         1.5, "eta, what a timestep that was seldom chosen gains", within=(0.0, 1e3)
     )
     error_weight: float = setting(
-        1.0, "rho, weight of the eps error in the choice; 0 is the paper's rule", within=(0.0, 1e3)
+        8.0, "rho, weight of the eps error in the choice; 0 is the paper's rule", within=(0.0, 1e3)
     )
     temperature: float = setting(0.1, "of the softmax at the end; it begins at 1", within=(1e-3, 1))
 
@@ -123,7 +130,9 @@ class ReconstructSettings:
         1, "parts of that batch, one after the other: less memory", within=(1, 4096)
     )
     weigh_steps: bool = setting(
-        True, "draw and weigh most the timesteps whose errors move the final image most"
+        True,
+        "weigh most the timesteps whose errors move the final image most, in the search and in "
+        "end-to-end steps, which draw them more often too",
     )
 
 
@@ -165,8 +174,11 @@ class QuantSettings:
 @dataclass(frozen=True)
 class CalibrationSettings:
     samples: int = setting(1024, "samples (x_t, t) that learn", within=(1, 10_000_000))
-    trajectories: int = setting(
-        64, "full-precision trajectories that they come from", within=(1, 1_000_000)
+    trajectories: int | None = setting(
+        None,
+        "full-precision trajectories that they come from; null: as many as have no sample twice at "
+        "20 timesteps, for every rule alike; a number that is too small for the rule is refused",
+        within=(1, 1_000_000),
     )
     timesteps: str = setting(
         "active",
@@ -185,11 +197,11 @@ class CalibrationSettings:
 
 
 PTQ4DM_BITS = 8  # of the weights in its paper
-# What Q-Diffusion and PTQD reconstruct by blocks; tinyDM has end-to-end steps instead, which reach
-# more in less time.
+# What the baselines reconstruct by blocks; tinyDM has end-to-end steps instead, which reach more in
+# less time.
 BLOCK_WISE = ReconstructSettings(
     iterations=200,
-    lr_scale=1e-3,
+    lr_scale=5e-3,
     finetune_iterations=0,
     finetune_batch_size=16,
     weigh_steps=False,
@@ -219,8 +231,25 @@ def preset(
         equivalent_scaling=False,
         correction="ptqd" if method == "ptqd" else "none",
     )
+    uniform = replace(calibration, timesteps="uniform")
     if method in ("qdiffusion", "ptqd"):
-        return plain, replace(calibration, timesteps="uniform")
+        return plain, uniform
+    if method in ("e2e", "e2e_plain"):  # the control: the end-to-end steps on a plain quantizer
+        return replace(
+            plain,
+            weight=replace(plain.weight, rounding="nearest"),
+            reconstruct=tinydm.reconstruct,
+            correction="drift" if method == "e2e" else "none",
+        ), uniform
+    if method == "tfmq":
+        activation = replace(
+            plain.activation, groups=8, search="uniform", scale="minmax", learned=False
+        )
+        return replace(plain, activation=activation, time_embedding="reconstructed"), uniform
+    if method == "apqdm":
+        activation = replace(plain.activation, groups=8, search="differentiable")
+        search = replace(plain.search, error_weight=0.0)
+        return replace(plain, activation=activation, search=search), calibration
     unlearned = replace(
         plain,
         weight=replace(plain.weight, rounding="nearest"),
@@ -238,4 +267,4 @@ def preset(
         unlearned,
         weight=replace(unlearned.weight, scale="minmax"),
         activation=replace(unlearned.activation, scale="minmax"),
-    ), replace(calibration, timesteps="uniform")
+    ), uniform

@@ -220,7 +220,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Metadata with layers and timesteps parsed. Raises PackedFileError."""
     path = Path(path)
     if not path.is_file():
-        raise PackedFileError(f"{path}: no such file (calibrate.py writes quantized.safetensors)")
+        what = "is no file" if path.exists() else "no such file"
+        raise PackedFileError(f"{path}: {what} (calibrate.py writes quantized.safetensors)")
     try:
         with safe_open(path, framework="pt") as handle:
             metadata: dict[str, Any] = dict(handle.metadata() or {})

@@ -54,11 +54,7 @@ PARTS: dict[str, tuple[Variant, ...]] = {
         # By AdaRound over all timesteps; "quantized" has the preset's own second-order rounding.
         Variant(
             "reconstructed, 200 iterations a layer",
-            (
-                "quant.time_embedding=reconstructed",
-                "quant.reconstruct.iterations=200",
-                "quant.reconstruct.lr_scale=0.001",  # of the presets that reconstruct
-            ),
+            ("quant.time_embedding=reconstructed", "quant.reconstruct.iterations=200"),
         ),
     ),
     "rounding": (

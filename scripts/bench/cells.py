@@ -3,7 +3,8 @@
 cells/<steps>-<bits>-<method>-s<seed>-<digest>/   quantized.safetensors and the rest of
                                                   calibrate.py's run folder
                               images-<sampler>/   images alone; of another backend than fake
-                                                  images-<sampler>-<backend>/
+                                                  images-<sampler>-<backend>/, of another noise
+                                                  than sampling.seed ...-n<seed>/
                               cell.json           what was measured
 """
 
@@ -17,11 +18,18 @@ import torch
 
 from ..common.errors import ConfigError
 from ..common.json_files import read_json
+from ..common.memory import forget_peak, resident
 from ..common.paths import ROOT
 from ..common.reports import CalibrationReport
 from ..experiment.assembly import Assembly, assemble
 from ..experiment.backend import Backend
-from ..experiment.calibration_run import RESULT, CalibrationRun, calibrate_run, correct_run
+from ..experiment.calibration_run import (
+    RESULT,
+    CalibrationRun,
+    calibrate_run,
+    correct_run,
+    step_importance,
+)
 from ..experiment.config import Config
 from ..experiment.resume import identity_of as identity_of_calibration
 from ..experiment.runs import digest_of
@@ -86,20 +94,21 @@ class Bench:
         calibration = identity_of_calibration(config, full.sources)
         return digest_of({"full": full.identity, "calibration": calibration})
 
-    def full_row(self, sampler: Sampler) -> Row:
+    def full_row(self, sampler: Sampler, noise: int) -> Row:
         """Full precision itself: its size and, where asked for, its scores."""
-        full = self.full(self.plan.full_config(sampler))
+        full = self.full(self.plan.full_config(sampler, noise))
         images = full.images()
         cell = Cell(BENCHMARK, "fp", FULL_BITS, sampler.steps, 0)
-        return self._row(cell, sampler, full, full.digest, full.folder) | {
+        return self._row(cell, sampler, noise, full, full.digest, full.folder) | {
             "calibrated": vars(sampler),
             "backend": None,
             "size_mb": full.parameters * 4 / 2**20,
             "scores": self._scores(full.record, "scores", images),
         }
 
-    def rows(self, cell: Cell, transfers: list[Sampler]) -> list[Row]:
-        """One row with the calibrated sampler and one with each of `transfers`."""
+    def rows(self, cell: Cell, transfers: list[Sampler], noises: list[int]) -> list[Row]:
+        """With the calibrated sampler and with each of `transfers`, one row for each of `noises`,
+        the seeds of the images."""
         config, digest = self.plan.config(cell), self.digest(cell)
         folder = self._folder(cell)
         record = Record(folder / "cell.json")
@@ -107,18 +116,27 @@ class Bench:
         made = record.section("calibration", {}, lambda: self._calibrate(config, folder, base))
         rows = []
         for sampler in [self.plan.sampler(cell.steps), *transfers]:
-            config = self.plan.config(cell, sampler)
-            full = self.full(config)
-            row = self._row(cell, sampler, full, digest, folder)
-            rows.append(row | made | self._measure(config, full, folder, record, sampler))
+            errors = self._eps(self.plan.config(cell, sampler), folder, record, sampler)
+            for noise in noises:
+                config = self.plan.config(cell, sampler, noise)
+                row = self._row(cell, sampler, noise, self.full(config), digest, folder)
+                images = self._images(config, folder, record, sampler, noise)
+                rows.append(row | made | errors | images)
         return rows
 
     def _row(
-        self, cell: Cell, sampler: Sampler, full: FullPrecision, digest: str, folder: Path
+        self,
+        cell: Cell,
+        sampler: Sampler,
+        noise: int,
+        full: FullPrecision,
+        digest: str,
+        folder: Path,
     ) -> Row:
         return {
             "cell": cell.to_plain(),
             "sampler": vars(sampler),
+            "noise": noise,
             "calibrated": vars(self.plan.sampler(cell.steps)),
             "digest": digest,
             "folder": folder.relative_to(self.root).as_posix(),
@@ -130,13 +148,15 @@ class Bench:
         }
 
     def _base(self, cell: Cell, config: Config) -> Path | None:
-        """The finished run that this cell differs from in PTQD's correction alone, if any."""
-        if cell.table != BENCHMARK or cell.method != "ptqd":
+        """The finished run that this cell differs from in the correction alone, if any."""
+        other, kind = cell.base, config.quant.correction
+        if other is None or kind == "none":
             return None
-        cell = replace(cell, label="qdiffusion")
-        base = self.plan.config(cell)
-        corrected = replace(base.quant, method="ptqd", correction="ptqd")
-        folder = self._folder(cell)
+        base = self.plan.config(other)
+        if base.quant.correction != "none":
+            return None
+        corrected = replace(base.quant, method=cell.method, correction=kind)
+        folder = self._folder(other)
         same = replace(base, quant=corrected) == config
         return folder if same and (folder / RESULT).exists() else None
 
@@ -144,10 +164,13 @@ class Bench:
         return self.root / "cells" / f"{cell.name}-{self.digest(cell)[:8]}"
 
     def _calibrate(self, config: Config, folder: Path, base: Path | None) -> Row:
-        states, seconds = self.full(config).calibration_states(config)
+        full = self.full(config)
+        measurable = not (folder / RESULT).exists() and forget_peak()
+        states, seconds = full.calibration_states(config)
         assembly = assemble(config, device=self.device)
         run = CalibrationRun(config, assembly, folder, self.device)
-        if base is not None and not (folder / RESULT).exists():
+        corrected = assembly.pipeline.uncorrected() is None
+        if base is not None and corrected and not (folder / RESULT).exists():
             correct_run(run, base, states)
         calibrate_run(run, resume=True, states=states)
         report = read_json(folder / "report.json", CalibrationReport)
@@ -155,48 +178,71 @@ class Bench:
         in_phases = sum(p.get("seconds", 0) for p in phases.values() if isinstance(p, dict))
         # A resumed run reports its own seconds only; those of the phases are kept over resumes.
         calibrating = max(report["seconds"], in_phases)
+        peaks = [resident("VmHWM") if measurable else None]
+        if base is not None:
+            found = Record(base / "cell.json").find("calibration", {}) or {}
+            peaks.append(found.get("peak_bytes"))
         return {
             "size_mb": report["size_mb"],
             "seconds": round(seconds + calibrating, 2),
+            "peak_bytes": None if None in peaks else max(peaks),
+            "samples": config.calibration.samples,
+            "calibration_trajectories": full.trajectories(config),
             "threads": report.get("threads"),
             "tuples_per_step": phases.get("tuples_per_step"),
             "code": self.code,
         }
 
-    def _measure(
-        self, config: Config, full: FullPrecision, folder: Path, record: Record, sampler: Sampler
+    def _label(self, sampler: Sampler) -> str:
+        backend = self.backend.label
+        if backend == Backend().label:
+            return sampler.label
+        return f"{sampler.label}-{backend.replace(', ', '-')}"
+
+    def _quantized(self, config: Config, folder: Path) -> Assembly:
+        name, code = self.backend.name, self.backend.code
+        return assemble(config, folder / RESULT, name, self.device, code)
+
+    def _images(
+        self, config: Config, folder: Path, record: Record, sampler: Sampler, noise: int
     ) -> Row:
-        backend, label = self.backend.label, sampler.label
-        if backend != Backend().label:
-            label = f"{label}-{backend.replace(', ', '-')}"
+        """The errors of the images with this noise, and their scores."""
+        label = self._label(sampler)
+        if noise != self.plan.noise:
+            label = f"{label}-n{noise}"
         images = folder / f"images-{label}"
 
-        def assembly() -> Assembly:
-            name, code = self.backend.name, self.backend.code
-            return assemble(config, folder / RESULT, name, self.device, code)
-
         def pairs() -> Row:
-            reference = full.images()
-            sample_images(config, assembly(), images, backend, self.device)
+            reference = self.full(config).images()
+            quantized = self._quantized(config, folder)
+            sample_images(config, quantized, images, self.backend.label, self.device)
             return {"image_mse": measure.image_errors(images, reference, self.count)}
 
-        def errors() -> Row:
-            states, quantized = full.fresh_states(self.trajectories), assembly()
-            steps, trajectories = measure.eps_errors(quantized.denoiser, states, quantized.pipeline)
-            return {
-                "eps_timesteps": states.timesteps,
-                "eps_mse_of_steps": steps,
-                "eps_mse_of_trajectories": trajectories,
-            }
-
-        of_states: Row = {"trajectories": self.trajectories}
-        if full.guided:  # earlier versions had the errors of both halves of a trajectory
-            of_states |= {"halves": "averaged"}
         return {
             **record.section(f"{label}/images", {"count": self.count}, pairs),
-            **record.section(f"{label}/eps", of_states, errors),
             "scores": self._scores(record, f"{label}/scores", images),
         }
+
+    def _eps(self, config: Config, folder: Path, record: Record, sampler: Sampler) -> Row:
+        """The errors of the predicted noise, on fresh states."""
+        full = self.full(config)
+
+        def errors() -> Row:
+            states = full.fresh_states(self.trajectories)
+            quantized = self._quantized(config, folder)
+            error = measure.eps_error_table(quantized.denoiser, states, quantized.pipeline)
+            importance = step_importance(quantized, states)
+            return {
+                "eps_timesteps": states.timesteps,
+                "eps_mse_of_steps": error.mean(1).tolist(),
+                "eps_mse_of_trajectories": error.mean(0).tolist(),
+                "eps_weighted_of_trajectories": measure.weighted_mean(error, importance),
+            }
+
+        of_states: Row = {"trajectories": self.trajectories, "weighted": "of mean 1"}
+        if full.guided:  # earlier versions had the errors of both halves of a trajectory
+            of_states |= {"halves": "averaged"}
+        return record.section(f"{self._label(sampler)}/eps", of_states, errors)
 
     def _scores(self, record: Record, section: str, images: Path) -> Row | None:
         scorer = self.scorer
@@ -210,10 +256,11 @@ class Bench:
         """`rows` and those earlier ones that still are what this command would measure."""
 
         def key_of(row: Row) -> tuple[Any, ...]:
-            return (Cell.from_plain(row["cell"]).key, *row["sampler"].values())
+            return (Cell.from_plain(row["cell"]).key, *row["sampler"].values(), row["noise"])
 
         merged = {key_of(row): row for row in rows}
         for row in earlier:
+            row = {"noise": self.plan.noise} | row  # earlier versions had this one alone
             new = merged.get(key_of(row))
             if (row["count"], row["trajectories"]) != (self.count, self.trajectories):
                 continue
@@ -245,7 +292,8 @@ class Bench:
             return False
         try:
             if cell.method == "fp":
-                return row["digest"] == self.full(self.plan.full_config(sampler)).digest
+                config = self.plan.full_config(sampler, row["noise"])
+                return row["digest"] == self.full(config).digest
             return row["digest"] == self.digest(cell)
         except ConfigError:
             return False

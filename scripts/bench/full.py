@@ -21,7 +21,7 @@ from ..experiment.calibration_run import CalibrationRun, make_states
 from ..experiment.config import Config
 from ..experiment.runs import claim, digest_of, missing_images
 from ..experiment.sampling_run import SamplingRun, identity_of, make_images
-from ..experiment.trajectories import record_states
+from ..experiment.trajectories import record_states, trajectories_of
 from .record import Record
 
 FRESH_SEED_DOMAIN = (
@@ -83,10 +83,15 @@ class FullPrecision:
 
         return self._load_or_make(f"fresh-{trajectories}", make)[0]
 
+    def trajectories(self, config: Config) -> int:
+        """That a cell of this configuration is calibrated on. Raises ConfigError."""
+        size = config.sampling.micro_batch
+        return trajectories_of(config.calibration, len(self.calls), self.guided, size)
+
     def calibration_states(self, config: Config) -> tuple[CalibrationStates, float]:
         """The states of a cell's configuration and the seconds that it took."""
         settings = config.calibration
-        name = f"calibration-{settings.trajectories}-s{settings.seed}"
+        name = f"calibration-{self.trajectories(config)}-s{settings.seed}"
         return self._load_or_make(
             name,
             lambda: make_states(CalibrationRun(config, self.assembly(), self.folder, self.device)),

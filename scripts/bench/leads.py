@@ -24,7 +24,7 @@ from .tables import (
 
 OURS = "tinydm"
 LEAD_TITLE = (
-    "TinyDM's lead, paired, with 95% intervals; eps-MSE: TinyDM's as a part of the other's; images "
+    "TinyDM's lead, paired, with 95% intervals; eps: TinyDM's as a part of the other's; images "
     "won: of all seeds:"
 )
 
@@ -49,16 +49,17 @@ def _mean_gain(own: Line, other: Line) -> tuple[float, Interval]:
     return paired(lambda means: means.mean(-1), difference)
 
 
-def _eps_part(own: Line, other: Line) -> tuple[float, Interval] | None:
-    if own.eps_mse is None or other.eps_mse is None:
+def _part(ours: np.ndarray | None, theirs: np.ndarray | None) -> tuple[float, Interval] | None:
+    """Of errors (seeds, n)."""
+    if ours is None or theirs is None:
         return None
-    return paired(lambda a, b: a.mean(-1) / b.mean(-1), own.eps_mse, other.eps_mse)
+    return paired(lambda a, b: a.mean(-1) / b.mean(-1), ours, theirs)
 
 
 def lead_table(rows: list[Row]) -> str:
     """Empty where there is nothing to compare."""
     table = []
-    for own, other in _pairs(lines_of(rows, ablations=False)):
+    for own, other in _pairs(lines_of(rows)):
         there = "" if other.transferred or not own.transferred else ", calibrated there"
         won, of = np.sum(own.image_mse < other.image_mse), own.image_mse.size
         table.append(
@@ -70,7 +71,8 @@ def lead_table(rows: list[Row]) -> str:
                 "PSNR (dB)": with_interval(gain(own, other), "+.2f"),
                 "mean (dB)": with_interval(_mean_gain(own, other), "+.2f"),
                 "images won": f"{won} of {of}",
-                "eps-MSE": with_interval(_eps_part(own, other), ".3f"),
+                "eps-MSE": with_interval(_part(own.eps_mse, other.eps_mse), ".3f"),
+                "eps weighted": with_interval(_part(own.eps_weighted, other.eps_weighted), ".3f"),
             }
         )
     return format_table(table, list(table[0])) if table else ""

@@ -39,7 +39,7 @@ def _places() -> Iterable[tuple[int, tuple[int, int], str]]:
 def measured_table(rows: Sequence[Row]) -> tuple[str, list[Line]]:
     """The paper's layout and the lines that are in it. rows: of results of one configuration."""
     lines = {}
-    for line in lines_of(list(rows), ablations=False):
+    for line in lines_of(list(rows)):
         if line.sampler[0] in SAMPLERS and not line.transferred:
             lines[line.cell.steps, line.cell.bits, line.cell.label] = line
     table, used = [], []

@@ -7,7 +7,7 @@ Overrides of the user come first, then the cell's coordinates, then those of an 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...quant.core.settings import METHODS as QUANTIZED
@@ -15,23 +15,33 @@ from ..common.errors import ConfigError
 from ..common.schema import suggestion
 from ..experiment.config import Config, Override, load_config
 from .ablations import PARTS, Variant
+from .studies import STUDIES
 
-BENCHMARK = "benchmark"  # the table that is not an ablation
+# Kinds of tables; further ones are those of STUDIES.
+BENCHMARK, ABLATION = "benchmark", "ablation"
 NAMES = {
     "fp": "FP",
     "minmax": "MinMax",
     "ptq4dm": "PTQ4DM",
+    "tfmq": "TFMQ-DM",
+    "apqdm": "APQ-DM",
     "qdiffusion": "Q-Diffusion",
     "ptqd": "PTQD",
+    "e2e_plain": "E2E, no correction",
+    "e2e": "E2E",
     "tinydm": "TinyDM",
 }  # in the order of the table
 METHODS = ("fp", *QUANTIZED)
+# Methods that differ from another one in the correction of the output alone -> that one.
+BASES = {"ptqd": "qdiffusion", "e2e": "e2e_plain"}
 LARGEST_SEED = 2**63 - 1
+OF = " of "  # in the table's name of a study
 
 
 @dataclass(frozen=True)
 class Cell:
-    """table: BENCHMARK or a part of the ablations; label: the method or the part's variant."""
+    """table: BENCHMARK, a part of the ablations or "study of method"; label: the method or the
+    variant."""
 
     table: str
     label: str
@@ -41,8 +51,28 @@ class Cell:
     overrides: tuple[str, ...] = ()
 
     @property
+    def kind(self) -> str:
+        """Of its table: BENCHMARK, ABLATION or a study."""
+        if self.table == BENCHMARK:
+            return BENCHMARK
+        study, of, _ = self.table.partition(OF)
+        return study if of else ABLATION
+
+    @property
     def method(self) -> str:
-        return self.label if self.table == BENCHMARK else "tinydm"
+        if self.table == BENCHMARK:
+            return self.label
+        return self.table.partition(OF)[2] or "tinydm"
+
+    @property
+    def base(self) -> "Cell | None":
+        """The cell that this one differs from in the correction of the output alone, if any."""
+        other = BASES.get(self.method)
+        if other is None or self.kind == ABLATION:
+            return None
+        if self.kind == BENCHMARK:
+            return replace(self, label=other)
+        return replace(self, table=f"{self.kind}{OF}{other}")
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -57,7 +87,7 @@ class Cell:
     @property
     def title(self) -> str:
         """A line that says which cell this is, for the progress output."""
-        what = self.label if self.table == BENCHMARK else f"{self.table}: {self.label}"
+        what = self.label if self.kind == BENCHMARK else f"{self.table}: {self.label}"
         return f"{self.steps} steps, w{self.bits[0]}a{self.bits[1]}, seed {self.seed}, {what}"
 
     def to_plain(self) -> dict[str, Any]:
@@ -82,12 +112,20 @@ class Sampler:
 class Plan:
     """Configurations of the cells. Raises ConfigError for those that cannot be."""
 
-    def __init__(self, path: str, overrides: Sequence[str | Override]):
-        self.path, self.overrides = path, list(overrides)
-        self.base = load_config(path, self.overrides)
+    def __init__(self, path: str, overrides: Sequence[str | Override], memory: float | None = None):
+        """memory: GiB of a GPU, see device_defaults.py."""
+        self.path, self.overrides, self.memory = path, list(overrides), memory
+        self.base = load_config(path, self.overrides, memory)
 
-    def config(self, cell: Cell, sampler: Sampler | None = None) -> Config:
-        """With `sampler`, the same but for how images are sampled."""
+    @property
+    def noise(self) -> int:
+        """Seed of the images' noise, where no other one is asked for."""
+        return self.base.sampling.seed
+
+    def config(
+        self, cell: Cell, sampler: Sampler | None = None, noise: int | None = None
+    ) -> Config:
+        """With `sampler` or `noise` (a seed), the same but for how images are sampled."""
         coordinates = [
             f"quant.method={cell.method}",
             f"quant.weight.bits={cell.bits[0]}",
@@ -97,11 +135,13 @@ class Plan:
         sampler = sampler or self.sampler(cell.steps)
         return load_config(
             self.path,
-            [*self.overrides, *coordinates, *_sampler_keys(sampler), *cell.overrides],
+            [*self.overrides, *coordinates, *_sampler_keys(sampler, noise), *cell.overrides],
+            self.memory,
         )
 
-    def full_config(self, sampler: Sampler) -> Config:
-        return load_config(self.path, [*self.overrides, *_sampler_keys(sampler)])
+    def full_config(self, sampler: Sampler, noise: int | None = None) -> Config:
+        overrides = [*self.overrides, *_sampler_keys(sampler, noise)]
+        return load_config(self.path, overrides, self.memory)
 
     def sampler(self, steps: int) -> Sampler:
         """The configuration's own, with so many steps."""
@@ -118,17 +158,19 @@ class Plan:
         return [s for s in dict.fromkeys(samplers) if s != self.sampler(steps)]
 
 
-def _sampler_keys(sampler: Sampler) -> list[str]:
-    return [f"sampler.name={sampler.name}", f"sampler.steps={sampler.steps}"]
+def _sampler_keys(sampler: Sampler, noise: int | None) -> list[str]:
+    keys = [f"sampler.name={sampler.name}", f"sampler.steps={sampler.steps}"]
+    return keys if noise is None else [*keys, f"sampling.seed={noise}"]
 
 
 def benchmark_cells(
     methods: Sequence[str], bits: Sequence[tuple[int, int]], steps: Sequence[int], seeds: list[int]
 ) -> Iterator[Cell]:
-    """All but full precision, which is no cell."""
+    """All but full precision, which is no cell; those in BASES after what they differ from."""
+    in_order = sorted(methods, key=lambda method: method in BASES)
     for count in steps:
         for width in bits:
-            for method in methods:
+            for method in in_order:
                 if method != "fp":
                     yield from (Cell(BENCHMARK, method, width, count, seed) for seed in seeds)
 
@@ -148,13 +190,37 @@ def ablation_cells(
                     yield Cell(part, variant.label, width, count, seed, variant.overrides)
 
 
+def study_cells(
+    study: str,
+    methods: Sequence[str],
+    bits: Sequence[tuple[int, int]],
+    steps: Sequence[int],
+    seeds: list[int],
+) -> Iterator[Cell]:
+    """Every variant of a study of these methods."""
+    for count in steps:
+        for width in bits:
+            for method in sorted(methods, key=lambda method: method in BASES):
+                for variant in STUDIES[study][method]:
+                    name, table = variant.label, f"{study}{OF}{method}"
+                    for seed in seeds:
+                        yield Cell(table, name, width, count, seed, variant.overrides)
+
+
+def variants_of(cell: Cell) -> tuple[Variant, ...]:
+    """All that stand beside the cell's own in its part of the ablations or its study."""
+    if cell.kind in STUDIES:
+        return STUDIES[cell.kind].get(cell.method, ())
+    return tuple(v for v in PARTS.get(cell.table, ()) if cell.bits[1] <= v.widest)
+
+
 def is_current(cell: Cell) -> bool:
-    """False for a variant that the list of ablations does not have any more."""
+    """False for a variant that the list of ablations or the study does not have any more."""
     if cell.table == BENCHMARK:
         return cell.label in METHODS
     if cell.table == "preset":
         return not cell.overrides
-    variants = [v for v in PARTS.get(cell.table, ()) if cell.bits[1] <= v.widest]
+    variants = variants_of(cell)
     return (cell.label, cell.overrides) in {(v.label, v.overrides) for v in variants}
 
 

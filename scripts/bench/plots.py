@@ -19,7 +19,10 @@ from ..experiment.calibration_run import RESULT
 from .plan import NAMES
 from .tables import Line, Row, lines_of, timesteps_text
 
-PALETTE = ("#000000", "#999999", "#009e73", "#e69f00", "#cc79a7", "#0072b2")
+PALETTE = (
+    *("#000000", "#999999", "#009e73", "#882255", "#44aa99", "#e69f00", "#cc79a7", "#56b4e9"),
+    *("#d55e00", "#0072b2"),
+)
 COLOURS = dict(zip(NAMES, PALETTE, strict=True))
 
 
@@ -36,7 +39,7 @@ def _save(path: Path, draw: Callable[[Axes], None], size: tuple[float, float] = 
 
 def write_plots(folder: Path, rows: list[Row]) -> list[str]:
     """All plots of the benchmark's rows; returns their names."""
-    lines = [line for line in lines_of(rows, ablations=False) if line.cell.label != "fp"]
+    lines = [line for line in lines_of(rows) if line.cell.label != "fp"]
     own = [line for line in lines if not line.transferred]
     written = []
 

@@ -36,17 +36,26 @@ from torch import nn
 from torch.autograd.profiler import profile
 
 from ...quant.runtime.packed_file import PackedFileError, read_metadata
+from ..common.errors import ConfigError
 from ..common.files import write_text
+from ..common.json_files import read_json
 from ..common.paths import ROOT
 from ..experiment.cli import add_out, make_parser
 from ..experiment.config import load_config, parse_config
 from ..experiment.config_sections import calls_per_image
+from ..experiment.devices import (
+    device_name,
+    forget_peak,
+    peak_memory,
+    resolve_device,
+    wait_for,
+)
 from . import speed_tables
 from .environment import environment, processor
 from .peers import PEERS
 from .plan import read_names, read_numbers
 from .record import Record
-from .speed_models import PEER_VARIANTS, VARIANTS, Call, Models, Variant
+from .speed_models import CPU, PEER_VARIANTS, VARIANTS, Call, Models, Variant
 
 DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
 FULL = "fp32"  # what all are compared with
@@ -57,10 +66,13 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
+    """fresh: whether the memory of a fresh process is measured too."""
+
     variants: list[str]
     batches: list[int]
     threads: list[int]
     repeats: int
+    fresh: bool = True
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -75,18 +87,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     known = ",".join(PEERS)
     parser.add_argument("--peers", metavar="A,B", default="", help=f"some of {known} (none)")
     parser.add_argument("--quantized", metavar="FILE", help="in place of random weights, --configs")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N")
+    parser.add_argument("--merge", metavar="JSON", help="of scripts/gpu_check.py: adds its rows")
     parser.add_argument("--repeats", metavar="N", default="7", help="pairs of calls (7)")
     return parser.parse_args(argv)
 
 
-def seconds_of(call: Call) -> tuple[float, float]:
-    """Seconds of a call: on the clock, and of CPU time (all threads together)."""
+def seconds_of(call: Call, device: torch.device = CPU) -> tuple[float, float]:
+    """Seconds of a call: on the clock, and of CPU time (all threads together). On a CUDA device the
+    clock is its own, between two events, from an idle device to the end of the call."""
+    if device.type == "cuda":
+        wait_for(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        used = time.process_time()
+        start.record()
+        call()
+        end.record()
+        used = time.process_time() - used
+        wait_for(device)
+        return start.elapsed_time(end) / 1000, used
     began, used = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - began, time.process_time() - used
 
 
-def timed(full: Call, call: Call | None, repeats: int) -> Values:
+def timed(full: Call, call: Call | None, repeats: int, device: torch.device = CPU) -> Values:
     """Seconds of each call, the variant's and full precision's (the same without a variant), on the
     clock and of CPU time."""
     for one in (full, call):
@@ -94,14 +119,23 @@ def timed(full: Call, call: Call | None, repeats: int) -> Values:
             one(), one()  # packing, caches, code generation
     own, against = [], []
     for _ in range(repeats):
-        against.append(seconds_of(full))
-        own.append(against[-1] if call is None else seconds_of(call))
+        against.append(seconds_of(full, device))
+        own.append(against[-1] if call is None else seconds_of(call, device))
     (seconds, cpu), (full_seconds, full_cpu) = zip(*own, strict=True), zip(*against, strict=True)
     return {"seconds": seconds, "cpu": cpu, "full_seconds": full_seconds, "full_cpu": full_cpu}
 
 
+def peak_of(call: Call, device: torch.device) -> int | None:
+    """Bytes that tensors take on the device at most during a call, weights included; None on a
+    CPU."""
+    forget_peak(device)
+    call()
+    return peak_memory(device)
+
+
 def operators(call: Call) -> dict[str, float]:
-    """The operators that take most of a call -> share of its time; REST: between the operators."""
+    """The operators that take most of a call -> share of its time on the processor, which on a CUDA
+    device is that of launching them; REST: between the operators."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
     with profile(use_kineto=False) as measured:
         began = time.perf_counter()
@@ -134,11 +168,13 @@ class Bench:
             return
         size = self.models.bytes(variant)
         given = {"batch": plan.batches[0], "bytes": size}
-        first = self._section(
-            f"{config.name}/{name}/first call",
-            given,
-            lambda: self.models.first_call(variant, plan.batches[0]),
-        )
+        first = None
+        if plan.fresh:
+            first = self._section(
+                f"{config.name}/{name}/first call",
+                given,
+                lambda: self.models.first_call(variant, plan.batches[0]),
+            )
         built: list[nn.Module] = []
         for batch in plan.batches:
             for threads in plan.threads:
@@ -155,6 +191,8 @@ class Bench:
 
     def _section(self, name: str, settings: Values, make: Any) -> Values:
         where = {"processor": processor(), "torch": torch.__version__}
+        if self.models.device != CPU:
+            where["device"] = device_name(self.models.device)
         if self.models.quantized is not None:
             where["quantized"] = self.models.digest
         return self.record.section(name, where | settings, make)
@@ -169,12 +207,13 @@ class Bench:
         if variant != VARIANTS[FULL]:
             if not built:
                 built.append(self.models.build(variant))
-            call = self.models.call(variant, built[0], batch)
-        full = self.models.call(VARIANTS[FULL], self._full, batch)
+            call = self.models.call(built[0], batch)
+        full = self.models.call(self._full, batch)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            values = timed(full, call, self.plan.repeats)
+            values = timed(full, call, self.plan.repeats, self.models.device)
+            values["device_bytes"] = peak_of(call or full, self.models.device)
             values["sqnr"] = None if call is None else self.models.sqnr(built[0])
             return values | {"operators": operators(call or full)}
         finally:
@@ -190,8 +229,24 @@ def say(row: Values) -> None:
     print(f"{row['model']} {row['label']}, {where}: {seconds:.3f} s", flush=True)
 
 
+def rows_of_report(path: Path) -> list[Values]:
+    """The rows of a gpu_report.json, each named after its card. Raises ConfigError."""
+    report = read_json(path, dict[str, Any])
+    rows = None if report is None else report.get("speed")
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise ConfigError(f"--merge {path}: is no gpu_report.json of scripts/gpu_check.py")
+    return [row | {"model": f"{row.get('model')}, {report.get('device')}"} for row in rows]
+
+
+def _is_row(row: Any) -> bool:
+    needed = {"label", "reason"}, {"label", "seconds", "full_seconds", "first", "batch", "bytes"}
+    return isinstance(row, dict) and any(keys <= row.keys() for keys in needed)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    device = resolve_device(args.device)
+    merged = [] if args.merge is None else rows_of_report(Path(args.merge))
     peers = read_names("--peers", args.peers, tuple(PEERS)) if args.peers else []
     plan = Plan(
         read_names("--variants", args.variants, tuple(VARIANTS))
@@ -211,13 +266,15 @@ def main(argv: list[str] | None = None) -> None:
     record, rows = Record(folder / "speed.json"), []
     for config in configs:
         quantized = None if args.quantized is None else Path(args.quantized)
-        for row in Bench(Models(config, folder / "models", quantized), record, plan).rows():
+        for row in Bench(Models(config, folder / "models", quantized, device), record, plan).rows():
             say(row)
             rows.append(row)
         gc.collect()
     where = environment()
     machine = f"{where['processor']}, {os.cpu_count()} processors, torch {torch.__version__}"
     weights = "random weights" if args.quantized is None else str(args.quantized)
-    text = speed_tables.document(rows, machine, where["commit"], weights)
+    if device != CPU:
+        machine = f"{device_name(device)}, {machine}"
+    text = speed_tables.document([*rows, *merged], machine, where["commit"], weights)
     write_text(folder / "speed.md", text)
     print(f"\n{text}\n{folder / 'speed.md'}")

@@ -4,7 +4,6 @@ Values do not change the time of a dense kernel, so that no checkpoint is needed
 are packed into a file once and loaded from it, as a user would.
 """
 
-import contextlib
 import math
 import multiprocessing
 import shutil
@@ -19,20 +18,24 @@ from torch import nn
 
 from ...models.checkpoint import sha256_of
 from ...quant.backends.build import COMPILERS, instructions_here
+from ...quant.backends.graphs import Graphed
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported
 from ...quant.calibration.states import CalibrationStates
 from ...quant.runtime.packed_file import load_quantized, to_bytes
 from ..common.files import write_bytes
-from ..common.memory import keep_freed_memory
+from ..common.memory import keep_freed_memory, resident
 from ..experiment.assembly import assemble, empty_denoiser, load_denoiser, select_backend
 from ..experiment.config import Config, resolved_yaml
+from ..experiment.devices import wait_for
+from ..experiment.precision import HALVES, PRECISIONS, in_precision
+from ..experiment.precision import obstacle as lacks_precision
 from ..experiment.trajectories import record_states
 from . import peers
 from .random_models import deployed_of, example_call, parameters_of, with_random_weights
 
 Call = Callable[[], torch.Tensor]
-STATUS = Path("/proc/self/status")
+CPU = torch.device("cpu")
 PEER_BATCHES, PEER_ROWS = 20, 8  # calls, and images of a call, that peers calibrate with
 
 
@@ -46,13 +49,24 @@ class Variant:
     compiled: bool = False  # by torch.compile; a quantized one by --compile
     instructions: str | None = None  # of --compile, by default the processor's best
     peer: str | None = None  # another runtime, see peers.py; bits 8 are its own int8
-    half: bool = False  # bfloat16 where autocast allows it
+    precision: str = PRECISIONS[0]  # of what is not quantized
+    graph: bool = True  # CUDA graphs, of int8; of full precision where it is said
 
 
 VARIANTS = {
-    "fp32": Variant("fp32"),
-    "compiled": Variant("fp32, torch.compile", compiled=True),
-    "bf16": Variant("bf16 (autocast)", half=True),
+    "fp32": Variant("fp32", graph=False),
+    "compiled": Variant("fp32, torch.compile", compiled=True, graph=False),
+    "tf32": Variant("TF32", precision="tf32", graph=False),
+    "bf16": Variant("bf16", precision="bf16", graph=False),
+    "fp16": Variant("fp16", precision="fp16", graph=False),
+    "fp16-compiled": Variant("fp16, torch.compile", compiled=True, precision="fp16", graph=False),
+    "fp32-graph": Variant("fp32, CUDA graph"),
+    "tf32-graph": Variant("TF32, CUDA graph", precision="tf32"),
+    "fp16-graph": Variant("fp16, CUDA graph", precision="fp16"),
+    "fake-w8a8-tf32": Variant("fake W8A8, TF32", 8, precision="tf32"),
+    "fake-w4a8-tf32": Variant("fake W4A8, TF32", 4, precision="tf32"),
+    "int8-w8a8-fp16": Variant("int8 W8A8, fp16 between", 8, "int8", precision="fp16"),
+    "int8-w8a8-launches": Variant("int8 W8A8, no graph", 8, "int8", graph=False),
     "fake-w8a8": Variant("fake W8A8", 8),
     "fake-w4a8": Variant("fake W4A8", 4),
     "int8-w8a8": Variant("int8 W8A8", 8, "int8"),
@@ -72,6 +86,7 @@ VARIANTS = {
         "int8 W4A8, --compile, AVX2", 4, "int8", True, instructions="avx2"
     ),
 }
+GRAPHS = [VARIANTS[name] for name in VARIANTS if name.endswith(("-graph", "-launches"))]
 
 
 PEER_VARIANTS = {
@@ -81,14 +96,24 @@ PEER_VARIANTS = {
 }
 
 
-def obstacle(variant: Variant) -> str | None:
+def obstacle(variant: Variant, device: torch.device = CPU) -> str | None:
     """Why this machine cannot run it, or None."""
+    cuda = device.type == "cuda"
     if variant.peer is not None:
-        return peers.missing(variant.peer, variant.bits is not None)
+        return "runs on a CPU" if cuda else peers.missing(variant.peer, variant.bits is not None)
     if variant.compiled and not any(map(shutil.which, COMPILERS)):
         return "no C++ compiler"
-    if variant.backend == "fake":
-        return None
+    if not cuda and variant in GRAPHS:
+        return "needs a CUDA device"
+    if cuda and variant.compiled and variant.bits is not None:
+        return "is for CPUs"
+    reason = lacks_precision(variant.precision, device)
+    if variant.backend == "int8" and variant.precision != PRECISIONS[0] and not cuda:
+        return "needs a CUDA device"
+    if reason is not None or variant.backend == "fake":
+        return reason
+    if cuda:
+        return int8_supported(device)
     wanted = variant.instructions
     if wanted is not None and wanted not in instructions_here():
         return f"this CPU lacks the {wanted.upper()} instructions"
@@ -96,14 +121,21 @@ def obstacle(variant: Variant) -> str | None:
 
 
 class Models:
-    """Builds the variants of one configuration. folder: where quantized files are kept.
+    """Builds the variants of one configuration on a device. folder: where quantized files are kept.
 
     quantized: a file of calibrate.py, whose configuration `config` is; without, all weights are
     random.
     """
 
-    def __init__(self, config: Config, folder: Path, quantized: Path | None = None):
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        quantized: Path | None = None,
+        device: torch.device = CPU,
+    ):
         self.config, self.folder, self.quantized = config, folder, quantized
+        self.device = device
         self.digest = None if quantized is None else sha256_of(quantized)
         self._states: dict[int, CalibrationStates] = {}  # by seed
 
@@ -112,7 +144,7 @@ class Models:
         own = variant.bits is not None and variant.peer is None
         if self.quantized and own and variant.bits != self.config.quant.weight.bits:
             return f"--quantized has weights of {self.config.quant.weight.bits} bits"
-        return obstacle(variant)
+        return obstacle(variant, self.device)
 
     def file(self, bits: int) -> Path:
         """The quantized file, made if it is not there."""
@@ -138,7 +170,9 @@ class Models:
             return sum(path.stat().st_size for path in files)
         if variant.bits is not None:
             return self.file(variant.bits).stat().st_size
-        return (2 if variant.half else 4) * parameters_of(empty_denoiser(self.config))
+        return (2 if variant.precision in HALVES else 4) * parameters_of(
+            empty_denoiser(self.config)
+        )
 
     def build(self, variant: Variant) -> nn.Module:
         if variant.peer is not None:
@@ -149,14 +183,20 @@ class Models:
         elif variant.bits is not None:
             compiled = Compiled(variant.instructions) if variant.compiled else None
             model = load_quantized(self.file(variant.bits), model)
-            model = select_backend(model, variant.backend, compiled=compiled)
+            model = select_backend(model, variant.backend, self.device, compiled)
+            if isinstance(getattr(model, "records", None), bool):  # of kernels for CUDA
+                model.records = variant.graph
         else:
             generator = torch.Generator().manual_seed(0)
             for module in model.modules():
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     with_random_weights(module, generator)
-        model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        return torch.compile(model) if variant.compiled and variant.bits is None else model
+        model = model.eval().requires_grad_(False).to(self.device)
+        model = model.to(memory_format=torch.channels_last)
+        if variant.compiled and variant.bits is None:
+            model = torch.compile(model)
+        model = in_precision(model, variant.precision)
+        return Graphed(model) if variant.graph and variant.bits is None else model
 
     def _peer_file(self, variant: Variant) -> Path:
         """The network in the peer's form, made if it is not there."""
@@ -213,21 +253,24 @@ class Models:
         with torch.inference_mode():
             for x, t, given, eps in self.states(10, seed=1):
                 signal += float(eps.double().square().sum())
-                error += float((model(x, t, **given).double() - eps).square().sum())
+                found = model(x.to(self.device), t, **_on(self.device, given)).cpu()
+                error += float((found.double() - eps).square().sum())
         return 10 * math.log10(signal / error) if error else math.inf
 
-    def call(self, variant: Variant, model: nn.Module, batch: int) -> Call:
+    def call(self, model: nn.Module, batch: int) -> Call:
         """One denoiser call on `batch` random inputs of one timestep."""
         x, t, given = example_call(self.config)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *x.shape[1:], generator=generator)
-        x = x.contiguous(memory_format=torch.channels_last)
-        t = torch.full((batch,), self.config.schedule.train_timesteps // 2)
-        given = {k: torch.zeros(batch, *v.shape[1:], dtype=v.dtype) for k, v in given.items()}
+        x = x.contiguous(memory_format=torch.channels_last).to(self.device)
+        t = torch.full((batch,), self.config.schedule.train_timesteps // 2)  # as a sampler's
+        given = {
+            k: torch.zeros(batch, *v.shape[1:], dtype=v.dtype, device=self.device)
+            for k, v in given.items()
+        }
 
         def run() -> torch.Tensor:
-            half = torch.autocast("cpu", torch.bfloat16) if variant.half else None
-            with torch.inference_mode(), half or contextlib.nullcontext():
+            with torch.inference_mode():
                 return model(x, t, **given)
 
         return run
@@ -242,6 +285,10 @@ class Models:
             return pool.apply(_first_call, (self, variant, batch))
 
 
+def _on(device: torch.device, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in given.items()}
+
+
 def _first_call(models: Models, variant: Variant, batch: int) -> dict[str, float | None]:
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -249,18 +296,8 @@ def _first_call(models: Models, variant: Variant, batch: int) -> dict[str, float
     began, used = time.perf_counter(), time.process_time()
     model = models.build(variant)
     loaded = time.perf_counter()
-    models.call(variant, model, batch)()
+    models.call(model, batch)()
+    wait_for(models.device)
     done = time.perf_counter()
     times = {"load": loaded - began, "first": done - loaded, "cpu": time.process_time() - used}
     return {"before": before, "peak": resident("VmHWM"), "after": resident("VmRSS"), **times}
-
-
-def resident(kind: str) -> float | None:
-    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM); None where the system
-    does not say."""
-    try:
-        lines = STATUS.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
-    return 1024.0 * int(found[0]) if found else None

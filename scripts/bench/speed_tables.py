@@ -9,7 +9,8 @@ Row = dict[str, Any]
 MB = 2**20
 COLUMNS = [
     *("model", "variant", "batch", "threads", "ms per call", "s per image", "times fp32"),
-    *("SQNR, dB", "by CPU time", "peak MB", "MB", "of Python", "file MB", "load s (CPU)"),
+    *("SQNR, dB", "by CPU time", "device MB", "peak MB", "MB", "of Python", "file MB"),
+    "load s (CPU)",
 ]
 
 
@@ -32,6 +33,13 @@ def cells(row: Row) -> Row:
     if "reason" in row:
         return line | {"times fp32": row["reason"]}
     seconds, first = statistics.median(row["seconds"]), row["first"]
+    if first is not None:
+        line |= {
+            "peak MB": megabytes(first["peak"]),
+            "MB": megabytes(first["after"]),
+            "of Python": megabytes(first["before"]),
+            "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
+        }
     return line | {
         "batch": row["batch"],
         "threads": row["threads"],
@@ -40,11 +48,8 @@ def cells(row: Row) -> Row:
         "times fp32": ratio(row["seconds"], row["full_seconds"]),
         "SQNR, dB": "" if row.get("sqnr") is None else f"{row['sqnr']:.1f}",
         "by CPU time": ratio(row["cpu"], row["full_cpu"]),
-        "peak MB": megabytes(first["peak"]),
-        "MB": megabytes(first["after"]),
-        "of Python": megabytes(first["before"]),
+        "device MB": megabytes(row.get("device_bytes")),
         "file MB": f"{row['bytes'] / MB:.2f}",
-        "load s (CPU)": f"{first['load'] + first['first']:.1f} ({first['cpu']:.1f})",
     }
 
 
@@ -69,6 +74,7 @@ def document(rows: list[Row], machine: str, commit: str | None, weights: str) ->
 - {machine}; commit {commit}; {weights}.
 - times fp32: of the eager float32 model in channels_last, called in turn with the variant; median
   of the pairs and quartiles. s per image: the denoiser alone, all steps of the configuration.
+- device MB: what tensors take at most during a call on a device that is not the CPU.
 - SQNR: of eps against float32 over ten timesteps of fresh trajectories (--quantized).
 - peak MB, MB, load s: a fresh process with one thread that loads the model and makes its first
   call, with the smallest number of images: its memory at most and at the end, and what Python and

@@ -13,13 +13,14 @@ import numpy as np
 from ..common.markdown import format_table
 from . import measure
 from .ablations import PARTS
-from .plan import BENCHMARK, NAMES, Cell
+from .plan import ABLATION, BENCHMARK, NAMES, Cell, variants_of
+from .studies import TUNING
 
 Row = dict[str, Any]
 Interval = tuple[float, float] | None
 COLUMNS = (
     *("Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"),
-    *("PSNR (dB)", "mean (dB)", "eps-MSE", "calibration s"),
+    *("PSNR (dB)", "mean (dB)", "eps-MSE", "eps weighted", "calibration s", "peak MiB"),
 )
 SCORES = {"FID": "fid", "sFID": "sfid", "IS": "is", "Precision": "precision"}
 PRESET = "preset"  # the ablations' first cell
@@ -27,9 +28,15 @@ PRESET = "preset"  # the ablations' first cell
 
 @dataclass(frozen=True)
 class Line:
-    """The rows of one cell and sampler over its seeds, in the order of the seeds."""
+    """The rows of one cell and sampler over its seeds, those of calibration and those of the
+    images' noise, in their order."""
 
     rows: tuple[Row, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of calibration."""
+        return list(dict.fromkeys(row["cell"]["seed"] for row in self.rows))
 
     @property
     def cell(self) -> Cell:
@@ -44,12 +51,25 @@ class Line:
         return self.sampler != tuple(self.rows[0]["calibrated"].values())
 
     @property
-    def image_mse(self) -> np.ndarray | None:  # (seeds, images)
-        return self._stack("image_mse")
+    def image_mse(self) -> np.ndarray | None:
+        """(seeds, images): images of all noise seeds that every calibration seed has."""
+        of_seeds: dict[int, dict[int, list[float]]] = {}
+        for row in self.rows:
+            if row.get("image_mse") is None:
+                return None
+            of_seeds.setdefault(row["cell"]["seed"], {})[noise_of(row)] = row["image_mse"]
+        common = sorted(set.intersection(*map(set, of_seeds.values())))
+        if not common:
+            return None
+        return np.array([np.concatenate([of[n] for n in common]) for of in of_seeds.values()])
 
     @property
     def eps_mse(self) -> np.ndarray | None:  # (seeds, trajectories)
-        return self._stack("eps_mse_of_trajectories")
+        return self._of_seeds("eps_mse_of_trajectories")
+
+    @property
+    def eps_weighted(self) -> np.ndarray | None:  # (seeds, trajectories)
+        return self._of_seeds("eps_weighted_of_trajectories")
 
     def psnr(self) -> tuple[float, Interval] | None:
         errors = self.image_mse
@@ -62,10 +82,10 @@ class Line:
         return None if errors is None else measure.mean_psnr(errors)
 
     def eps(self) -> tuple[float, Interval] | None:
-        errors = self.eps_mse
-        if errors is None:
-            return None
-        return float(errors.mean()), measure.interval(lambda means: means.mean(-1), errors)
+        return mean_with_interval(self.eps_mse)
+
+    def weighted(self) -> tuple[float, Interval] | None:
+        return mean_with_interval(self.eps_weighted)
 
     def spread(self) -> float | None:
         """Standard deviation of the seeds' PSNR."""
@@ -84,20 +104,33 @@ class Line:
     def _average(values: list[float | None]) -> float | None:
         return None if None in values else float(np.mean(values))
 
-    def _stack(self, name: str) -> np.ndarray | None:
-        values = [row.get(name) for row in self.rows]
-        return None if None in values else np.array(values)
+    def _of_seeds(self, name: str) -> np.ndarray | None:
+        """Values of a calibration seed, which the noise of the images does not change."""
+        values = {row["cell"]["seed"]: row.get(name) for row in self.rows}
+        return None if None in values.values() else np.array(list(values.values()))
 
 
-def lines_of(rows: list[Row], ablations: bool) -> list[Line]:
-    """The lines of one table, in its order."""
+def noise_of(row: Row) -> int:
+    """Seed of the images' noise; -1 in rows of earlier versions, which had one alone."""
+    return row.get("noise", -1)
+
+
+def mean_with_interval(errors: np.ndarray | None) -> tuple[float, Interval] | None:
+    """errors (seeds, n)."""
+    if errors is None:
+        return None
+    return float(errors.mean()), measure.interval(lambda means: means.mean(-1), errors)
+
+
+def lines_of(rows: list[Row], kind: str = BENCHMARK) -> list[Line]:
+    """The lines of the tables of one kind (Cell.kind), in their order."""
     together: dict[Any, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["cell"]["seed"]):
+    for row in sorted(rows, key=lambda row: (row["cell"]["seed"], noise_of(row))):
         cell = Cell.from_plain(row["cell"])
-        if (cell.table != BENCHMARK) == ablations:
+        if cell.kind == kind:
             together.setdefault((*cell.key[:-1], *row["sampler"].values()), []).append(row)
     lines = [Line(tuple(group)) for group in together.values()]
-    return sorted(lines, key=_place_in_ablations if ablations else _place)
+    return sorted(lines, key=_place if kind == BENCHMARK else _place_of_variant)
 
 
 def _bits_place(bits: tuple[int, int]) -> tuple[int, int]:
@@ -111,10 +144,13 @@ def _place(line: Line) -> tuple[Any, ...]:
     return (name != "ddim", name, -steps, _bits_place(cell.bits), method, -cell.steps)
 
 
-def _place_in_ablations(line: Line) -> tuple[Any, ...]:
+def _place_of_variant(line: Line) -> tuple[Any, ...]:
     cell = line.cell
-    part = 0 if cell.table == PRESET else 1 + tuple(PARTS).index(cell.table)
-    labels = [variant.label for variant in PARTS.get(cell.table, ())]
+    if cell.kind == ABLATION:
+        part = 0 if cell.table == PRESET else 1 + tuple(PARTS).index(cell.table)
+    else:
+        part = tuple(NAMES).index(cell.method)
+    labels = [variant.label for variant in variants_of(cell)]
     variant = labels.index(cell.label) if cell.label in labels else -1
     return (-cell.steps, _bits_place(cell.bits), part, variant, line.transferred, line.sampler)
 
@@ -154,7 +190,7 @@ def timesteps_text(line: Line) -> str:
 def benchmark_table(rows: list[Row]) -> str:
     """The paper's layout with the paired metrics behind it."""
     lines = []
-    for line in lines_of(rows, ablations=False):
+    for line in lines_of(rows):
         cell = line.cell
         values = [
             timesteps_text(line),
@@ -165,15 +201,66 @@ def benchmark_table(rows: list[Row]) -> str:
             _psnr_text(line),
             number(line.mean_psnr(), ".2f"),
             with_interval(line.eps(), ".2e"),
+            with_interval(line.weighted(), ".2e"),
             number(line.average("seconds"), ".0f"),
+            _peak_text(line),
         ]
         lines.append(dict(zip(COLUMNS, values, strict=True)))
     return format_table(lines, list(COLUMNS))
 
 
+def _peak_text(line: Line) -> str:
+    peak = line.average("peak_bytes")
+    return number(None if peak is None else peak / 2**20, ".0f")
+
+
+def study_table(rows: list[Row], study: str) -> str:
+    """The variants of each method of a study (studies.STUDIES)."""
+    lines = lines_of(rows, study)
+    best = chosen(lines)
+    table = []
+    for line in lines:
+        cell = line.cell
+        table.append(
+            {
+                "Timesteps": timesteps_text(line),
+                "Bit-width (W/A)": f"{cell.bits[0]}/{cell.bits[1]}",
+                "Method": NAMES[cell.method],
+                "Choice": cell.label,
+                "seeds": seeds_text(line),
+                "PSNR (dB)": _psnr_text(line),
+                "mean (dB)": number(line.mean_psnr(), ".2f"),
+                "eps-MSE": with_interval(line.eps(), ".2e"),
+                "eps weighted": with_interval(line.weighted(), ".2e"),
+                "calibration s": number(line.average("seconds"), ".0f"),
+                "peak MiB": _peak_text(line),
+            }
+        )
+        if study == TUNING:
+            table[-1]["chosen"] = "yes" if cell.label == best.get(cell.method) else ""
+    return format_table(table, list(table[0]))
+
+
+def chosen(lines: list[Line]) -> dict[str, str]:
+    """Method -> its variant with the least weighted eps error: geometric mean over the places that
+    all variants of the method have. lines: of one study."""
+    errors: dict[str, dict[str, dict[Any, float]]] = {}
+    for line in lines:
+        if (weighted := line.weighted()) is not None:
+            of_method = errors.setdefault(line.cell.method, {})
+            of_method.setdefault(line.cell.label, {})[place_of(line)] = np.log(weighted[0])
+    best = {}
+    for method, variants in errors.items():
+        places = sorted(set.intersection(*map(set, variants.values())))
+        if places:
+            sums = {label: sum(of[p] for p in places) for label, of in variants.items()}
+            best[method] = min(sums, key=sums.__getitem__)
+    return best
+
+
 def ablation_table(rows: list[Row]) -> str:
     """Each variant with its difference from the preset on the same images."""
-    lines = lines_of(rows, ablations=True)
+    lines = lines_of(rows, ABLATION)
     presets = {place_of(line): line for line in lines if line.cell.table == PRESET}
     table = []
     for line in lines:
@@ -190,8 +277,10 @@ def ablation_table(rows: list[Row]) -> str:
                 "seeds": seeds_text(line),
                 "against preset (dB)": with_interval(_gain_of_common(line, preset), "+.2f"),
                 "eps-MSE": with_interval(line.eps(), ".2e"),
+                "eps weighted": with_interval(line.weighted(), ".2e"),
                 "FID": number(line.score("fid")),
                 "calibration s": number(line.average("seconds"), ".0f"),
+                "peak MiB": _peak_text(line),
             }
         )
     return format_table(table, list(table[0]))
@@ -203,19 +292,22 @@ def place_of(line: Line) -> tuple[Any, ...]:
 
 
 def seeds_text(line: Line) -> str:
-    return ", ".join(str(row["cell"]["seed"]) for row in line.rows)
+    return ", ".join(map(str, line.seeds))
 
 
 def common(own: Line, other: Line) -> tuple[Line, Line]:
-    """Both over the seeds that both have images of."""
+    """Both over the seeds, of calibration and noise, that both have images of."""
 
-    def seeds(line: Line) -> set[int]:
-        return {row["cell"]["seed"] for row in line.rows if row.get("image_mse") is not None}
+    def both_seeds(row: Row) -> tuple[int, int]:
+        return row["cell"]["seed"], noise_of(row)
 
-    shared = seeds(own) & seeds(other)
+    def there(line: Line) -> set[tuple[int, int]]:
+        return {both_seeds(row) for row in line.rows if row.get("image_mse") is not None}
+
+    shared = there(own) & there(other)
 
     def those(line: Line) -> Line:
-        return replace(line, rows=tuple(row for row in line.rows if row["cell"]["seed"] in shared))
+        return replace(line, rows=tuple(row for row in line.rows if both_seeds(row) in shared))
 
     return those(own), those(other)
 
@@ -246,24 +338,39 @@ def paired(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[
     return float(value), measure.interval(statistic, *samples)
 
 
-def notes(rows: list[Row], ablations: bool) -> list[str]:
+def notes(rows: list[Row], kind: str = BENCHMARK) -> list[str]:
     """Remarks that a reader of the tables needs, one line each."""
-    lines = lines_of(rows, ablations)
+    lines = lines_of(rows, kind)
     every = [row for line in lines for row in line.rows]
     seeds = sorted({row["cell"]["seed"] for row in every if row["cell"]["label"] != "fp"})
+    noises = sorted({noise_of(row) for row in every} - {-1})
+    of_noise = f" of each of the noise seeds {', '.join(map(str, noises))}" if noises else ""
     found = [
         f"Calibration seeds: {', '.join(map(str, seeds)) or 'none'}. In brackets the 95% bootstrap "
-        "interval, over images for PSNR, over trajectories for eps-MSE; ± is the standard "
-        "deviation over the seeds' PSNR.",
-        f"PSNR: to the full-precision images of the same noise, {every[0]['count']} images, error "
-        "pooled; mean: of each image's PSNR, at most 58.9 dB, below which images of 8 bits show "
+        "interval, over images for PSNR, over trajectories for eps errors, and over the "
+        "calibration seeds as well where there are several (hierarchical); ± is the standard "
+        "deviation over the calibration seeds' PSNR.",
+        f"PSNR: to the full-precision images of the same noise, {every[0]['count']} images"
+        f"{of_noise}, error pooled; mean: of each image's PSNR, at most 58.9 dB, below which "
+        "images of 8 bits show "
         f"nothing. eps-MSE: on {every[0]['trajectories']} full-precision trajectories that no "
-        "calibration saw (rounded up to whole network calls).",
+        "calibration saw (rounded up to whole network calls); weighted: by how far an error at a "
+        "step moves the image, weights of mean 1.",
+        "calibration s: with the trajectories and all phases; peak MiB: of the process while it "
+        "calibrates.",
     ]
-    quantized = [line for line in lines if line.cell.label != "fp" and not ablations]
-    for line in (line for line in quantized if len(line.rows) < len(seeds)):
+    for samples, of in sorted(
+        {(r["samples"], r["calibration_trajectories"]) for r in every if r.get("samples")}
+    ):
+        found.append(f"Calibrated on {samples:,} different samples of {of:,} trajectories.")
+    quantized = [line for line in lines if line.cell.label != "fp" and kind == BENCHMARK]
+    for line in quantized:
+        own = sorted({noise_of(row) for row in line.rows} - {-1})
+        if line.seeds == seeds and own == noises:
+            continue
         what = f"{timesteps_text(line)} steps, {'/'.join(map(str, line.cell.bits))}"
-        found.append(f"{what}, {NAMES[line.cell.label]}: seeds {seeds_text(line)} alone.")
+        of = f", noise seeds {', '.join(map(str, own))}" if own else ""
+        found.append(f"{what}, {NAMES[line.cell.label]}: seeds {seeds_text(line)}{of} alone.")
     backends = {row.get("backend") for row in every} - {None, "fake"}
     found += [f"Quantized models ran on the backend {name}." for name in sorted(backends)]
     scores = [row["scores"] for row in every if row.get("scores")]

@@ -28,9 +28,11 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
 
     The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
-    An OSError without a file name (a full disk) gets that of `path`.
+    An OSError without a file name (a full disk) gets that of `path`. Raises ConfigError for the
+    name of a pipe or a device, in whose place a file would be put.
     """
     path = Path(path)
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
@@ -138,8 +140,41 @@ def load_tensors(path: str | Path) -> Any:
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8. Raises ConfigError for what is none: a pipe would wait for a writer, a
+    device would never end."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConfigError(f"{path}: cannot be read (is no file)")
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from error
+
+
+def check_output(path: str | Path) -> str:
+    """The name of a file that is to be written. Raises ConfigError where none can be."""
+    if not Path(path).name:
+        raise ConfigError(f"'{path}' is no name of a file")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: there is something else than a file; give another name")
+    return str(path)
+
+
+def check_folder(path: str | Path) -> str:
+    """The name of a folder that is to be written to. Raises ConfigError where none can be."""
+    if not str(path):
+        raise ConfigError("'' is no name of a folder")
+    for part in (Path(path), *Path(path).parents):
+        if os.path.lexists(part):
+            if not os.path.isdir(part):
+                raise ConfigError(f"{path}: {part} is no folder; give another name")
+            break
+    return str(path)
+
+
 def refuse_overwriting(option: str, path: str | Path, *read: str | Path | None) -> None:
     """Raises ConfigError if a file that is to be written is one of those that are read."""
     for other in (Path(name) for name in read if name is not None):
-        if other.exists() and other.resolve() == Path(path).resolve():
+        if os.path.exists(other) and os.path.realpath(other) == os.path.realpath(path):
             raise ConfigError(f"{option} {path}: would overwrite what is read; choose another name")

@@ -1,11 +1,13 @@
-"""The allocator of a CPU run."""
+"""The allocator of a CPU run, and the memory of this process."""
 
 import ctypes
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 LARGEST_INT = 2**31 - 1  # of an int
+STATUS, CLEAR_REFS = (Path("/proc/self") / name for name in ("status", "clear_refs"))
 
 
 def keep_freed_memory() -> None:
@@ -26,6 +28,27 @@ def return_freed_memory() -> None:
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def resident(kind: str) -> float | None:
+    """Bytes of this process in memory, now (VmRSS) or at most so far (VmHWM); None where the system
+    does not say."""
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{kind}:")]
+    return 1024.0 * int(found[0]) if found else None
+
+
+def forget_peak() -> bool:
+    """From here on VmHWM counts anew; False where the system cannot do that."""
+    return_freed_memory()
+    try:
+        CLEAR_REFS.write_text("5", encoding="ascii")  # see proc_pid_clear_refs(5)
+    except OSError:
+        return False
+    return True
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

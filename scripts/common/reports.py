@@ -148,6 +148,11 @@ class RowReport(_RowCore, total=False):
     backend: str | None
     image_mse: list[float] | None
     eps_mse_of_trajectories: list[float] | None
+    eps_weighted_of_trajectories: list[float] | None
+    noise: int
+    peak_bytes: float | None
+    samples: int
+    calibration_trajectories: int
 
 
 class PlaceReport(TypedDict, total=False):

@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import yaml
@@ -91,6 +91,13 @@ class Tree:
             if key[:length] in self.places:
                 return self.places[key[:length]]
         return self.source
+
+    def value(self, key: Key) -> Any:
+        """dataclasses.MISSING where the key is not there."""
+        value: Any = self.values
+        for name in key:
+            value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+        return value
 
     def drop(self, key: Key) -> None:
         """Forget a key, where it is there."""

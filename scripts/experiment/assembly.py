@@ -32,6 +32,7 @@ from .bundle import CONDITIONING, FIRST_STAGE, bundle_of, unpacked
 from .config import Config, parse_config, repository_path
 from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
+from .precision import PRECISIONS, in_precision
 
 BACKENDS = ("fake", "int8")
 LATENT_PREFIX = "model.diffusion_model"  # of the denoiser in latent diffusion's files
@@ -56,11 +57,12 @@ def assemble(
     backend: str = "fake",
     device: str | torch.device = "cpu",
     compiled: Callable[[], Compiled | None] | None = None,
+    precision: str = PRECISIONS[0],
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    compiled: gives what `select_backend` takes, called once the file is read. Raises ConfigError,
-    CheckpointError or PackedFileError.
+    compiled: gives what `select_backend` takes, called once the file is read. precision: see
+    precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
     if quantized is not None:
@@ -85,6 +87,7 @@ def assemble(
         files.note("quantized", Path(quantized))
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
+    model = in_precision(model, precision)
     return Assembly(model, parts, files.digests, files.sizes)
 
 
@@ -96,7 +99,7 @@ def source_digest(config: Config) -> str:
 
 
 def _folder_of(config: Config) -> DiffusersFolder:
-    if config.model.checkpoint is None:
+    if not config.model.checkpoint:
         raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
     path = repository_path(config.model.checkpoint)
     stage = config.model.first_stage
@@ -260,6 +263,7 @@ def _surroundings(
         first_stage=None if first_stage is None else first_stage.to(device),
         embedder=None if embedder is None else embedder.to(device),
         scale_factor=scale_factor,
+        decode_batch=config.sampling.decode_batch,
     )
 
 
@@ -369,7 +373,7 @@ class _Files:
 
     def state(self, name: str, text: str | None) -> tuple[State, Path]:
         """The tensors of a checkpoint of the configuration, and its path."""
-        if text is None:
+        if not text:
             raise ConfigError(f"{self.config.name}: model.checkpoint is not set (--ckpt FILE)")
         path = repository_path(text)
         if name not in self._states:
@@ -391,4 +395,6 @@ class _Files:
                 f"{text}: no such file; download it from {url} (scripts/download.py does), or name "
                 "yours with --ckpt FILE"
             )
+        if "://" in text:
+            raise CheckpointError(f"{text}: is an address; download it and name the file")
         raise CheckpointError(f"{text}: no such file; check the path")

@@ -20,7 +20,7 @@ from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
-from ...quant.calibration.phases.correct import correct_noise
+from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
@@ -35,22 +35,33 @@ from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
 from .assembly import Assembly, bundled
-from .config import Config, keep_written, resolved_yaml
+from .config import OF_THE_USER, Config, keep_written, resolved_yaml
+from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
 from .shared_statistics import collect_together, help_collect
-from .trajectories import FIRST_FRESH_TRAJECTORY, SEED_DOMAIN, guided_rows, record_states
+from .trajectories import (
+    FIRST_FRESH_TRAJECTORY,
+    SEED_DOMAIN,
+    record_states,
+    trajectories_of,
+)
 
 RESULT, CONFIG, LOCK = "quantized.safetensors", "config.yaml", ".lock"
+REPORT, LAYERS, LOG = "report.json", "layers.txt", "log.txt"
 
 
 class Bars:
-    """Progress bars, one a phase."""
+    """Progress bars, one a phase. peaks: phase -> bytes that it took on the device at most, of a
+    device that is not the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peaks = device, dict[str, int]()
         self.bar: tqdm | None = None
 
     def begin(self, phase: str, total: int) -> None:
+        self.phase = phase
+        forget_peak(self.device)
         self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
 
     def step(self, text: str) -> None:
@@ -59,6 +70,9 @@ class Bars:
 
     def end(self) -> None:
         self.bar.close()
+        peak = peak_memory(self.device)
+        if peak is not None:
+            self.peaks[self.phase] = peak
         return_freed_memory()  # phases want blocks of other sizes
 
     def close(self) -> None:
@@ -86,6 +100,13 @@ class CalibrationRun:
         """Digest of everything that the result depends on."""
         return identity_of(self.config, self.assembly.sources)
 
+    @property
+    def trajectories(self) -> int:
+        """Images whose trajectories are made. Raises ConfigError where they are too few."""
+        pipeline, config = self.assembly.pipeline, self.config
+        size = config.sampling.micro_batch
+        return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
+
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
         self.assembly.pipeline.latents(
@@ -97,22 +118,13 @@ class CalibrationRun:
             on_output=on_output,
         )
 
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        """See quant.calibration.task.Sampler."""
-        return guided_rows(self.assembly.pipeline, eps)
-
 
 def is_done(run: CalibrationRun) -> bool:
     """True if the folder holds this run's result. Raises RunError for another run's, and
     PackedFileError for one that is damaged."""
     if not (run.folder / RESULT).exists():
         return False
-    try:
-        text = (run.folder / "report.json").read_text(encoding="utf-8")
-        found = json.loads(text)["identity"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        found = None
-    if found != run.identity:
+    if identity_there(run.folder) != run.identity:
         raise RunError(
             f"{run.folder / RESULT}: was made from another configuration or checkpoint; "
             "--overwrite calibrates anew, --out names another folder"
@@ -124,16 +136,29 @@ def is_done(run: CalibrationRun) -> bool:
     return True
 
 
-def check_config_file(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
-    """See keep_written: of OUT/config.yaml."""
-    ours = overwrite or any((run.folder / name).exists() for name in (STATE, "report.json"))
-    keep_written(run.folder / CONFIG, run.config, source, ours)
+def identity_there(folder: Path) -> Any:
+    """The identity of the run whose report lies in a folder; None where there is none."""
+    try:
+        return json.loads((folder / REPORT).read_text(encoding="utf-8"))["identity"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def check_files(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
+    """Raises ConfigError where the run would replace files of the user's in its folder."""
+    folder = run.folder
+    ours = overwrite or (folder / STATE).exists() or identity_there(folder) is not None
+    keep_written(folder / CONFIG, run.config, source, ours)
+    others = [folder / name for name in (REPORT, LAYERS, LOG) if (folder / name).exists()]
+    if others and not ours:
+        raise ConfigError(f"{others[0]}: {OF_THE_USER}")
 
 
 def make_states(run: CalibrationRun) -> CalibrationStates | None:
     """The trajectories; None on the ranks that only help to make them."""
     config = run.config
-    total, size = config.calibration.trajectories, config.sampling.micro_batch
+    total = run.trajectories
+    size = config.sampling.micro_batch
     title, whole = f"{'trajectories':20}", -(-total // size) * size
     calls = run.assembly.pipeline.calls_per_image
     with ImageBar(whole, calls, title, disable=run.team.rank != 0) as bar:
@@ -187,6 +212,7 @@ def calibrate_run(
             f"quant.time_embedding: {config.name} has no layer that depends on the timestep alone "
             "to be reconstructed; use quantized"
         )
+    _ = run.trajectories  # a mistake is told before the work
     quant = config.quant
     if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
         print(f"note: no correction of the output: {why}", flush=True)
@@ -215,7 +241,7 @@ def calibrate_run(
     elif wanted:
         states = make_states(run)
         save(state)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         task = Task(
             assembly.denoiser,
             states,
@@ -233,38 +259,41 @@ def calibrate_run(
             deployed, phases = calibrate(task)
         except DivergenceError as error:
             raise RunError(advice(error, state, config)) from error
-    lines = write_result(run, states, Outcome(deployed, phases, began))
+    lines = write_result(run, states, Outcome(deployed, phases, began, bars.peaks))
     (folder / STATE).unlink(missing_ok=True)
     return lines
 
 
 def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> list[str]:
-    """Makes a PTQD run out of the finished Q-Diffusion run in the folder `base`: only the
-    correction of the output is fitted, since the two methods differ in nothing else.
+    """Makes a run out of the finished one in the folder `base`, whose method has no correction of
+    the output and differs in nothing else (PTQD and Q-Diffusion): only the correction is fitted.
 
     The reported seconds count those of the base.
     """
     config, assembly = run.config, run.assembly
-    report = json.loads((base / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((base / REPORT).read_text(encoding="utf-8"))
     began = time.perf_counter() - report["seconds"]
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))
     model = model.to(states.device).to(memory_format=torch.channels_last)
-    with closing(Bars()) as bars:
+    with closing(Bars(run.device)) as bars:
         started = time.perf_counter()
-        fitted = correct_noise(model, states, config.calibration.batch_size, bars, run.guided)
+        kind, denoiser = config.quant.correction, assembly.denoiser
+        fitted = correct(kind, model, denoiser, run, states, bars)
         phases["correction"] = fitted | {"seconds": round(time.perf_counter() - started, 2)}
     run.folder.mkdir(parents=True, exist_ok=True)
-    return write_result(run, states, Outcome(model, phases, began))
+    return write_result(run, states, Outcome(model, phases, began, bars.peaks))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A deployed model, the reports of the phases, and when the run began (perf_counter)."""
+    """A deployed model, the reports of the phases, when the run began (perf_counter), and what the
+    phases took on the device (Bars.peaks)."""
 
     model: nn.Module
     phases: dict[str, Any]
     began: float
+    peaks: dict[str, int]
 
 
 def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcome) -> list[str]:
@@ -325,6 +354,8 @@ def write_report(
         **share,
         "seconds": round(seconds, 2),
         "seed": config.calibration.seed,
+        "device": device_name(run.device),
+        "peak_device_bytes": outcome.peaks or None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "sources": run.assembly.sources,
@@ -332,8 +363,8 @@ def write_report(
         "phases": outcome.phases,
         "layers": [dataclasses.asdict(r) for r in rows],
     }
-    write_json(folder / "report.json", summary)
-    write_text(folder / "layers.txt", table + "\n")
+    write_json(folder / REPORT, summary)
+    write_text(folder / LAYERS, table + "\n")
     lines = [
         table,
         f"weights quantized: {share['weights_quantized']:.2%}; MACs in integers: "
@@ -346,5 +377,5 @@ def write_report(
             f"the denoiser; with what sampling needs beside it, in half precision, the file has "
             f"{whole / 2**20:.3f} MiB"
         )
-    write_text(folder / "log.txt", "\n".join(lines) + "\n")
+    write_text(folder / LOG, "\n".join(lines) + "\n")
     return lines

@@ -12,16 +12,17 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
+from tqdm import TqdmMonitorWarning, tqdm
 
 from ...models.checkpoint_files import CheckpointError, is_out_of_memory
 from ...models.samplers import SamplingError
@@ -29,7 +30,7 @@ from ...quant.calibration.statistics import StatisticsError
 from ...quant.runtime.packed_file import PackedFileError
 from ..common import signals
 from ..common.errors import ConfigError, ImageError, MetricError, RunError
-from ..common.files import write_json
+from ..common.files import check_folder, check_output, read_text, write_json
 from ..common.memory import keep_freed_memory
 from ..common.schema import printable
 from ..common.streams import unread_output_is_dropped
@@ -62,16 +63,20 @@ def one_text(text: str) -> str:
     return f"[{quoted(text)}]"
 
 
-NUMBER, TEXT, NUMBERS = str, quoted, "[{}]".format  # how an option's text becomes YAML
+def number(text: str) -> str:
+    """A number of an option as YAML: `seq -w` gives leading zeros, which YAML takes for octal."""
+    return re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text)
+
+
+NUMBER, TEXT, NUMBERS = number, quoted, "[{}]".format  # how an option's text becomes YAML
 
 
 def lines_of(file: str) -> str:
     """The lines of a text file that are not empty, as a list in YAML. Raises ConfigError."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise ConfigError(f"--prompts {file}: cannot be read ({reason})") from error
+        lines = read_text(file).splitlines()
+    except ConfigError as error:
+        raise ConfigError(f"--prompts {error}") from error
     return f"[{', '.join(quoted(line.strip()) for line in lines if line.strip())}]"
 
 
@@ -217,8 +222,30 @@ def refuse_options(
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
-        *spellings("--out", "-l", "--logdir"), dest="out", metavar="DIR", required=True, help=text
+        *spellings("--out", "-l", "--logdir"),
+        dest="out",
+        type=output_folder,
+        metavar="DIR",
+        required=True,
+        help=text,
     )
+
+
+def output_file(text: str) -> str:
+    """The type of options that name a file to be written, looked at before any work is done."""
+    return _checked(check_output, text)
+
+
+def output_folder(text: str) -> str:
+    """The type of options that name a folder to be written to."""
+    return _checked(check_folder, text)
+
+
+def _checked(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(
@@ -232,6 +259,7 @@ def run(
     one. Anything else is a defect of the program and keeps its traceback.
     """
     print_any_text()
+    warnings.simplefilter("ignore", TqdmMonitorWarning)  # a bar without its thread is still a bar
     sys.unraisablehook = _Unraisable(sys.unraisablehook)
     keep_freed_memory()
     before = signals.handlers()
@@ -277,8 +305,8 @@ def explain(error: Exception, again: str = "run it again", less: str | None = No
     if isinstance(error, USER_ERRORS):
         return printable(error, 2000)
     if is_out_of_memory(error):
-        advice = "free some, or raise its limit"
-        return f"out of memory: {advice if less is None else f'lower the batch size ({less})'}"
+        smaller = "" if less is None else f"lower the batch size ({less}), "
+        return f"out of memory: {smaller}free some, or raise its limit (ulimit -v)"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         what = f"{where}{error.strerror or error}"

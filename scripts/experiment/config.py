@@ -18,12 +18,15 @@ import yaml
 from ...models.pipeline import DIFFUSERS
 from ...quant.core.settings import METHODS, WeightSettings, preset
 from ..common.errors import ConfigError
+from ..common.files import read_text
 from ..common.paths import ROOT
 from ..common.schema import Key, Tree, build, read_value, read_yaml, suggestion
+from . import device_defaults
 from .config_sections import OF_DIFFUSERS, Config, check_config
 
 __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
 
+OF_THE_USER = "is a file of yours and would be replaced; give another --out"
 # Keys of settings that did not earn their place -> the value that switched them off.
 REMOVED = {
     ("quant", "activation", "step_bits"): [],
@@ -57,17 +60,15 @@ class Override:
         return cls(key, text, f"--set {key}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str | Override] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str | Override] = (), memory: float | None = None
+) -> Config:
     """Read a YAML file; overrides ("key.sub=value") replace keys, the last one wins.
 
-    Raises ConfigError: one line with file and line, or with the option.
+    memory: GiB of the GPU that the run is for, None for a CPU (device_defaults.py). Raises
+    ConfigError: one line with file and line, or with the option.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise ConfigError(f"{path}: cannot be read ({reason})") from error
-    return parse_config(text, str(path), overrides, Path(path).parent)
+    return parse_config(read_text(path), str(path), overrides, Path(path).parent, memory)
 
 
 def parse_config(
@@ -75,12 +76,15 @@ def parse_config(
     source: str,
     overrides: Sequence[str | Override] = (),
     folder: str | Path = ".",
+    memory: float | None = None,
 ) -> Config:
     """Reads a configuration from YAML text, as load_config does from a file.
 
-    source: name of the text in error messages; paths may be relative to `folder`.
+    source: name of the text in error messages; paths may be relative to `folder`. memory: see
+    load_config.
 
-    Where overrides name another method than the text, the text's end-to-end steps do not count.
+    Where overrides name another method than the text, and one without end-to-end steps, the text's
+    steps do not count.
     """
     tree = read_yaml(text, source)
     written, given = _method(tree), set()
@@ -90,11 +94,14 @@ def parse_config(
         tree.set(key, read_value(override.text, override.label), override.label)
         given.add(key)
     method = _checked_method(tree)
-    if method != written and not any(END_TO_END[: len(key)] == key for key in given):
-        tree.drop(END_TO_END)  # what the file says is for its own method
+    has_steps = preset(method)[0].reconstruct.finetune_iterations > 0
+    told = any(END_TO_END[: len(key)] == key for key in given)
+    if method != written and not told and not has_steps:
+        tree.drop(END_TO_END)  # what the file says is for methods with such steps
     _translate_old_keys(tree)
     quant, calibration = preset(method, _weight_bits(tree))
     defaults = {"quant": quant, "calibration": calibration}
+    device_defaults.resolve(tree, memory, quant)
     model = tree.values.get("model")
     if isinstance(model, dict) and model.get("arch") == DIFFUSERS:
         defaults["sampler"] = OF_DIFFUSERS
@@ -125,7 +132,7 @@ def keep_written(path: Path, config: Config, source: str | Path | None, ours: bo
         pass  # not what was resolved
     read = source is not None and Path(source).exists() and path.samefile(source)
     if read or not ours:
-        raise ConfigError(f"{path}: is a file of yours and would be replaced; give another --out")
+        raise ConfigError(f"{path}: {OF_THE_USER}")
 
 
 def repository_path(text: str) -> Path:
@@ -139,7 +146,7 @@ def _translate_old_keys(tree: Tree) -> None:
     configuration they were made with: removed ones at the value that switched them off, and renamed
     ones. Raises ConfigError for others, and for those of the command line."""
     for key, off in REMOVED.items():
-        value = _value(tree, key)
+        value = tree.value(key)
         if value is MISSING:
             continue
         where = tree.where(key)
@@ -147,22 +154,14 @@ def _translate_old_keys(tree: Tree) -> None:
             raise ConfigError(f"{where}: {'.'.join(key)} was removed (docs/ablations.md says why)")
         tree.drop(key)
     for key, new in RENAMED.items():
-        value = _value(tree, key)
+        value = tree.value(key)
         if value is MISSING:
             continue
         where = tree.where(key)
-        if where.startswith("--") or _value(tree, new) is not MISSING:
+        if where.startswith("--") or tree.value(new) is not MISSING:
             raise ConfigError(f"{where}: {'.'.join(key)} is called {'.'.join(new)} now")
         tree.drop(key)
         tree.set(new, value, where)
-
-
-def _value(tree: Tree, key: Key) -> Any:
-    """MISSING where the key is not there."""
-    value: Any = tree.values
-    for name in key:
-        value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
-    return value
 
 
 def _method(tree: Tree) -> Any:
@@ -206,7 +205,7 @@ def _with_paths(config: Config, tree: Tree, folder: Path) -> Config:
 
 
 def _located(text: str | None, key: Key, tree: Tree, folder: Path) -> str | None:
-    if text is None:
+    if not text:
         return None
     bases = [ROOT, folder, Path.cwd()]
     if tree.where(key).startswith("--"):  # written on the command line

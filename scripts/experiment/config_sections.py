@@ -16,7 +16,7 @@ from ...models.pipeline import (
     sampling_plan,
 )
 from ...models.schedule import SCHEDULES
-from ...quant.core.settings import CalibrationSettings, QuantSettings, setting
+from ...quant.core.settings import FEWEST_BITS, CalibrationSettings, QuantSettings, setting
 from ..common.errors import ConfigError
 from ..common.schema import Key, Where, check_arguments
 
@@ -130,6 +130,9 @@ class SamplingConfig:
         64, "images made together; changes nothing in an image", within=(1, 65_536)
     )
     micro_batch: int = setting(16, "rows of each network call", within=(1, 65_536))
+    decode_batch: int = setting(
+        1, "latents that the first stage decodes together", within=(1, 65_536)
+    )
     seed: int = setting(1234, "seed of the images", within=(0, 2**63 - 1))
     classes: tuple[int, ...] | None = setting(
         None, "given to the images in turn; null: all classes evenly"
@@ -158,6 +161,8 @@ def check_config(config: Config, where: Where) -> None:
         fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
         refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
     _check_conditioning(model.conditioning, refuse)
+    if 0 < config.quant.weight.average_bits < FEWEST_BITS:
+        refuse("quant.weight.average_bits", f"must be 0 or at least {FEWEST_BITS}")
     temporal = config.quant.time_embedding == "reconstructed"
     if temporal and config.quant.reconstruct.iterations == 0:
         refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
@@ -276,7 +281,8 @@ def check_image_size(params: dict, refuse: Any) -> None:
         return
     unit = 2 ** (len(levels) - 1)
     if size < unit or size % unit:
-        refuse("model.params.image_size", f"must be a multiple of {unit}, is {size}")
+        wanted = f"a multiple of {unit}" if unit > 1 else "at least 1"
+        refuse("model.params.image_size", f"must be {wanted}, is {size}")
 
 
 def _check_classes(config: Config, refuse: Any) -> None:

@@ -5,7 +5,10 @@ import re
 
 import torch
 
+from ...quant.backends.tensor_cores import allow_tf32
 from ..common.errors import ConfigError
+
+__all__ = ["allow_tf32", "device_name", "forget_peak", "peak_memory", "resolve_device", "wait_for"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,4 +37,26 @@ def resolve_device(name: str) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """ "cpu", or the model of the GPU. Images of another kind of device differ in the last bits."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if _is_there(device) else device.type
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done."""
+    if _is_there(device):
+        torch.cuda.synchronize(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """peak_memory counts from here on."""
+    if _is_there(device):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that tensors took on the device at most; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if _is_there(device) else None
+
+
+def _is_there(device: torch.device) -> bool:
+    """A GPU of this machine."""
+    return device.type == "cuda" and torch.cuda.is_available()

@@ -40,9 +40,10 @@ FEW_STEPS = {"ConsistencyModelPipeline": 2, "LatentConsistencyModelPipeline": 4}
 ROWS = 16  # of a call where the denoiser sees little
 
 
-def config_of_folder(overrides: Sequence[str | Override]) -> Config:
-    """From the overrides of a command line, --ckpt FOLDER among them. Raises ConfigError where that
-    is missing or not a folder of diffusers, and CheckpointError for one that cannot be used."""
+def config_of_folder(overrides: Sequence[str | Override], memory: float | None = None) -> Config:
+    """From the overrides of a command line, --ckpt FOLDER among them. memory: GiB of a GPU, None
+    for a CPU. Raises ConfigError where that is missing or not a folder of diffusers, and
+    CheckpointError for one that cannot be used."""
     given = [Override.parse(o) if isinstance(o, str) else o for o in overrides]
     named = [o for o in given if o.key == "model.checkpoint"]
     if not named:
@@ -52,7 +53,7 @@ def config_of_folder(overrides: Sequence[str | Override]) -> Config:
         raise ConfigError(f"{checkpoint}: a file needs --config FILE, which says what is in it")
     folder = DiffusersFolder.open(str(checkpoint))
     text = yaml.safe_dump(values_of(folder), sort_keys=False)
-    return parse_config(text, str(checkpoint), overrides)
+    return parse_config(text, str(checkpoint), overrides, memory=memory)
 
 
 def values_of(folder: DiffusersFolder) -> dict[str, Any]:
@@ -67,9 +68,12 @@ def values_of(folder: DiffusersFolder) -> dict[str, Any]:
         "name": folder.path.resolve().name or "diffusers",
         "model": model,
         "sampler": {"steps": FEW_STEPS.get(folder.kind, 50)},
-        "quant": {"search": {"accumulate": ROWS // rows}, "reconstruct": parts},
-        "calibration": {"batch_size": rows},
-        "sampling": {"count": 16, "batch_size": rows, "micro_batch": rows},
+        "sampling": {"count": 16},
+        "cpu": {
+            "quant": {"search": {"accumulate": ROWS // rows}, "reconstruct": parts},
+            "calibration": {"batch_size": rows},
+            "sampling": {"batch_size": rows, "micro_batch": rows},
+        },
     }
 
 

@@ -25,16 +25,17 @@ from ..common.schema import printable
 
 WAIT_SECONDS = 600
 HOLDER = "process"  # what a lock begins with
+# What identities do not name at these values, which all runs had before there was a choice.
+EARLIER: Mapping[str, Any] = {"precision": "float32", "decode_batch": 1}
 NUMBERED = re.compile(r"[0-9]{6}\.png")
 
 
 def beside(folder: str | Path, suffix: str) -> Path:
     """runs/x/images, "report.json" -> runs/x/images.report.json; beside what a link points to."""
     folder = Path(folder)
-    folder = folder.resolve() if folder.is_symlink() else folder
-    name = folder.name or folder.resolve().name
-    parent = folder.parent if folder.name else folder.resolve().parent
-    return parent / f"{name}.{suffix}"
+    if folder.is_symlink() or not folder.name:
+        folder = Path(os.path.realpath(folder))
+    return folder.parent / f"{folder.name}.{suffix}"
 
 
 @contextmanager
@@ -166,7 +167,7 @@ def _read(note: Path) -> dict[str, Any] | None:
 
 def _difference(found: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """The first keys whose values differ: "sampler.steps is 50, asked 100"."""
-    there, asked = _flat(found), _flat(identity)
+    there, asked = EARLIER | _flat(found), EARLIER | _flat(identity)
     keys = [k for k in sorted({**there, **asked}) if there.get(k) != asked.get(k)]
     shown = [f"{k} is {_short(there.get(k))}, asked {_short(asked.get(k))}" for k in keys[:3]]
     return "; ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -17,21 +17,24 @@ from ..common.errors import ConfigError, ImageError, RunError
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from ..common.progress import ImageBar
+from ..common.writers import Writers
 from .assembly import Assembly
 from .config import Config, resolved_yaml
 from .counted import Counted
-from .devices import device_name
-from .runs import beside, missing_images, png_name, surplus_images
+from .devices import device_name, forget_peak, peak_memory
+from .precision import PRECISIONS
+from .runs import EARLIER, beside, missing_images, png_name, surplus_images
 
 AGAIN = "the same command makes what is missing"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
+WRITERS = 4  # threads that encode images beside a device that is not the CPU itself
 
 
 @dataclass(frozen=True)
 class SamplingRun:
     """Everything that a sampling run is made of: model, output folder, device, processes.
 
-    backend: None for full precision.
+    backend: None for full precision; precision: of what is not quantized.
     """
 
     config: Config
@@ -39,13 +42,14 @@ class SamplingRun:
     folder: Path
     device: torch.device
     backend: str | None = None
+    precision: str = PRECISIONS[0]
     rank: int = 0
     world: int = 1
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that an image depends on besides its number."""
-        return identity_of(self.config, self.assembly, self.backend, self.device)
+        return identity_of(self.config, self.assembly, self.backend, self.device, self.precision)
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not there yet, of all ranks."""
@@ -58,14 +62,21 @@ class SamplingRun:
 
 
 def identity_of(
-    config: Config, assembly: Assembly, backend: str | None, device: torch.device
+    config: Config,
+    assembly: Assembly,
+    backend: str | None,
+    device: torch.device,
+    precision: str = PRECISIONS[0],
 ) -> dict[str, Any]:
-    """Everything that an image depends on besides its number."""
+    """Everything that an image depends on besides its number. EARLIER values are left out, so that
+    folders of before can be continued."""
     model, sampling = dataclasses.asdict(config.model), config.sampling
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
         for name in ("checkpoint", "url", "digest"):
             place.pop(name, None)
-    return {
+    decoded = 1 if config.model.first_stage is None else sampling.decode_batch
+    newer = {"precision": precision, "decode_batch": decoded}
+    return {k: v for k, v in newer.items() if v != EARLIER[k]} | {
         "model": model | {"scale_factor": assembly.pipeline.scale_factor},
         "files_sha256": assembly.sources,
         "schedule": vars(config.schedule),
@@ -90,11 +101,15 @@ def check_channels(run: SamplingRun) -> None:
 
 
 def make_images(run: SamplingRun, indices: list[int]) -> None:
-    """Sample `indices` in batches and write each image as soon as it is there."""
+    """Sample `indices` in batches; threads write the images of one while the next is made."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
     truncate = config.model.arch not in ("ddim_unet", DIFFUSERS)  # as each family's own scripts do
     calls = assembly.pipeline.calls_per_image
-    with ImageBar(len(indices), calls, disable=run.rank != 0, delay=1) as bar:
+    threads = 1 if run.device.type == "cpu" else WRITERS
+    with (
+        ImageBar(len(indices), calls, disable=run.rank != 0, delay=1) as bar,
+        Writers(threads, most=2 * sampling.batch_size) as writers,
+    ):
         for start in range(0, len(indices), sampling.batch_size):
             batch = indices[start : start + sampling.batch_size]
             denoiser = Counted(assembly.denoiser, bar.update)
@@ -102,10 +117,21 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
                 denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
             images = to_uint8(x, truncate).numpy()  # (B, H, W, C)
-            if not run.folder.is_dir():
-                raise RunError(f"{run.folder}: was removed while images were made; {AGAIN}")
+            check_folder(run.folder)
             for index, image in zip(batch, images, strict=True):
-                write_png(run.folder / png_name(index), image)
+                writers.put(write_image, run.folder, index, image)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises RunError where the folder is gone."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: was removed while images were made; {AGAIN}")
+
+
+def write_image(folder: Path, index: int, image: np.ndarray) -> None:
+    """Raises RunError where the folder is gone: writing would make it again."""
+    check_folder(folder)
+    write_png(folder / png_name(index), image)
 
 
 def check_there(run: SamplingRun, indices: list[int]) -> None:
@@ -159,6 +185,7 @@ def fill(run: SamplingRun, loaded: float, notes: list[str], grid_file: str | Non
             f"note: each network call is padded to {rows} rows; fewer images take as long, unless "
             "--set sampling.micro_batch=N, which changes the last bits"
         )
+    forget_peak(run.device)
     began = time.perf_counter()
     make_images(run, todo)
     seconds = time.perf_counter() - began
@@ -195,6 +222,8 @@ def report_of(run: SamplingRun) -> dict[str, Any]:
         "batch_size": config.sampling.batch_size,
         "micro_batch": config.sampling.micro_batch,
         "device": device_name(device),
+        "precision": run.precision,
+        "peak_device_bytes": peak_memory(device),
         "threads": torch.get_num_threads(),
         "processes": run.world,
         "versions": {

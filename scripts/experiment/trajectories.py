@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from ...models.pipeline import Pipeline
+from ...quant.calibration.distinct import (
+    TooFewTrajectoriesError,
+    check_trajectories,
+    enough_trajectories,
+)
 from ...quant.calibration.record import Recorder
 from ...quant.calibration.states import CalibrationStates
 from ...quant.core.context import plain_timestep
+from ...quant.core.settings import CalibrationSettings
+from ..common.errors import ConfigError
 from .counted import Counted
 from .processes import ALONE, Team, Tensors
 
@@ -54,6 +61,23 @@ def record_states(
     return states
 
 
+def trajectories_of(
+    calibration: CalibrationSettings, steps: int, guided: bool, micro_batch: int
+) -> int:
+    """How many are to be made: calibration.trajectories, or as many as have no sample twice.
+
+    steps, guided, micro_batch: of the pipeline. Raises ConfigError where that number is too small.
+    """
+    count, size, halves = calibration.trajectories, micro_batch, 2 if guided else 1
+    if count is None:
+        return -(-enough_trajectories(calibration.samples, steps) // halves)
+    try:
+        check_trajectories(calibration, steps, -(-count // size) * size * halves, halves)
+    except TooFewTrajectoriesError as error:
+        raise ConfigError(str(error)) from error
+    return count
+
+
 def _room_for(block: CalibrationStates, blocks: int) -> CalibrationStates:
     """Room for so many blocks like this one: joined one by one they would need three times the
     memory."""
@@ -88,17 +112,6 @@ def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
     conditioning = {n.removeprefix(prefix): v for n, v in value.items() if n.startswith(prefix)}
     timesteps = [plain_timestep(t) for t in value["timesteps"]]
     return CalibrationStates(value["x"], value["eps"], timesteps, conditioning, device)
-
-
-def guided_rows(pipeline: Pipeline, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of all rows at one step (N, C, H, W) -> what the sampler makes of them.
-
-    With guidance one of each pair of rows, (N / 2, C, H, W), without it the outputs themselves.
-    """
-    if not pipeline.guided:
-        return rows
-    first, second = _halves(rows, pipeline.micro_batch).unbind(1)
-    return pipeline.guide(first, second).flatten(0, 1)
 
 
 def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:

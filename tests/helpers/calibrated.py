@@ -51,11 +51,13 @@ def run(
     method: str,
     state: RunState | None = None,
     time_embedding: str = "cached",
+    average_bits: float = 0.0,
     **calibration: object,
 ) -> tuple[QuantDenoiser, dict, Silent, list[dict]]:
     """The deployed model, the report, the progress and every state that was saved."""
     states, progress, saved = toy_states(denoiser), Silent(), []
     quant, calib = tiny(method, **calibration)
+    quant = replace(quant, weight=replace(quant.weight, average_bits=average_bits))
     task = Task(
         denoiser,
         states,

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -43,6 +42,7 @@ class CudaTensor(torch.Tensor):
     """Values on the CPU that claim to be on the device."""
 
     values: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # __torch_dispatch__ sees it all
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, requires_grad: bool = False) -> "CudaTensor":
@@ -72,30 +72,42 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        check_devices(func, args, kwargs)
-        plain = pytree.tree_map_only(CudaTensor, lambda x: x.values, (args, kwargs))
-        result = func(*plain[0], **plain[1])
-        known = {id(x.values): x for x in pytree.tree_leaves((args, kwargs)) if type(x) is cls}
-
-        def wrapped(value: torch.Tensor) -> torch.Tensor:
-            return known[id(value)] if id(value) in known else cls.made(value)
-
-        return pytree.tree_map_only(torch.Tensor, wrapped, result)
+        known: dict[int, CudaTensor] = {}
+        alien: list[torch.Tensor] = []
+        given = [plain(x, known, alien) for x in args[:1]]
+        # As CUDA: one device for all operands, but for numbers on the CPU and what copies.
+        given += [plain(x, known, [] if func in INDEXING else alien) for x in args[1:]]
+        named = {name: plain(x, known, alien) for name, x in (kwargs or {}).items()}
+        if alien and func not in MOVES:
+            shapes = ", ".join(f"{tuple(x.shape)}" for x in alien)
+            raise RuntimeError(
+                f"two devices: {func} on cuda:0 got tensors of shape {shapes} on cpu"
+            )
+        return wrapped(func(*given, **named), known)
 
     @classmethod
     def made(cls, value: torch.Tensor) -> "CudaTensor":
         return value if isinstance(value, CudaTensor) else cls(value)
 
 
-def check_devices(func: Any, args: tuple, kwargs: dict) -> None:
-    """As CUDA: one device for all operands, but for numbers on the CPU and what copies."""
-    operands = pytree.tree_leaves((args[:1] if func in INDEXING else args, kwargs))
-    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
-    alien = [x for x in tensors if not isinstance(x, CudaTensor) and x.dim() > 0]
-    if alien and func not in MOVES:
-        shapes = ", ".join(f"{tuple(x.shape)}" for x in alien)
-        raise RuntimeError(f"two devices: {func} on cuda:0 got tensors of shape {shapes} on cpu")
+def plain(x: Any, known: dict[int, CudaTensor], alien: list[torch.Tensor]) -> Any:
+    """An operand on the CPU. known: by the id of the values; alien: what was there before."""
+    if type(x) is CudaTensor:
+        known[id(x.values)] = x
+        return x.values
+    if isinstance(x, torch.Tensor):
+        if x.dim() > 0:
+            alien.append(x)
+    elif isinstance(x, list | tuple):
+        return [plain(v, known, alien) for v in x]
+    return x
+
+
+def wrapped(x: Any, known: dict[int, CudaTensor]) -> Any:
+    """What an operation gave, on the device again; an operand that it gave back is the same one."""
+    if isinstance(x, torch.Tensor):
+        return known[id(x)] if id(x) in known else CudaTensor.made(x)
+    return type(x)(wrapped(v, known) for v in x) if isinstance(x, list | tuple) else x
 
 
 def is_cuda(x: Any) -> bool:

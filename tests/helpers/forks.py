@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tinydm.scripts.experiment import cli
+import torch._dynamo  # noqa: F401 - optimizers import it at first use: here once, not in each fork
+
+from tinydm.scripts.experiment import calibration_run, cli, sampling_run
 
 PIPE_BYTES = 1 << 20  # more than any of these commands prints
 
@@ -100,6 +102,58 @@ def run(main: Callable[[list[str]], object], *arguments: object, **options) -> F
     with ended([start(main, *arguments, **options)]) as (fork,):
         fork.wait()
     return fork
+
+
+def succeed(main: Callable[[list[str]], object], *arguments: object, **options) -> str:
+    """What a command prints that must end well."""
+    fork = run(main, *arguments, **options)
+    assert fork.code == 0, fork.text()
+    return fork.text()
+
+
+def refusal(fork: Fork) -> str:
+    """The one line of a command that ended with 2."""
+    assert fork.code == 2, fork.text()
+    assert "Traceback" not in fork.text(), fork.text()
+    assert len(fork.errors()) == 1, fork.text()
+    return fork.errors()[0]
+
+
+def signal_itself(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def after_phase(phase: str, act: Callable[[], None]) -> Callable[[], None]:
+    """For `before`: act is called when a calibration has saved this phase."""
+
+    def arm() -> None:
+        real = calibration_run.save_state
+
+        def save_state(folder, config, sources, state, states) -> None:
+            real(folder, config, sources, state, states)
+            if (state.done or ["trajectories"])[-1] == phase:
+                act()
+
+        calibration_run.save_state = save_state
+
+    return arm
+
+
+def before_image(number: int, act: Callable[[], None]) -> Callable[[], None]:
+    """For `before`: act is called before the image of that number, from 1, is written."""
+
+    def arm() -> None:
+        real, left = sampling_run.write_png, [number]
+
+        def write_png(path, image) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+            real(path, image)
+
+        sampling_run.write_png = write_png
+
+    return arm
 
 
 def team(world: int, main: Callable, *arguments: object, port: int) -> list[Fork]:

@@ -47,6 +47,6 @@ BENCH = {
             "finetune_batch_size": 2,
         },
     },
-    "calibration": {"samples": 8, "trajectories": 2, "batch_size": 2},
+    "calibration": {"samples": 8, "batch_size": 2},
     "sampling": {"count": 2, "batch_size": 2, "micro_batch": 2, "seed": 5},
 }

@@ -15,7 +15,7 @@ CONFIG = {
     "model": {"arch": "ddim_unet", "checkpoint": "tiny.pt", "params": PARAMS | {"norm_groups": 2}},
     "sampler": {"name": "ddim", "steps": 3, "skip": "quad", "eta": 1.0},
     "sampling": {"count": 6, "batch_size": 2, "micro_batch": 2, "seed": 5},
-    "calibration": {"samples": 48, "trajectories": 4},  # enough for 120 end-to-end steps
+    "calibration": {"samples": 48},  # enough for 120 end-to-end steps
     "quant": {
         "search": {"rounds": 2, "batch_size": 4},
         "reconstruct": {"finetune_iterations": 4, "finetune_batch_size": 4},

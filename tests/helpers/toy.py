@@ -67,9 +67,6 @@ class ToySampler:
             steps = torch.full((count,), t)
             x = x + 0.3 * on_output(x, steps, model(x, steps, y))
 
-    def guided(self, eps: torch.Tensor) -> torch.Tensor:
-        return eps
-
 
 def eps_error(model: nn.Module, states: CalibrationStates) -> float:
     """Mean squared error over the whole states."""

@@ -1,8 +1,5 @@
 """What the tests of the integer kernels for CUDA share (triton_cases.py, triton_denoisers.py)."""
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 
 from tinydm.quant.backends.triton_launch import INTERPRETED
@@ -10,16 +7,6 @@ from tinydm.quant.backends.triton_layers import CurrentTimestep
 from tinydm.quant.core.context import TimestepContext
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 def at_timestep(current: CurrentTimestep, at: TimestepContext, t: int) -> int:

@@ -19,7 +19,7 @@ def _no_settings(settings: QuantSettings) -> Values:
 
 
 def _search_settings(settings: QuantSettings) -> Values:
-    return dict(vars(settings.search))
+    return vars(settings.search) | {"weigh_steps": settings.reconstruct.weigh_steps}
 
 
 def _block_settings(settings: QuantSettings) -> Values:
@@ -48,6 +48,8 @@ BLOCK_RATES = "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding"
 PHASES = (
     # scaling of input channels
     Phase("equivalent", prepare.equivalent, leave_out="quant.equivalent_scaling=false"),
+    # bits of each layer's weights under a budget
+    Phase("bits", prepare.mixed_bits, leave_out="quant.weight.average_bits=0"),
     # activation statistics, groups by an error table
     Phase("ranges", prepare.ranges),
     # second-order rounding of the weights

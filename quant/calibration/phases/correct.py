@@ -1,82 +1,107 @@
-"""The last phase: the correction of the output."""
+"""The last phase: the correction of the output, fitted on fresh trajectories. On those that the
+weights learned from, errors are smaller than in use."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from ...core.context import plain_timestep
+from ...runtime.correction import OutputCorrection
 from ...runtime.denoiser import QuantDenoiser
 from ..drift import CallRecorder, DriftFit
 from ..ptqd import fit_tables
 from ..states import CalibrationStates
-from ..task import Job, OnOutput, Progress
+from ..task import Job, OnOutput, Progress, Sampler
 from ..wrapping import deploy
 
-Guided = Callable[[torch.Tensor], torch.Tensor]  # see Sampler.guided
-DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same; at most as many as the calibration has
+# Fresh ones of a correction; at most as many as the calibration has.
+NOISE_TRAJECTORIES = 64
+DRIFT_TRAJECTORIES = 16  # 32 and 64 gave the same
+
+# Samples fresh images with the model; the same noise each time.
+Run = Callable[[nn.Module, OnOutput], None]
 
 
 def correction(job: Job) -> dict[str, Any] | None:
-    kinds = {"ptqd": _noise_correction, "drift": _drift_correction}
-    fit = kinds.get(job.settings.correction)
-    return None if fit is None else fit(job, deploy(job.model))
-
-
-def _noise_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
-    size = job.calibration.batch_size
-    report = correct_noise(model, job.states, size, job.progress, job.sampler.guided)
-    job.model.correction = model.correction
+    kind = job.settings.correction
+    if kind == "none":
+        return None
+    model = deploy(job.model)
+    report = correct(kind, model, job.denoiser, job.sampler, job.states, job.progress)
+    assert model.correction is not None  # of the fit
+    tables = model.correction.state_dict()
+    # A deployed model has a timestep of its own, which the next one would not set.
+    job.model.correction = OutputCorrection(job.model.context, **tables)
     return report
 
 
 @torch.no_grad()
-def correct_noise(
+def correct(
+    kind: str,
     model: QuantDenoiser,
+    denoiser: nn.Module,
+    sampler: Sampler,
     states: CalibrationStates,
-    batch_size: int,
     progress: Progress,
-    guided: Guided,
 ) -> dict[str, Any]:
-    """Gives a deployed model PTQD's correction, in place; the report of the phase.
+    """Gives a deployed model a correction, in place; the report of the phase.
 
-    The tables are those of guided outputs. Applied to each half of a guided one they are the same,
-    since the halves' weights sum to 1.
+    kind: as in quant.correction. denoiser: full precision. states: of the calibration.
     """
-    full, outputs, indices = [], [], []
-    progress.begin("noise correction", len(states.timesteps))
-    for k, t in enumerate(states.timesteps):
-        rows = []
-        for x, _, conditioning in states.at_step(k, batch_size):
-            steps = torch.full((len(x),), t)
-            rows.append(model(x, steps, **conditioning).cpu())
-        full.append(guided(states.eps[k]))
-        outputs.append(guided(torch.cat(rows)))
-        indices += [int(model.context.nearest(t))] * len(full[-1])
-        progress.step(f"t = {t}")
-    progress.end()
-    tables = fit_tables(model.context, torch.cat(full), torch.cat(outputs), torch.tensor(indices))
-    model.correction = tables
-    return {"largest_k": float(model.correction.k.abs().max())}
+    fit, title, most = {
+        "ptqd": (_noise_tables, "noise correction", NOISE_TRAJECTORIES),
+        "drift": (_drift_tables, "drift correction", DRIFT_TRAJECTORIES),
+    }[kind]
+    count = min(most, states.trajectories)
+    progress.begin(title, 2 * len(states.timesteps))
 
-
-@torch.no_grad()
-def _drift_correction(job: Job, model: QuantDenoiser) -> dict[str, Any]:
-    """Fits the drift correction on fresh trajectories: those that the weights learned from drift
-    less."""
-    count = min(DRIFT_TRAJECTORIES, job.states.trajectories)
-    job.progress.begin("drift correction", 2 * len(job.states.timesteps))
-
-    def with_progress(on_output: OnOutput) -> OnOutput:
+    def run(network: nn.Module, on_output: OnOutput) -> None:
         def call(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-            job.progress.step(f"t = {int(t[0])}")
+            progress.step(f"t = {int(t[0])}")
             return on_output(x, t, eps)
 
-        return call
+        sampler.run(network, call, count)
 
+    tables, report = fit(model, denoiser, run)
+    progress.end()
+    model.correction = tables
+    return {"largest_k": float(tables.k.abs().max())} | report
+
+
+def _noise_tables(
+    model: QuantDenoiser, denoiser: nn.Module, run: Run
+) -> tuple[OutputCorrection, dict[str, Any]]:
+    """PTQD's, of the outputs that the sampler gets: after guidance.
+
+    Applied to each half of a guided one they are the same, since the halves' weights sum to 1. The
+    second run goes along the first one's trajectories, whatever the quantized model says.
+    """
+    full: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    indices: list[int] = []
+
+    def keep_full(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        full.append(eps)
+        indices.extend([int(model.context.nearest(plain_timestep(t[0])))] * len(eps))
+        return eps
+
+    def keep(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        outputs.append(eps)
+        return full[len(outputs) - 1]
+
+    run(denoiser, keep_full)
+    run(model, keep)
+    eps, eps_q = torch.cat(full).cpu(), torch.cat(outputs).cpu()
+    return fit_tables(model.context, eps, eps_q, torch.tensor(indices)), {}
+
+
+def _drift_tables(
+    model: QuantDenoiser, denoiser: nn.Module, run: Run
+) -> tuple[OutputCorrection, dict[str, Any]]:
     recorder = CallRecorder()
-    job.sampler.run(job.denoiser, with_progress(recorder), count)
-    fit = DriftFit(job.model.context, recorder.calls)
-    job.sampler.run(model, with_progress(fit), count)
-    job.progress.end()
-    job.model.correction = fit.correction()
-    return {"largest_k": float(job.model.correction.k.abs().max()), "drift": fit.drift}
+    run(denoiser, recorder)
+    fit = DriftFit(model.context, recorder.calls)
+    run(model, fit)
+    return fit.correction(), {"drift": fit.drift}

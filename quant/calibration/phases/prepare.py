@@ -1,12 +1,14 @@
 """The first phases: scaling of channels, ranges and groups, rounding, search."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from .. import gptq, grouping, timesteps
+from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
+from ..mixed_bits import curvatures, free_layers, losses, set_bits, share_out
 from ..search import SearchResult
 from ..search import search as search_groups
 from ..statistics import Statistics
@@ -15,13 +17,16 @@ from ..wrapping import activation_quantizers
 
 STATISTICS_TRAJECTORIES = 8  # at each timestep
 STATISTICS_CONDITIONED = 32  # likewise: classes and texts have ranges of their own
+ERROR_TRAJECTORIES = 4  # at each step, for the first estimate of its error
 MOST_PROBES = 64  # samples, all steps alike, that a layer's own measures look at
+ROUNDING_PROBES = 256  # likewise of second-order rounding: four rows for each column of a 4 x 4 map
+JUDGING_SHARE = 8  # one of so many trajectories judges the rounding
 
 
-def _probes(job: Job) -> torch.Tensor:
+def _probes(job: Job, most: int = MOST_PROBES) -> torch.Tensor:
     """Samples (n, 2) of all steps alike, in random order; no more than there are states."""
     generator, count = job.generator("equivalent"), len(job.states.timesteps)
-    number = min(MOST_PROBES, count * job.states.trajectories)
+    number = min(most, count * job.states.trajectories)
     steps = timesteps.all_steps(number, count)[torch.randperm(number, generator=generator)]
     return timesteps.tuples_of_steps(steps, job.states.trajectories, generator)
 
@@ -39,21 +44,90 @@ def equivalent(job: Job) -> dict[str, Any] | None:
     return {"relative_errors": relative}
 
 
+def mixed_bits(job: Job) -> dict[str, Any] | None:
+    weight = job.settings.weight
+    if weight.average_bits == 0:
+        return None
+    layers = free_layers(job.model, weight.bits)
+    size, probes = job.calibration.batch_size, _probes(job)
+    job.progress.begin("bits of the layers", -(-len(probes) // size) + 1)
+    found = curvatures(
+        job.denoiser,
+        list(layers),
+        job.states,
+        probes,
+        job.importance,
+        size,
+        job.generator("bits"),
+        lambda: job.progress.step(""),
+    )
+    losses_of = {name: losses(layer, found[name]) for name, layer in layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    bits = share_out(losses_of, sizes, weight.average_bits)
+    set_bits(job.model, bits)
+    job.progress.step("")
+    job.progress.end()
+    return {"bits": bits}
+
+
 def ranges(job: Job) -> dict[str, Any]:
     """Methods without groups see what their own calibration samples see, the others all steps."""
     activation = job.settings.activation
     quantizers = list(activation_quantizers(job.model))
     if activation.search == "none":
         _select(job, None)
-    job.progress.begin("activation ranges", len(quantizers))
+    searched = activation.search == "differentiable"
+    passes = 2 if searched and job.settings.reconstruct.weigh_steps else 1
+    job.progress.begin("activation ranges", passes * len(quantizers))
     stats = statistics_of(job, job.collect)
-    for name, quantizer in quantizers:
-        grouping.assign(
-            quantizer, stats[name], activation.groups, activation.search, activation.scale
-        )
-        job.progress.step("")
+    report: dict[str, Any] = {"quantizers": len(quantizers)}
+    weight = None
+    for _ in range(passes):
+        for name, quantizer in quantizers:
+            grouping.assign(
+                quantizer,
+                stats[name],
+                activation.groups,
+                activation.search,
+                activation.scale,
+                weight,
+            )
+            job.progress.step("")
+        if searched and weight is None:
+            errors = step_errors(job)
+            report["step_errors"] = errors.tolist()
+            weight = _contributions(job, errors)
     job.progress.end()
-    return {"quantizers": len(quantizers)}
+    return report
+
+
+def _contributions(job: Job, errors: torch.Tensor) -> torch.Tensor:
+    """How much each calibrated timestep adds to the error of the image. errors (S,): eps errors of
+    the sampling steps."""
+    context = job.model.context
+    nearest = context.nearest(torch.tensor(job.states.timesteps))
+    sums = torch.zeros(len(context.timesteps))
+    return sums.index_add(0, nearest, _importance(job) * errors)
+
+
+def _importance(job: Job) -> torch.Tensor:
+    """Of the sampling steps (S,), or all alike where the method does not weigh them."""
+    weigh = job.settings.reconstruct.weigh_steps
+    return job.importance if weigh else torch.ones_like(job.importance)
+
+
+@torch.no_grad()
+def step_errors(job: Job) -> torch.Tensor:
+    """Mean squared eps error of the model under calibration at each sampling step, (S,)."""
+    count = len(job.states.timesteps)
+    steps = torch.arange(count).repeat_interleave(min(ERROR_TRAJECTORIES, job.states.trajectories))
+    index = timesteps.tuples_of_steps(steps, job.states.trajectories, job.generator("errors"))
+    found = torch.zeros(count)
+    for part in index.split(job.calibration.batch_size):
+        x, t, eps, conditioning = job.states.gather(part)
+        error = (job.model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
+        found.index_add_(0, part[:, 0], error.cpu())
+    return found / steps.bincount(minlength=count)
 
 
 def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> dict[str, Statistics]:
@@ -72,10 +146,17 @@ def rounding(job: Job) -> dict[str, Any] | None:
     if job.settings.weight.rounding != "gptq":
         return None
     job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
+    probes = _probes(job, ROUNDING_PROBES)
+    judging = probes[:, 1] % JUDGING_SHARE == 0
+    if judging.all() or not judging.any():  # of too few trajectories: all of them do both
+        learning = judging = torch.ones_like(judging)
+    else:
+        learning = ~judging
     gains = gptq.compensate(
         job.model,
         job.states,
-        _probes(job),
+        probes[learning],
+        probes[judging],
         job.calibration.batch_size,
         job.calibration.memory_gb,
         job.progress.step,
@@ -85,22 +166,20 @@ def rounding(job: Job) -> dict[str, Any] | None:
 
 
 def _select(job: Job, result: SearchResult | None) -> None:
-    """Chooses the calibration tuples. result: of the search, for active selection."""
+    """Chooses the calibration tuples, all different. result: of the search, for the rule active."""
     calibration, generator = job.calibration, job.generator("search")
     samples, count = calibration.samples, len(job.states.timesteps)
     tuples = torch.zeros(0, 2, dtype=torch.long)
     if calibration.timesteps == "active" and result is not None:
-        tuples = timesteps.spread(result.tuples, samples)
-        steps = result.selector.pick(samples - len(tuples))
+        tuples, draw = timesteps.spread(result.tuples, samples), result.selector.pick
     elif calibration.timesteps == "uniform":
-        steps = timesteps.uniform_steps(samples, count)
+        draw = partial(timesteps.uniform_steps, count=count, spaced=distinct.UNIFORM_STEPS)
     elif calibration.timesteps == "normal":
-        steps = timesteps.normal_steps(samples, count, generator)
+        draw = partial(timesteps.normal_steps, count=count, generator=generator)
     else:
-        steps = timesteps.all_steps(samples, count)
-    if len(steps):
-        more = timesteps.tuples_of_steps(steps, job.states.trajectories, generator)
-        tuples = torch.cat([tuples, more])
+        draw = partial(timesteps.all_steps, count=count)
+    trajectories = job.states.trajectories
+    tuples = distinct.fill(tuples, draw, samples, count, trajectories, generator)
     job.state.tuples = tuples
     job.state.report["tuples_per_step"] = torch.bincount(tuples[:, 0], minlength=count).tolist()
 
@@ -119,7 +198,8 @@ def search(job: Job) -> dict[str, Any] | None:
         job.states,
         settings,
         job.generator("search"),
-        job.importance.sqrt(),  # the other root is in how often the search chooses a step
+        _importance(job),
+        torch.tensor(job.state.report["ranges"]["step_errors"]),
         lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
     )
     job.progress.end()

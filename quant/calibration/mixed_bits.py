@@ -1,0 +1,134 @@
+"""Bits of each layer's weights under a common budget.
+
+If the weights alone are off by D, the eps error is the quadratic form |J D|^2 near full precision,
+where J is the derivative of eps by the weights. Rounding errors of different weights are unrelated,
+so that the diagonal is what counts:
+
+    loss of a layer at b bits = sum over its weights of h D(b)^2
+    h = E[(J^T r)^2], where r are random signs
+
+h takes one backward pass for each batch of samples, whatever the number of layers and bits. The
+bits are then given out one after the other, each to the layer that gains most for its size.
+
+Legend: O output channels, I input channels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..core.affine import dequantize, round_to_nearest
+from ..runtime.denoiser import QuantDenoiser
+from .layers import CalibLayer
+from .states import CalibrationStates
+from .weights import WeightQuantizer, minmax_scale, mse_scale
+
+CHOICES = tuple(range(2, 9))  # bits
+COMPARED_RANGES = 12  # weight ranges tried while bits are compared
+
+
+def free_layers(model: QuantDenoiser, bits: int) -> dict[str, CalibLayer]:
+    """The layers in general, by the name of the layer that they replace: those of `bits` bits whose
+    inputs are quantized to at most 8 bits. The first, the last and those of the timestep alone keep
+    their own."""
+    return {
+        name: module
+        for name, module in model.denoiser.named_modules()
+        if isinstance(module, CalibLayer)
+        and module.quantizer.bits == bits
+        and len(module.inputs)
+        and all(q.bits <= 8 for q in module.inputs)
+    }
+
+
+def curvatures(
+    denoiser: nn.Module,
+    names: Sequence[str],
+    states: CalibrationStates,
+    tuples: torch.Tensor,
+    importance: torch.Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """h of each weight of the named full-precision layers, shaped like the weight.
+
+    tuples (n, 2) of the states; importance (S,): weight of an eps error at each sampling step.
+    """
+    weights = [denoiser.get_submodule(name).get_parameter("weight") for name in names]
+    wanted = [p.requires_grad for p in denoiser.parameters()]
+    denoiser.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    found = [torch.zeros_like(weight) for weight in weights]
+    try:
+        for start in range(0, len(tuples), batch_size):
+            index = tuples[start : start + batch_size]
+            x, t, _, conditioning = states.gather(index)
+            eps = denoiser(x, t.to(x.device), **conditioning)
+            signs = torch.randint(2, eps.shape, generator=generator).to(eps) * 2 - 1
+            root = importance[index[:, 0]].sqrt().to(eps)
+            total = ((eps * signs).flatten(1).sum(1) * root).sum()
+            for h, gradient in zip(found, torch.autograd.grad(total, weights), strict=True):
+                h += gradient.square()
+            on_batch()
+    finally:
+        for p, value in zip(denoiser.parameters(), wanted, strict=True):
+            p.requires_grad_(value)
+    return dict(zip(names, found, strict=True))
+
+
+@torch.no_grad()
+def losses(layer: CalibLayer, curvature: torch.Tensor) -> dict[int, float]:
+    """Loss of a layer at each choice of bits, with its weights rounded to nearest."""
+    weight, r = layer.weight, layer.channel_scale
+    if r is not None:  # the layer holds W / r
+        curvature = curvature * r.square().view(1, -1, *(1,) * (weight.dim() - 2))
+    kind = layer.quantizer.scale_search
+    search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
+    found = {}
+    for bits in CHOICES:
+        scale, zero = search(weight, bits)
+        error = dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero) - weight
+        found[bits] = float((curvature * error.square()).sum())
+    return found
+
+
+def share_out(
+    losses_of: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average_bits: float
+) -> dict[str, int]:
+    """Bits of each layer, of a mean over the weights of at most average_bits.
+
+    losses_of: loss by bits of each layer; sizes: its number of weights.
+    """
+    chosen = {name: min(of) for name, of in losses_of.items()}
+    left = average_bits * sum(sizes.values()) - sum(sizes[n] * b for n, b in chosen.items())
+
+    def best_step(name: str) -> tuple[float, int]:
+        """(loss that a bit of the file saves, new bits); several bits at once may save more."""
+        of, now = losses_of[name], chosen[name]
+        steps = [
+            ((of[now] - of[b]) / (sizes[name] * (b - now)), b)
+            for b in of
+            if b > now and sizes[name] * (b - now) <= left
+        ]
+        return max(steps, default=(0.0, now))
+
+    while True:
+        gains = {name: best_step(name) for name in chosen}
+        name = max(gains, key=lambda n: gains[n][0])
+        if gains[name][0] <= 0:
+            return chosen
+        left -= sizes[name] * (gains[name][1] - chosen[name])
+        chosen[name] = gains[name][1]
+
+
+def set_bits(model: QuantDenoiser, bits: Mapping[str, int]) -> None:
+    """Gives the named layers quantizers of so many bits."""
+    for name, count in bits.items():
+        layer = model.denoiser.get_submodule(name)
+        assert isinstance(layer, CalibLayer)
+        kind = layer.quantizer.scale_search
+        layer.weight_quantizer = WeightQuantizer(layer.weight, count, kind)

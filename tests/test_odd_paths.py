@@ -1,0 +1,139 @@
+"""Names that are no files or folders: pipes, devices, links that lead nowhere, empty ones.
+
+python -m pytest tests/test_odd_paths.py
+"""
+
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import calibrate
+import sample_diffusion
+from tests.helpers import forks
+from tests.helpers.images import write_images
+from tinydm.scripts import evaluate, report, train_ddim, train_ldm
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import write_text
+
+
+def make_device(path: Path) -> None:
+    """As /dev/full."""
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+
+
+def make_link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def make_link_to_nothing(path: Path) -> None:
+    path.symlink_to(path.parent / "nothing" / "here")
+
+
+def make_file(path: Path) -> None:
+    path.write_text("of the user")
+
+
+ODD = [os.mkfifo, make_link_to_itself, make_link_to_nothing]
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+ODD_WITH_DEVICE = [*ODD, pytest.param(make_device, marks=AS_ROOT)]
+Make = Callable[[Path], None]
+
+
+def only_line(fork: forks.Fork) -> str:
+    """All that a refused command printed."""
+    assert fork.code == 2, fork.text()
+    lines = fork.text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), fork.text()
+    return lines[0]
+
+
+def run(main: Callable, *arguments: object) -> forks.Fork:
+    """A command that waits for ever is ended by its alarm."""
+    return forks.run(main, *arguments, before=lambda: signal.alarm(20))
+
+
+@pytest.mark.parametrize("make", ODD_WITH_DEVICE)
+def test_what_is_no_file_is_neither_written_nor_replaced(tmp_path: Path, make: Make) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    for name in ("x.json", "x.npz", "x.png"):
+        make(tmp_path / name)
+        before = (tmp_path / name).lstat()
+        with pytest.raises(ConfigError, match="something else than a file"):
+            write_text(tmp_path / name, "text")
+        assert os.path.samestat((tmp_path / name).lstat(), before)
+    for option, name in (("--json", "x.json"), ("--save-stats", "x.npz")):
+        line = only_line(run(evaluate.main, images, images, option, tmp_path / name))
+        assert f"argument {option}: {tmp_path / name}: there is something else" in line
+
+
+@pytest.mark.parametrize("make", [*ODD, Path.mkdir])
+def test_a_grid_that_is_no_file(room: Path, tmp_path: Path, make: Make) -> None:
+    make(tmp_path / "x.png")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
+    line = only_line(run(sample_diffusion.main, *arguments, "--grid", tmp_path / "x.png"))
+    assert str(tmp_path / "x.png") in line and not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+@pytest.mark.parametrize("option", ["--json", "--save-stats"])
+def test_names_of_no_file(tmp_path: Path, option: str, name: str) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    line = only_line(run(evaluate.main, images, images, option, name))
+    assert f"argument {option}: '{name}' is no name of a file" in line
+
+
+@pytest.mark.parametrize("below", ["", "below/it"])
+@pytest.mark.parametrize("make", [*ODD, make_file])
+@pytest.mark.parametrize("command", [calibrate, sample_diffusion, train_ddim, train_ldm])
+def test_a_folder_that_cannot_be_one(
+    tmp_path: Path, command: ModuleType, make: Make, below: str
+) -> None:
+    make(tmp_path / "x")
+    source = "--data" if command in (train_ddim, train_ldm) else "--config"
+    line = only_line(run(command.main, source, "x", "--out", tmp_path / "x" / below))
+    assert f"{tmp_path / 'x'} is no folder; give another name" in line
+
+
+@pytest.mark.parametrize("command", [calibrate, sample_diffusion, train_ddim])
+def test_an_empty_name_is_not_the_folder_of_today(command: ModuleType) -> None:
+    """As of --out "$UNSET"."""
+    assert "'' is no name of a folder" in only_line(run(command.main, "--out", "", "--data", "x"))
+
+
+@pytest.mark.parametrize("make", ODD_WITH_DEVICE)
+@pytest.mark.parametrize("option", ["--config", "--prompts", "--ckpt", "--quantized"])
+def test_what_is_no_file_is_not_read(room: Path, tmp_path: Path, option: str, make: Make) -> None:
+    make(tmp_path / "x")
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
+    line = only_line(run(sample_diffusion.main, *arguments, option, tmp_path / "x"))
+    assert str(tmp_path / "x") in line
+
+
+@pytest.mark.parametrize("make", [*ODD, make_file])
+def test_a_report_of_what_is_no_folder(tmp_path: Path, make: Make) -> None:
+    make(tmp_path / "x")
+    assert only_line(run(report.main, tmp_path / "x")).endswith("give a run of calibrate.py")
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "words"),
+    [
+        ("", "model.checkpoint is not set"),
+        ("https://example.org/x.ckpt", "is an address; download it"),
+        ("nowhere/at/all.ckpt", "no such file; check the path"),
+    ],
+)
+def test_a_checkpoint_that_is_no_path(room: Path, tmp_path: Path, ckpt: str, words: str) -> None:
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
+    assert words in only_line(run(sample_diffusion.main, *arguments, "--ckpt", ckpt))
+
+
+def test_no_metrics_need_no_network(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    arguments = (images, images, "--metrics", "none", "--inception", tmp_path / "no such file")
+    assert run(evaluate.main, *arguments).code == 0
