@@ -40,7 +40,7 @@ from tinydm.scripts.experiment.cli import (
     make_parser,
     refuse_options,
 )
-from tinydm.scripts.experiment.config import load_config
+from tinydm.scripts.experiment.config import Override, load_config
 from tinydm.scripts.experiment.device_defaults import device_memory, for_calibration
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
@@ -62,7 +62,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_out(parser, "run folder")
     parser.add_argument("--resume", action="store_true", help="go on after the last phase")
     parser.add_argument("--overwrite", action="store_true", help="calibrate anew into OUT")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--bundle", action="store_true", help="the file also carries first stage, text towers, ..."
+    )
+    args = parser.parse_args(argv)
+    if args.bundle:
+        args.overrides = [*args.overrides, Override("model.bundle", "true", "--bundle")]
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -114,6 +114,7 @@ class DiffusersDenoiser(nn.Module):
     """
 
     model: Any  # of a class of diffusers, which is not imported here
+    is_original_dit = False  # whose timestep has other frequencies than diffusers', dit_original.py
 
     def __init__(self, model: nn.Module):
         super().__init__()

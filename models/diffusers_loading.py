@@ -11,6 +11,7 @@ neither classes nor every scheduler what they want.
 import copy
 import hashlib
 import inspect
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class DiffusersFolder:
     def open(cls, text: str | Path, weights: str = "ema") -> "DiffusersFolder":
         """text: a folder, or a name in the local cache of the hub. weights: "ema" takes unet_ema
         where it is there. Raises CheckpointError."""
-        path = _located(text)
+        path = located(text)
         file = path / "model_index.json"
         index = read_json(file) if file.is_file() else _index_of_parts(path)
         name = index.get("_class_name")
@@ -114,8 +115,33 @@ class DiffusersFolder:
         config = read_json(self.denoiser / "config.json")
         return build(str(config.get("_class_name")), config, self.denoiser / "config.json")
 
+    def scheduler_config(self) -> dict[str, Any]:
+        return read_json(self.scheduler)
 
-def _located(text: str | Path) -> Path:
+    def small_files(self) -> dict[Path, bytes]:
+        """What is read besides weights and the denoiser's configuration, by its place in a folder
+        of diffusers."""
+        weights = (".safetensors", ".bin", ".index.json")
+        kept = [p for p in self.files(with_denoiser=False) if p.parent != self.denoiser]
+        kept = [p for p in kept if p != self.scheduler and not p.name.endswith(weights)]
+        found = {Path(p.parent.name, p.name): p.read_bytes() for p in kept}
+        return found | {Path("scheduler/scheduler_config.json"): self.scheduler.read_bytes()}
+
+    def assembled(self, given: dict[str, Any]) -> Any:
+        """diffusers' pipeline with these parts and those of the folder. Raises what the libraries
+        raise."""
+        variants = [p for p in self.files(with_denoiser=False) if ".fp16" in p.name]
+        return library().DiffusionPipeline.from_pretrained(
+            self.path,
+            variant="fp16" if variants else None,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            **given,
+        )
+
+
+def located(text: str | Path) -> Path:
+    """A folder, or that of a name in the local cache of the hub. Raises CheckpointError."""
     path = Path(text)
     if path.is_dir():
         return path
@@ -190,7 +216,7 @@ class PixelLoop:
 
 def scheduler_of(folder: DiffusersFolder) -> Any:
     """The scheduler of the folder's file. Raises CheckpointError for one that does not exist."""
-    config = read_json(folder.scheduler)
+    config = folder.scheduler_config()
     diffusers = library()
     name = str(config.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
@@ -213,17 +239,10 @@ def folder_pipe(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> 
     given |= {name: None for name in CHECKERS if name in folder.index}
     if "requires_safety_checker" in folder.index:
         given["requires_safety_checker"] = False
-    variants = [p for p in folder.files(with_denoiser=False) if ".fp16" in p.name]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe = library().DiffusionPipeline.from_pretrained(
-                folder.path,
-                variant="fp16" if variants else None,
-                torch_dtype=torch.float32,
-                local_files_only=True,
-                **given,
-            )
+            pipe = folder.assembled(given)
     except Exception as error:  # whatever the libraries raise for files that are not whole
         raise failure(folder.path, f"no {folder.kind}: {error}", "download it again") from error
     setattr(pipe, folder.part, tap)
@@ -234,6 +253,31 @@ def folder_pipe(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> 
             if hasattr(part, "use_slicing"):
                 cast(Any, part).use_slicing = True  # one image after the other: less memory
     return pipe
+
+
+def write_parts(folder: DiffusersFolder, pipe: Any, target: Path) -> None:
+    """Writes what sampling reads besides the denoiser's weights, as a folder that
+    DiffusersFolder.open takes, with weights in half precision. pipe: of folder_pipe."""
+    denoiser = pipe.components[folder.part]
+    config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")}
+    config["_class_name"] = type(denoiser.original).__name__
+    texts = {Path("model_index.json"): folder.index, Path(folder.part, "config.json"): config}
+    written = {place: json.dumps(dict(value)).encode() for place, value in texts.items()}
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name != folder.part:
+            cast(Any, _halved(part)).save_pretrained(target / name, max_shard_size="1000GB")
+    for place, content in (written | folder.small_files()).items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        (target / place).write_bytes(content)
+
+
+def _halved(part: nn.Module) -> nn.Module:
+    """A copy on the CPU in half precision, but for what is too large for it."""
+    part = copy.deepcopy(part).cpu()
+    for value in part.parameters():
+        half = value.data.half()
+        value.data = half if torch.isfinite(half).all() else value.data
+    return part
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:

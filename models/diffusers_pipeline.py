@@ -12,6 +12,7 @@ Shapes: B images, C x H x W what the denoiser sees.
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from .diffusers_loading import (
     folder_pipe,
     pipe_beside,
     scheduler_of,
+    write_parts,
 )
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import SamplingError
@@ -79,7 +81,9 @@ class DiffusersPipeline:
         device: str | torch.device = "cpu",
     ):
         self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
+        self._output: torch.Tensor | None = None
         self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
+        self._source = source
         if isinstance(source, DiffusersFolder):
             self.kind, self._scheduler = source.kind, scheduler_of(source)
             self._pipe = folder_pipe(source, self._tap, self._scheduler)
@@ -219,6 +223,10 @@ class DiffusersPipeline:
             raise ValueError(f"sampling.classes must be a list of numbers within {limits}")
         return labels_of(self.num_classes or 0, indices, seed, classes, shuffled=not self.prompts)
 
+    def write_parts(self, target: Path) -> None:
+        """Of a folder: what sampling reads besides the denoiser's weights, see write_parts."""
+        write_parts(self._source, self._pipe, target)
+
     # ---- sampling ----
 
     @torch.no_grad()
@@ -289,7 +297,7 @@ class DiffusersPipeline:
         arguments |= {n: [arguments[n]] * len(indices) for n in PICTURES if n in arguments}
         if labels is not None and not self.prompts:
             arguments["class_labels"] = labels.tolist()
-        self._tap.call = FixedBatch(denoiser, self.micro_batch)
+        self._tap.call = self._kept(FixedBatch(denoiser, self.micro_batch))
         try:
             with self._steps(generators, on_output, latent):
                 images = self._pipe(**arguments, output_type="np").images
@@ -302,6 +310,25 @@ class DiffusersPipeline:
         finally:
             self._tap.call = None
         return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
+
+    def _kept(self, model: Eps) -> Eps:
+        """The model, whose last output is kept: some pipelines cut off a learned variance."""
+
+        def call(x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+            self._output = model(x, t, **named)
+            return self._output
+
+        return call
+
+    def _with_variance(self, output: Any, x: torch.Tensor) -> Any:
+        """The output with the learned variance that the scheduler wants and did not get."""
+        kind = getattr(self._scheduler.config, "variance_type", None)
+        channels, given = x.shape[1], self._output
+        if kind not in ("learned", "learned_range") or output.shape[1] != channels:
+            return output
+        if given is None or given.shape[1] != 2 * channels or len(given) != len(output):
+            return output
+        return torch.cat([output, given[:, channels:]], dim=1)
 
     @contextmanager
     def _steps(
@@ -318,6 +345,7 @@ class DiffusersPipeline:
                 named["generator"] = generators * (len(x) // len(generators))
             if on_output is not None:
                 output = self._shown(on_output, output, t, x)
+            output = self._with_variance(output, x)
             wanted = named.pop("return_dict", True)
             result = step(output, t, x, *args, **named, return_dict=True)
             done += 1

@@ -6,17 +6,19 @@
 
 RUN is a run folder of calibrate.py, or its quantized.safetensors. --out is RUN/quantized.onnx by
 default. Then each runtime of --check computes the calls of a short trajectory, and its
-signal-to-noise ratio to the fake backend is printed, the lowest of all timesteps. One that is not
-installed is named. Example inputs come from the pipeline, so that it needs what sampling needs.
+signal-to-noise ratio to the fake backend is printed, the lowest of all timesteps: at least 45 dB,
+or what float rounding leaves (docs/export.md). One that is not installed is named. Example inputs
+come from the pipeline, so that it needs what sampling needs.
 
     pip install onnx onnxscript onnxruntime openvino
 
-Exit codes: 0 done, 2 bad input or below 45 dB, 130 interrupted.
+Exit codes: 0 done, 2 bad input or another output, 130 interrupted.
 """
 
 from tinydm.scripts.start import run  # first: it watches over the imports below
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -37,11 +39,12 @@ from tinydm.scripts.experiment.cli import (
 )
 from tinydm.scripts.experiment.config import Config, load_config, parse_config
 from tinydm.scripts.experiment.folder_config import config_of_folder
-from tinydm.scripts.exporting.calls import Call, few_steps, record_calls
+from tinydm.scripts.exporting.calls import Call, decibels, few_steps, record_calls
 from tinydm.scripts.exporting.onnx_file import OPSET, check_packages, write_onnx
 from tinydm.scripts.exporting.runtimes import RUNTIMES, not_installed, prepare
 
-LOWEST = 45.0  # dB
+LOWEST = 45.0  # dB, or MARGIN below what float rounding alone does to the fake backend
+MARGIN = 3.0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -81,7 +84,7 @@ def read_config(args: argparse.Namespace, file: Path) -> Config:
 
 
 def check(runtime: str, path: Path, calls: list[Call]) -> str:
-    """The line of a report. Raises RunError below LOWEST."""
+    """The line of a report. Raises RunError where the runtime computes something else."""
     absent = not_installed([runtime])
     if absent is not None:
         return f"{RUNTIMES[runtime]}: not checked, {absent}"
@@ -93,19 +96,16 @@ def check(runtime: str, path: Path, calls: list[Call]) -> str:
         seconds += time.perf_counter() - began
         found.append((decibels(output, call.output), float(call.t)))
     worst, t = min(found)
-    steps = len({t for _, t in found})
-    line = f"{RUNTIMES[runtime]}: {worst:.1f} dB to the fake backend at the worst of {steps} "
-    line += f"timesteps (t = {t:g}), {1000 * seconds / len(calls):.1f} ms a call"
-    if not worst >= LOWEST:
-        raise RunError(f"{path}: {line}; at least {LOWEST:g} dB are expected")
+    own = min(call.own for call in calls)
+    line = f"{RUNTIMES[runtime]}: {worst:.1f} dB to the fake backend at the worst of "
+    line += f"{len({t for _, t in found})} timesteps (t = {t:g})"
+    if own < math.inf:
+        line += f"; float rounding alone moves the fake backend by {own:.1f} dB"
+    line += f"; {1000 * seconds / len(calls):.1f} ms a call"
+    lowest = min(LOWEST, own - MARGIN)
+    if not worst >= lowest:
+        raise RunError(f"{path}: {line}; at least {lowest:.1f} dB are expected")
     return line
-
-
-def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Signal-to-noise ratio of an output."""
-    expected = expected.double()
-    error = (output.double() - expected).square().sum().clamp(min=1e-300)
-    return float(10 * torch.log10(expected.square().sum() / error))
 
 
 def main(argv: list[str] | None = None) -> None:

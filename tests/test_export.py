@@ -123,8 +123,10 @@ def test_the_smallest_network_with_everything(tmp_path: Path) -> None:
         if runtimes.not_installed([name]) is None:
             assert "dB to the fake backend at the worst of 9" in export.check(name, file, calls)
     wrong = calls[1]._replace(output=calls[1].output + 1)
-    with pytest.raises(RunError, match="at least 45 dB are expected"):
+    with pytest.raises(RunError, match="at least 45.0 dB are expected"):
         export.check("onnxruntime", file, [calls[0], wrong])
+    chaotic = wrong._replace(own=0.0)  # a network that float rounding alone moves as much
+    assert "moves the fake backend by 0.0 dB" in export.check("onnxruntime", file, [chaotic])
     one = Call(calls[0].x[:1], calls[0].t, {}, calls[0].output[:1])  # any number of samples
     assert "dB" in export.check("onnxruntime", file, [one])
 

@@ -39,7 +39,8 @@ PUBLISHED = {
 
 
 def test_every_configuration_has_a_count() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(PUBLISHED)
+    known = {*PUBLISHED, "dit_xl2"}  # diffusers builds that one: test_dit_original.py
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == known
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -11,16 +11,18 @@ Tensors
     activations.group      uint8 (L, S)     group of each calibrated timestep
     float.<parameter>      float32          what is not quantized: norms, embeddings
     correction.*           float32          optional, see correction.py
+    beside.*               any              optional: what the caller adds, read by read_beside
 
 Metadata: format, version, digest (sha256 of all tensors and the other metadata), architecture
 (sha256 of names and shapes), layers (the table, JSON), timesteps, train_timesteps, and what the
-caller adds (config, source checkpoint, versions).
+caller adds (config, source checkpoint, versions). same: JSON, tensors that are copies of others and
+are not stored -> these.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from .quantizer import ActivationQuantizer
 FORMAT = "tinydm-quantized"
 VERSION = "2"
 ANY = "any"  # train_timesteps where timesteps are any real numbers
+BESIDE = "beside."
+LEAST_SHARED = 4096  # bytes of a tensor that is worth a line in `same`
 MOST_TRAIN_TIMESTEPS, MOST_CALIBRATED = 100_000, 255  # as the configuration allows them
 
 
@@ -97,8 +101,13 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
     return table
 
 
-def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
-    """The file's content. model: deployed (QuantDenoiser.deploy)."""
+def to_bytes(
+    model: QuantDenoiser,
+    metadata: dict[str, str],
+    beside: Mapping[str, torch.Tensor] | None = None,
+) -> bytes:
+    """The file's content. model: deployed (QuantDenoiser.deploy). beside: tensors that belong to
+    other parts of the pipeline, on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     scales, zero_points, biases, quantizers = [], [], [], []
     channel_scales = [torch.zeros(0)]
@@ -140,6 +149,7 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
     }
     if model.correction is not None:
         tensors |= {f"correction.{k}": v.cpu() for k, v in model.correction.state_dict().items()}
+    tensors |= {f"{BESIDE}{name}": value.contiguous() for name, value in (beside or {}).items()}
     limit = model.context.train_timesteps
     metadata = metadata | {
         "format": FORMAT,
@@ -149,8 +159,26 @@ def to_bytes(model: QuantDenoiser, metadata: dict[str, str]) -> bytes:
         "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
         "train_timesteps": ANY if limit is None else str(limit),
     }
+    if copies := _copies(tensors):
+        metadata["same"] = json.dumps(copies, separators=(",", ":"))
+        tensors = {name: value for name, value in tensors.items() if name not in copies}
     metadata["digest"] = digest_of(tensors, metadata)
     return _sorted_header(save({name: tensors[name] for name in sorted(tensors)}, metadata))
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Weights that are copies -> the first of them: DiT of diffusers has its embeddings in every
+    block."""
+    first: dict[tuple, str] = {}
+    found = {}
+    for name, value in sorted(tensors.items()):
+        weights = name.startswith("float.") or name.endswith(".qweight")
+        if weights and value.nbytes >= LEAST_SHARED:
+            content = hashlib.sha256(value.view(-1).view(torch.uint8).numpy().tobytes()).digest()
+            known = first.setdefault((value.dtype, value.shape, content), name)
+            if known != name:
+                found[name] = known
+    return found
 
 
 def _sorted_header(content: bytes) -> bytes:
@@ -232,10 +260,27 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             texts = dict(handle.metadata())
         if digest_of(tensors, texts) != metadata.get("digest"):
             raise ValueError("its content does not match its checksum; copy or make it again")
+        for name, first in dict(json.loads(texts.get("same", "{}"))).items():
+            if name in tensors or first not in tensors:
+                raise ValueError("damaged: a tensor is called a copy of one that is not there")
+            tensors[name] = tensors[first]
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PackedFileError(f"{path}: {reason}") from error
     return tensors, metadata
+
+
+def read_beside(path: str | Path) -> dict[str, torch.Tensor]:
+    """What `to_bytes` got as `beside`; nothing where there was none. The checksum is compared when
+    the denoiser is loaded. Raises PackedFileError."""
+    read_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = [name for name in handle.keys() if name.startswith(BESIDE)]  # noqa: SIM118
+            return {name.removeprefix(BESIDE): handle.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PackedFileError(f"{path}: {reason}") from error
 
 
 def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
@@ -245,6 +290,7 @@ def load_quantized(path: str | Path, denoiser: nn.Module) -> QuantDenoiser:
     is changed in place. Raises PackedFileError with the first thing that does not fit.
     """
     tensors, metadata = read_tensors(path)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(BESIDE)}
     try:
         shapes = {name: list(value.shape) for name, value in denoiser.state_dict().items()}
         if architecture_hash(shapes) != metadata.get("architecture"):

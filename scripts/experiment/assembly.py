@@ -19,14 +19,16 @@ from ...models.diffusers_denoiser import DiffusersDenoiser
 from ...models.diffusers_folder import scheduler_says
 from ...models.diffusers_loading import DiffusersFolder
 from ...models.diffusers_pipeline import DiffusersPipeline
+from ...models.dit_original import OriginalDiT
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
 from ...quant.runtime.denoiser import QuantDenoiser
-from ...quant.runtime.packed_file import load_quantized, read_metadata
+from ...quant.runtime.packed_file import load_quantized, read_beside, read_metadata
 from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
+from .bundle import CONDITIONING, FIRST_STAGE, bundle_of, unpacked
 from .config import Config, parse_config, repository_path
 from .config_sections import ConditioningConfig
 from .downloads import hub_folder, is_hub_id
@@ -63,6 +65,8 @@ def assemble(
     precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
+    if quantized is not None:
+        files.beside, files.packed = read_beside(quantized), Path(quantized)
     if config.model.arch == DIFFUSERS:
         model, parts = _of_folder(config, files, torch.device(device), quantized)
     else:
@@ -95,7 +99,19 @@ def source_digest(config: Config) -> str:
 
 
 def _folder_of(config: Config) -> DiffusersFolder:
+    if not config.model.checkpoint:
+        raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
     path = repository_path(config.model.checkpoint)
+    stage = config.model.first_stage
+    if path.is_file():
+        decoder = None if stage is None else stage.checkpoint
+        if decoder is not None and repository_path(decoder).exists():
+            decoder = str(repository_path(decoder))
+        return OriginalDiT.open(path, config.model.weights, decoder)
+    if not path.exists() and config.model.url is not None:
+        raise CheckpointError(
+            f"{path}: no such file; download it from {config.model.url} (scripts/download.py does)"
+        )
     return DiffusersFolder.open(
         path if path.exists() else config.model.checkpoint, config.model.weights
     )
@@ -105,10 +121,20 @@ def _of_folder(
     config: Config, files: "_Files", device: torch.device, quantized: str | Path | None
 ) -> tuple[DiffusersDenoiser, DiffusersPipeline]:
     """The denoiser of a diffusers folder, empty for a quantized file, and its pipeline."""
-    model, sampler = config.model, config.sampler
-    if not model.checkpoint:
-        raise ConfigError(f"{config.name}: model.checkpoint is not set (--ckpt FOLDER)")
+    if files.beside:
+        with unpacked(files.beside, files.packed) as path:
+            return _from_folder(config, DiffusersFolder.open(path), device, quantized)
     folder = _folder_of(config)
+    found = _from_folder(config, folder, device, quantized)
+    part = "checkpoint" if quantized is None else "surroundings"
+    files.digests[part], files.sizes[part] = folder.digest(with_denoiser=quantized is None)
+    return found
+
+
+def _from_folder(
+    config: Config, folder: DiffusersFolder, device: torch.device, quantized: str | Path | None
+) -> tuple[DiffusersDenoiser, DiffusersPipeline]:
+    model, sampler = config.model, config.sampler
     if quantized is None:
         denoiser: nn.Module = folder.full_precision()
     else:
@@ -131,9 +157,20 @@ def _of_folder(
         if isinstance(error, CheckpointError):
             raise
         raise ConfigError(f"{config.name}: {error}") from error
-    part = "checkpoint" if quantized is None else "surroundings"
-    files.digests[part], files.sizes[part] = folder.digest(with_denoiser=quantized is None)
     return denoiser, pipeline
+
+
+def bundled(config: Config, pipeline: Pipeline | DiffusersPipeline) -> dict[str, torch.Tensor]:
+    """What the quantized file carries beside the denoiser, with `model.bundle`; pipeline: of full
+    precision."""
+    if not config.model.bundle:
+        return {}
+    conditioning = None
+    if isinstance(pipeline, Pipeline) and config.model.conditioning is not None:
+        state, source = _Files(config).state("checkpoint", config.model.checkpoint)
+        prefix = config.model.conditioning.prefix
+        conditioning = _conditioning(config.model.conditioning, state, source, prefix)
+    return bundle_of(pipeline, conditioning)
 
 
 def empty_denoiser(config: Config) -> nn.Module:
@@ -208,12 +245,15 @@ def _surroundings(
         stage = model.first_stage
         first_stage = _built("first_stage", first_stage_from_upstream, vars(stage))
         name = "checkpoint" if stage.checkpoint is None else "first_stage"
-        state, source = files.state(name, stage.checkpoint or model.checkpoint)
-        _fill(first_stage, state, stage.prefix, source)
+        given = stage.checkpoint or model.checkpoint
+        state, source, prefix = files.part(FIRST_STAGE, name, given, stage.prefix)
+        _fill(first_stage, state, prefix, source)
         if model.scale_factor is None:
             scale_factor = _found_scale_factor(config, files, state, source, quantized)
     if model.conditioning is not None:
-        embedder = _embedder(model.conditioning, *files.state("checkpoint", model.checkpoint))
+        given = model.conditioning.prefix
+        found = files.part(CONDITIONING, "checkpoint", model.checkpoint, given)
+        embedder = _embedder(model.conditioning, *found)
     return build_pipeline(
         model.arch,
         model.params,
@@ -228,25 +268,40 @@ def _surroundings(
 
 
 def _embedder(
-    conditioning: ConditioningConfig, state: State, source: Path
+    conditioning: ConditioningConfig, state: State, source: Path, prefix: str | None
 ) -> ClassEmbedder | PromptTable:
     """The class embedder, or what the text tower makes of the prompts and of the empty one."""
+    found = _conditioning(conditioning, state, source, prefix)
+    if isinstance(found, ClassEmbedder):
+        return found
+    texts = (*(conditioning.prompts or ()), "")
+    tokens = _or_no_tower(lambda: tokenize(texts, conditioning.tokenizer))
+    with torch.no_grad():
+        return PromptTable(torch.cat([found(row) for row in tokens.split(1)]))
+
+
+def _conditioning(
+    conditioning: ConditioningConfig, state: State, source: Path, prefix: str | None
+) -> nn.Module:
+    """The class embedder, or the text tower."""
     if conditioning.prompts is None:
         sizes = (conditioning.n_classes, conditioning.embed_dim)
         embedder = _built("conditioning", lambda _: ClassEmbedder(*sizes), {})
-        _fill(embedder, state, conditioning.prefix, source)
+        _fill(embedder, state, prefix, source)
         return embedder
+    params = {**VIT_L_14, **conditioning.text_params}
+    tower = _or_no_tower(lambda: CLIPTextTower(params).eval())
+    chosen = state if prefix is None else checkpoints.select(state, prefix, source)
+    checkpoints.load_into(tower, tower.completed(chosen), source)
+    return tower
+
+
+def _or_no_tower(make: Callable[[], Any]) -> Any:
     try:
-        tokens = tokenize((*conditioning.prompts, ""), conditioning.tokenizer)
-        tower = CLIPTextTower({**VIT_L_14, **conditioning.text_params}).eval()
+        return make()
     except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
         reason = printable(error, 300)
         raise ConfigError(f"model.conditioning: no text tower: {reason}") from error
-    prefix = conditioning.prefix
-    chosen = state if prefix is None else checkpoints.select(state, prefix, source)
-    checkpoints.load_into(tower, tower.completed(chosen), source)
-    with torch.no_grad():
-        return PromptTable(torch.cat([tower(row) for row in tokens.split(1)]))
 
 
 def _found_scale_factor(
@@ -289,18 +344,32 @@ def _fill(module: nn.Module, state: State, prefix: str | None, source: Path) -> 
 
 
 class _Files:
-    """Checkpoints that are read once, with their digests and sizes."""
+    """Checkpoints that are read once, with their digests and sizes.
+
+    beside: what a quantized file, `packed`, carries; it stands for them.
+    """
 
     def __init__(self, config: Config):
         self.config = config
         self.digests: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
+        self.beside: dict[str, torch.Tensor] = {}
+        self.packed = Path()
         self._states: dict[str, State] = {}
 
     def note(self, name: str, path: Path) -> None:
         self.digests[name] = checkpoints.sha256_of(path)
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         self.sizes[name] = sum(p.stat().st_size for p in files)
+
+    def part(
+        self, part: str, name: str, text: str | None, prefix: str | None
+    ) -> tuple[State, Path, str | None]:
+        """Tensors that hold the first stage or the conditioning, where they come from, and what
+        its names begin with. name, text, prefix: of the checkpoint."""
+        if self.beside:
+            return self.beside, self.packed, part
+        return (*self.state(name, text), prefix)
 
     def state(self, name: str, text: str | None) -> tuple[State, Path]:
         """The tensors of a checkpoint of the configuration, and its path."""

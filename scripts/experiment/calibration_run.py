@@ -34,7 +34,7 @@ from ..common.errors import ConfigError, RunError
 from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
-from .assembly import Assembly
+from .assembly import Assembly, bundled
 from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
@@ -303,6 +303,7 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
     x, t, _, conditioning = states.gather(torch.zeros(1, 2, dtype=torch.long))
     macs = count_macs(assembly.denoiser, tuple(roles.matmuls), (x, t, conditioning))
     rows = layer_rows(assembly.denoiser, outcome.model, roles, macs)
+    beside = bundled(config, assembly.pipeline)
     data = to_bytes(
         outcome.model,
         {
@@ -314,9 +315,10 @@ def write_result(run: CalibrationRun, states: CalibrationStates, outcome: Outcom
             "source_sha256": ",".join(assembly.sources.values()),
             "torch": torch.__version__,
         },
+        beside,
     )
     write_text(run.folder / CONFIG, resolved_yaml(config))
-    lines = write_report(run, outcome, rows, len(data))
+    lines = write_report(run, outcome, rows, len(data), sum(v.nbytes for v in beside.values()))
     write_bytes(run.folder / RESULT, data)
     return lines
 
@@ -331,10 +333,11 @@ def with_scale_factor(config: Config, assembly: Assembly) -> Config:
 
 
 def write_report(
-    run: CalibrationRun, outcome: Outcome, rows: list[LayerRow], size: int
+    run: CalibrationRun, outcome: Outcome, rows: list[LayerRow], whole: int, beside: int
 ) -> list[str]:
-    """report.json, layers.txt and log.txt, whose lines are returned. size: bytes of the file."""
-    config, folder = run.config, run.folder
+    """report.json, layers.txt and log.txt, whose lines are returned. whole: bytes of the file;
+    beside: those of other parts than the denoiser, which count for no size but the file's."""
+    config, folder, size = run.config, run.folder, whole - beside
     seconds = time.perf_counter() - outcome.began
     table, share = format_table(rows), shares(rows)
     parameters = sum(p.numel() for p in run.assembly.denoiser.parameters())
@@ -344,6 +347,7 @@ def write_report(
         "weight_bits": config.quant.weight.bits,
         "activation_bits": config.quant.activation.bits,
         "bytes": size,
+        "file_bytes": whole,
         "size_mb": size / 2**20,
         "float32_mb": parameters * 4 / 2**20,
         "ratio_to_float32": size / (parameters * 4),
@@ -368,5 +372,10 @@ def write_report(
         f"{folder / RESULT}: {size / 2**20:.3f} MiB, {size / (parameters * 4):.4f} of float32 "
         f"({parameters * 4 / 2**20:.2f} MiB), in {seconds:.0f} s",
     ]
+    if beside:
+        lines.append(
+            f"the denoiser; with what sampling needs beside it, in half precision, the file has "
+            f"{whole / 2**20:.3f} MiB"
+        )
     write_text(folder / LOG, "\n".join(lines) + "\n")
     return lines

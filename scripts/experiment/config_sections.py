@@ -83,6 +83,11 @@ class ModelConfig:
     scale_factor: float | None = setting(
         None, "of the latents; null: the checkpoint's own, else 1", within=(1e-6, 1e6)
     )
+    bundle: bool = setting(
+        False,
+        "the quantized file also carries what sampling needs beside the denoiser, in half "
+        "precision: first stage, class embedder, text towers, scheduler; calibrate.py --bundle",
+    )
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,12 @@ def check_config(config: Config, where: Where) -> None:
 
 def _check_diffusers(config: Config, where: Where, refuse: Any) -> None:
     """The folder itself says the rest, once it is read."""
-    if config.model.first_stage is not None or config.model.prefix is not None:
-        refuse("model", "has neither first_stage nor prefix for diffusers: the folder has them")
+    stage = config.model.first_stage
+    if config.model.prefix is not None:
+        refuse("model.prefix", "is not for diffusers")
+    if stage is not None and (stage.target != "AutoencoderKL" or stage.checkpoint is None):
+        what = "is the folder of a decoder, {target: AutoencoderKL, params: {}, checkpoint: FOLDER}"
+        refuse("model.first_stage", f"{what}, for a file of the original DiT; folders have theirs")
     if config.model.conditioning is not None and config.model.conditioning.prompts is None:
         refuse("model.conditioning", "has prompts only for diffusers: the folder has the classes")
     for name, section, plain in (

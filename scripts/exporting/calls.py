@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,16 @@ ROWS, STEPS, SEED = 2, 5, 1 << 61  # no seed of images that somebody samples
 
 
 class Call(NamedTuple):
-    """x (B, C, H, W), t (1,), the denoiser's other tensors by name, and the output."""
+    """x (B, C, H, W), t (1,), the denoiser's other tensors by name, and the output.
+
+    own: dB between the output and those of the same backend where only float rounding differs.
+    """
 
     x: torch.Tensor
     t: torch.Tensor
     named: dict[str, torch.Tensor]
     output: torch.Tensor
+    own: float = math.inf
 
     def inputs(self) -> Inputs:
         values = {"x": self.x, "t": self.t} | self.named
@@ -51,11 +56,36 @@ def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
     def observed(x: torch.Tensor, t: torch.Tensor, **named: Any) -> torch.Tensor:
         output = model(x, t, **named)
         kept = {n: v.clone() for n, v in sorted(named.items()) if v is not None}
-        calls.append(Call(x.clone(), t[:1].clone(), kept, output.clone()))
+        call = Call(x.clone(), t[:1].clone(), kept, output.clone())
         if one:
+            calls.append(call)
             raise _Enough
+        calls.append(call._replace(own=own_agreement(model, call)))
         return output
 
     with contextlib.suppress(_Enough):
         assembly.pipeline.latents(observed, range(ROWS), SEED, classes)
     return calls
+
+
+def own_agreement(model: nn.Module, call: Call) -> float:
+    """How well a quantized denoiser agrees with itself: with its samples one by one, and with x
+    moved by one float rounding, in dB, the lower of both.
+
+    A code that is almost at a border falls to the other side, which moves others behind it: two
+    computations of one deep network differ by up to its activations' rounding noise.
+    """
+    rows = range(len(call.x))
+    alone = [
+        model(call.x[i : i + 1], call.t, **{n: v[i : i + 1] for n, v in call.named.items()})
+        for i in rows
+    ]
+    moved = model(call.x * (1 + torch.finfo(torch.float32).eps), call.t, **call.named)
+    return min(decibels(torch.cat(alone), call.output), decibels(moved, call.output))
+
+
+def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal-to-noise ratio of an output."""
+    expected = expected.double()
+    error = (output.double() - expected).square().sum().clamp(min=1e-300)
+    return float(10 * torch.log10(expected.square().sum() / error))
