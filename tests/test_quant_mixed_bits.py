@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers.calibrated import run
 from tests.helpers.toy import STEPS, Toy, toy_model, toy_states
 from tinydm.quant.calibration.mixed_bits import (
-    CHOICES,
+    choices,
     curvatures,
     free_layers,
     losses,
@@ -61,13 +61,13 @@ def test_scaled_channels_count_as_the_original_ones() -> None:
     model = toy_model(denoiser, toy_states(denoiser), 2, BitPolicy(weight=4))
     layer = free_layers(model, 4)["second"]
     curvature = torch.rand(layer.weight.shape)
-    plain = losses(layer, curvature)
-    assert sorted(plain) == list(CHOICES) and list(plain.values()) == sorted(
+    plain = losses(layer, curvature, choices(4))
+    assert sorted(plain) == [3, 4, 5, 6, 7, 8] and list(plain.values()) == sorted(
         plain.values(), reverse=True
     )
     factor = torch.full((layer.weight.shape[1],), 2.0)
     layer.set_channel_scale(factor, layer.weight.detach() / 2, layer.quantizer)
-    assert losses(layer, curvature) == pytest.approx(plain, rel=1e-4)
+    assert losses(layer, curvature, choices(4)) == pytest.approx(plain, rel=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +78,7 @@ def test_scaled_channels_count_as_the_original_ones() -> None:
 def test_the_budget_is_kept_and_well_spent(layers: list[tuple[int, float]], average: float) -> None:
     """No move of one bit from a layer to another of the same size helps."""
     sizes = {str(i): size for i, (size, _) in enumerate(layers)}
-    losses_of = {str(i): {b: h * 4.0**-b for b in CHOICES} for i, (_, h) in enumerate(layers)}
+    losses_of = {str(i): {b: h * 4.0**-b for b in choices(2)} for i, (_, h) in enumerate(layers)}
     bits = share_out(losses_of, sizes, average)
     used = sum(sizes[n] * b for n, b in bits.items())
     assert used <= average * sum(sizes.values()) + 1e-6
@@ -90,6 +90,11 @@ def test_the_budget_is_kept_and_well_spent(layers: list[tuple[int, float]], aver
                 lost = losses_of[a][bits[a] - 1] - losses_of[a][bits[a]]
                 won = losses_of[b][bits[b]] - losses_of[b][bits[b] + 1]
                 assert won <= lost * (1 + 1e-9)
+
+
+def test_no_layer_loses_more_than_a_bit() -> None:
+    assert [choices(average)[0] for average in (2.0, 2.5, 3.0, 3.9, 4.0, 8.0)] == [2, 2, 2, 2, 3, 7]
+    assert all(choices(average)[-1] == 8 for average in (2.0, 8.0))
 
 
 def test_a_layer_has_as_many_codes_as_its_new_bits_allow() -> None:

@@ -20,13 +20,23 @@ import torch
 from torch import nn
 
 from ..core.affine import dequantize, round_to_nearest
+from ..core.settings import FEWEST_BITS
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
 from .states import CalibrationStates
 from .weights import WeightQuantizer, minmax_scale, mse_scale
 
-CHOICES = tuple(range(2, 9))  # bits
+MOST_BITS = 8
 COMPARED_RANGES = 12  # weight ranges tried while bits are compared
+
+
+def choices(average_bits: float) -> tuple[int, ...]:
+    """Bits that a layer may get: none loses more than one.
+
+    Where layers might lose two, the images of emoji32 were 1 dB worse at the same eps error: what
+    few values decide about the picture is a small part of it.
+    """
+    return tuple(range(max(FEWEST_BITS, int(average_bits) - 1), MOST_BITS + 1))
 
 
 def free_layers(model: QuantDenoiser, bits: int) -> dict[str, CalibLayer]:
@@ -81,15 +91,15 @@ def curvatures(
 
 
 @torch.no_grad()
-def losses(layer: CalibLayer, curvature: torch.Tensor) -> dict[int, float]:
-    """Loss of a layer at each choice of bits, with its weights rounded to nearest."""
+def losses(layer: CalibLayer, curvature: torch.Tensor, choices: Sequence[int]) -> dict[int, float]:
+    """Loss of a layer at each of the choices of bits, with its weights rounded to nearest."""
     weight, r = layer.weight, layer.channel_scale
     if r is not None:  # the layer holds W / r
         curvature = curvature * r.square().view(1, -1, *(1,) * (weight.dim() - 2))
     kind = layer.quantizer.scale_search
     search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
     found = {}
-    for bits in CHOICES:
+    for bits in choices:
         scale, zero = search(weight, bits)
         error = dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero) - weight
         found[bits] = float((curvature * error.square()).sum())

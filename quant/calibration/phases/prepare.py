@@ -8,7 +8,7 @@ import torch
 
 from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
-from ..mixed_bits import curvatures, free_layers, losses, set_bits, share_out
+from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out
 from ..search import SearchResult
 from ..search import search as search_groups
 from ..statistics import Statistics
@@ -61,7 +61,8 @@ def mixed_bits(job: Job) -> dict[str, Any] | None:
         job.generator("bits"),
         lambda: job.progress.step(""),
     )
-    losses_of = {name: losses(layer, found[name]) for name, layer in layers.items()}
+    allowed = choices(weight.average_bits)
+    losses_of = {name: losses(layer, found[name], allowed) for name, layer in layers.items()}
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     bits = share_out(losses_of, sizes, weight.average_bits)
     set_bits(job.model, bits)
