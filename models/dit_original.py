@@ -107,7 +107,7 @@ def with_original_frequencies(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:
     the release, which stops one before."""
     for module in denoiser.modules():
         if hasattr(module, "downscale_freq_shift"):
-            module.downscale_freq_shift = 0
+            setattr(module, "downscale_freq_shift", 0)  # noqa: B010 - of no declared type
     denoiser.is_original_dit = True
     return denoiser
 

@@ -235,7 +235,7 @@ def open_checkpoint(path: Path, home: Path) -> torch.nn.Module:
 def open_quantized(path: Path, home: Path) -> torch.nn.Module:
     """By itself, with the configuration that it holds."""
     args = sample_diffusion.parse_arguments(["--quantized", str(path), "--out", "unused"])
-    return assemble(sample_diffusion.read_config(args), path).denoiser
+    return assemble(sample_diffusion.read_config(args, None), path).denoiser
 
 
 def try_to_open(kind: str, path: Path, home: Path) -> str:

@@ -189,6 +189,7 @@ def test_every_call_is_counted(
 ) -> None:
     """The whole of the bar is what calls_per_image says, in images and in trajectories."""
     keys = (f"sampler.name={sampler}", "sampler.eta=0", "sampler.skip=uniform", "sampler.steps=4")
+    keys += ("calibration.trajectories=12",)
     config = load_config(room / "tiny.yaml", keys)
     assembly = assemble(config)
     rows: list[int] = []
@@ -204,15 +205,25 @@ def test_every_call_is_counted(
 
     monkeypatch.setattr("tinydm.scripts.experiment.calibration_run.ImageBar", Kept)
     make_states(CalibrationRun(config, assembly, tmp_path, torch.device("cpu")))
-    assert bars[0].n == bars[0].total == 4 * assembly.pipeline.calls_per_image
+    assert bars[0].n == bars[0].total == 12 * assembly.pipeline.calls_per_image
 
 
 @pytest.mark.slow
-def test_the_rows_of_images_are_numbers_of_the_same_seed(room: Path, tmp_path: Path) -> None:
+def test_the_rows_of_images_are_numbers_of_the_same_seed(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bar of the command itself, which shows the last image at its end."""
-    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", "-n", 32)
+
+    class AtOnce(ImageBar):
+        """Without the second that the command waits, which these images do not take everywhere."""
+
+        def __init__(self, *args: object, **options: object):
+            super().__init__(*args, **options | {"delay": 0})
+
+    monkeypatch.setattr("tinydm.scripts.experiment.sampling_run.ImageBar", AtOnce)
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", "-n", 4)
     fork = forks.run(sample_diffusion.main, *arguments, "--set", "sampler.steps=30")
     assert fork.code == 0
     bars = fork.text().replace("\r", "\n").splitlines()
     last = [line for line in bars if "image/s]" in line][-1]
-    assert " 32/32 [" in last and np.isfinite(float(last.split(", ")[1].split()[0]))
+    assert " 4/4 [" in last and np.isfinite(float(last.split(", ")[1].split()[0]))

@@ -129,7 +129,8 @@ def cheapest_groups(
         cost = table[torch.arange(len(table)), chosen[group_of_timestep]].sum()
         found.append((float(cost), group_of_timestep, chosen))
     limit = found[-1][0] * (1 + SPARED)
-    return next((group, chosen) for cost, group, chosen in found if cost <= limit)
+    # Costs that are not finite are told by the search, which has an error to name.
+    return next((f[1:] for f in found if f[0] <= limit), found[-1][1:])
 
 
 def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

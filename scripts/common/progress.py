@@ -1,11 +1,34 @@
 """Bars that move with the calls of a network and count images."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 
-class ImageBar(tqdm):
+class Bar(tqdm):
+    """A bar whose line ends, whatever it is interrupted in."""
+
+    def __init__(self, *args: Any, **options: Any):
+        with self._whole_line():
+            super().__init__(*args, **options)
+
+    def close(self) -> None:
+        with self._whole_line():
+            super().close()
+
+    @contextmanager
+    def _whole_line(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.stderr.write("\n")
+            raise
+
+
+class ImageBar(Bar):
     """A bar over network rows, of which each image takes `rows_per_image`.
 
         with ImageBar(64, rows_per_image=100) as bar:

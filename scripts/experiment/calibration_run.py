@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ...models.architecture import describe
 from ...models.protocols import roles_of
@@ -33,7 +32,7 @@ from ...quant.runtime.packed_file import (
 from ..common.errors import ConfigError, RunError
 from ..common.files import remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
-from ..common.progress import ImageBar
+from ..common.progress import Bar, ImageBar
 from .assembly import Assembly, bundled
 from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
@@ -57,12 +56,12 @@ class Bars:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peaks = device, dict[str, int]()
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
 
     def begin(self, phase: str, total: int) -> None:
         self.phase = phase
         forget_peak(self.device)
-        self.bar = tqdm(total=total, desc=f"{phase:20}", mininterval=1)
+        self.bar = Bar(total=total, desc=f"{phase:20}", mininterval=1)
 
     def step(self, text: str) -> None:
         self.bar.set_postfix_str(text, refresh=False)
