@@ -145,6 +145,11 @@ def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
     ((name, (before, after)),) = report["temporal"]["errors"].items()
     # Second-order rounding, from which tinyDM starts, is hard to improve on.
     assert name == "embed" and (after <= before if method == "tinydm" else after < before)
+    if method == "tinydm":
+        nearest = {"rounding": "nearest"}
+        other = run(denoiser, method, time_embedding="reconstructed", weight=nearest)[1]
+        before, after_nearest = other["temporal"]["errors"][name]
+        assert after_nearest < before
     if method == "ptqd":
         assert set(report["reconstruct"]["errors"]) == {"first", "second", "last"}
         states = {s["done"][-1]: s for s in saved if s["partial"] is None}

@@ -107,8 +107,8 @@ def test_a_layer_has_as_many_codes_as_its_new_bits_allow() -> None:
 
 
 def test_a_calibration_with_a_budget_resumes_to_the_same_bits_and_bytes() -> None:
-    whole, report, _, saved = run(Toy(), "tinydm", average_bits=3.0)
+    whole, report, _, saved = run(Toy(), "tinydm", weight={"average_bits": 3.0})
     assert set(report["bits"]["bits"].values()) != {4}
     half = next(s for s in saved if s["done"][-1:] == ["rounding"])
-    again, _, _, _ = run(Toy(), "tinydm", RunState.from_plain(half), average_bits=3.0)
+    again, _, _, _ = run(Toy(), "tinydm", RunState.from_plain(half), weight={"average_bits": 3.0})
     assert to_bytes(whole, {}) == to_bytes(again, {})

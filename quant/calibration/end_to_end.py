@@ -92,8 +92,9 @@ def finetune(
         optimizer.load_state_dict(progress["optimizer"])
         generator.set_state(progress["generator"])
     root = None if step_weight is None else _balanced_root(step_weight, tuples)
+    chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
     for i in range(start, iterations):
-        index = tuples[_draw(tuples, batch_size, root, generator)]
+        index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for part in index.chunk(accumulate):
@@ -127,15 +128,11 @@ def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Ten
     return root * (drawn.sum() / drawn.square().sum())
 
 
-def _draw(
-    tuples: torch.Tensor, count: int, root: torch.Tensor | None, generator: torch.Generator
-) -> torch.Tensor:
-    """Numbers of `count` tuples, each as likely as the root of its step's weight."""
-    if root is None:
-        return torch.randint(len(tuples), (count,), generator=generator)
+def _chances(root: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:
+    """How likely each tuple (n, 2) is drawn, (n,): a step as the root of its weight, however many
+    samples it has."""
     alike = torch.bincount(tuples[:, 0], minlength=len(root))
-    chance = (root / alike.clamp(min=1))[tuples[:, 0]]
-    return torch.multinomial(chance, count, replacement=True, generator=generator)
+    return (root / alike.clamp(min=1))[tuples[:, 0]]
 
 
 def _loss(

@@ -31,11 +31,8 @@ COMPARED_RANGES = 12  # weight ranges tried while bits are compared
 
 
 def choices(average_bits: float) -> tuple[int, ...]:
-    """Bits that a layer may get: none loses more than one.
-
-    Where layers might lose two, the images of emoji32 were 1 dB worse at the same eps error: what
-    few values decide about the picture is a small part of it.
-    """
+    """Bits that a layer may get: none loses more than one, since the losses are those of small
+    errors."""
     return tuple(range(max(FEWEST_BITS, int(average_bits) - 1), MOST_BITS + 1))
 
 

@@ -1,7 +1,10 @@
 """Calibrates the toy denoiser in seconds."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,13 +54,13 @@ def run(
     method: str,
     state: RunState | None = None,
     time_embedding: str = "cached",
-    average_bits: float = 0.0,
+    weight: Mapping[str, Any] = MappingProxyType({}),
     **calibration: object,
 ) -> tuple[QuantDenoiser, dict, Silent, list[dict]]:
     """The deployed model, the report, the progress and every state that was saved."""
     states, progress, saved = toy_states(denoiser), Silent(), []
     quant, calib = tiny(method, **calibration)
-    quant = replace(quant, weight=replace(quant.weight, average_bits=average_bits))
+    quant = replace(quant, weight=replace(quant.weight, **weight))
     task = Task(
         denoiser,
         states,
