@@ -179,11 +179,6 @@ class DiffusersPipeline:
         """Rows of the denoiser that an image takes."""
         return len(self.timesteps) * (2 if self.guided else 1)
 
-    def guide(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The outputs of both halves of a guided call as the pipeline puts them together."""
-        given, without = (first, second) if self.kind == "DiTPipeline" else (second, first)
-        return without + self.guidance_scale * (given - without)
-
     def uncorrected(self) -> str | None:
         """Why PTQD's and the drift's corrections do not apply, or None."""
         name = type(self._scheduler).__name__

@@ -22,6 +22,7 @@ from torch import nn
 from ...models.protocols import ModuleList
 from ..core.affine import QuantizerStep, dequantize, per_channel
 from ..core.operation import Operation, scale_channels
+from ..runtime.derived import KeepsDerived
 from ..runtime.layers import QuantLayer, QuantMatMul
 from ..runtime.quantizer import ActivationQuantizer
 from .native import BlockedWeight, Compiled, pixel_stride
@@ -179,7 +180,7 @@ def pair(value: int | str | tuple[int, ...]) -> list[int]:
     return values if len(values) == 2 else [1, *values]
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(KeepsDerived):
     """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on
     AVX512-VNNI.
 
@@ -259,14 +260,6 @@ class Int8Layer(nn.Module):
     def _forget(self) -> None:
         """What was made of the buffers, which are about to change."""
         self._factors = None
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Layer":
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
 
     def _codes(
         self, x: torch.Tensor, part: int, index: int

@@ -215,7 +215,7 @@ def obstacle(module: QuantLayer | QuantMatMul) -> str | None:
 
 
 class TritonDenoiser(QuantDenoiser):
-    """A QuantDenoiser of such layers. simulated: name -> why this layer was left as it is.
+    """A QuantDenoiser of such layers.
 
     On CUDA, unless a layer is simulated, whose scale PyTorch would take from the host, it records a
     CUDA graph for each shape of its input and plays it again at every timestep; not where

@@ -1,6 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -99,6 +100,15 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def digest_of_file(path: str | Path, kind: str = "sha256") -> str:
+    """The digest of a file in hexadecimal, read in parts. kind: a name of hashlib."""
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Output:
