@@ -174,7 +174,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
     if calibration.timesteps == "active" and result is not None:
         tuples, draw = timesteps.spread(result.tuples, samples), result.selector.pick
     elif calibration.timesteps == "uniform":
-        draw = partial(timesteps.uniform_steps, count=count, spaced=distinct.UNIFORM_STEPS)
+        draw = partial(timesteps.uniform_steps, count=count)
     elif calibration.timesteps == "normal":
         draw = partial(timesteps.normal_steps, count=count, generator=generator)
     else:
