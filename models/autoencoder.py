@@ -231,9 +231,11 @@ class DiagonalGaussian:
     logvar: torch.Tensor
 
     def mode(self) -> torch.Tensor:
+        """The latent of highest density: the mean."""
         return self.mean
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """A draw; noise is standard normal, shaped like the mean."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 

@@ -222,6 +222,7 @@ class Pipeline:
 
     @property
     def train_timesteps(self) -> int:
+        """Timesteps of the noise schedule."""
         return len(self.alphas_cumprod)
 
     @property

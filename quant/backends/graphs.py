@@ -105,4 +105,5 @@ class Graphed(nn.Module):
 
 
 def is_tensor(value: Any) -> bool:
+    """Whether an argument of a call is copied into a graph."""
     return isinstance(value, torch.Tensor)

@@ -249,6 +249,7 @@ class PartStep(ctypes.Structure):
 
 
 def part_step(step: QuantizerStep) -> PartStep:
+    """The step as the compiled code takes it."""
     return PartStep(step.inverse, step.scale, step.zero_point, step.top)
 
 

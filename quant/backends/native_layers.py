@@ -37,6 +37,7 @@ class CompiledLayer(Int8Layer):
 
     @staticmethod
     def fits(op: Operation) -> bool:
+        """Whether the compiled code has this operation: no groups, no dilation."""
         return not op.is_conv or (op.groups == 1 and set(op.dilation) == {1})
 
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockedWeight:

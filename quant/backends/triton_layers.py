@@ -59,6 +59,7 @@ class StepTables(nn.Module):
         self.register_buffer("plane_zero", torch.stack(planes))
 
     def steps(self) -> kernels.Steps:
+        """What the kernels read: the tables and the index of the current timestep."""
         tables = self.inverse, self.zero_point, self.scale, self.plane_zero
         return kernels.Steps(self.current.index, *tables, self.top)
 

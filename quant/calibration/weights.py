@@ -183,6 +183,7 @@ class WeightQuantizer(nn.Module):
         self.latent.clamp_(0, 2**self.bits - 1)
 
     def h(self) -> torch.Tensor:
+        """What learned rounding adds to floor(w / s): 0 to 1, shaped like the weight."""
         alpha = self.alpha
         assert alpha is not None  # of start_rounding
         return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

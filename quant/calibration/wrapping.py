@@ -62,6 +62,7 @@ class BitPolicy:
 
 
 def count_layers(denoiser: nn.Module) -> int:
+    """Number of layers that would be quantized, products of attention apart."""
     return sum(isinstance(m, LAYER_TYPES) for m in denoiser.modules())
 
 

@@ -45,5 +45,6 @@ class QuantDenoiser(nn.Module):
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one with that name below the root."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, child, module)

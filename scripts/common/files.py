@@ -83,6 +83,7 @@ def _is_other_process(pid: int) -> bool:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
+    """Whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
@@ -99,6 +100,7 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Numbers that are not finite are refused with ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

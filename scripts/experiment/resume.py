@@ -64,6 +64,7 @@ def save_state(
     state: RunState,
     states: CalibrationStates,
 ) -> None:
+    """Writes what an interrupted calibration continues from."""
     value = {
         "identity": identity_of_start(config, sources),
         "settings": settings_of_phases(config),

@@ -32,6 +32,7 @@ def _probes(job: Job, most: int = MOST_PROBES) -> torch.Tensor:
 
 
 def equivalent(job: Job) -> dict[str, Any] | None:
+    """Scales the input channels of layers whose output error falls by it."""
     if not job.settings.equivalent_scaling:
         return None
     size = job.calibration.batch_size
@@ -45,6 +46,7 @@ def equivalent(job: Job) -> dict[str, Any] | None:
 
 
 def mixed_bits(job: Job) -> dict[str, Any] | None:
+    """Gives each layer its bits under the budget of the settings."""
     weight = job.settings.weight
     if weight.average_bits == 0:
         return None
@@ -144,6 +146,7 @@ def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> di
 
 
 def rounding(job: Job) -> dict[str, Any] | None:
+    """Second-order rounding of the weights; a part of the trajectories judges the choice."""
     if job.settings.weight.rounding != "gptq":
         return None
     job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
