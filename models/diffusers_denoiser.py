@@ -250,12 +250,12 @@ class LikeDiffusers(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensors that it takes and gives."""
+        """Type of the tensors that it takes and gives."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where it runs: the device it was given, or that of its tensors."""
+        """Device on which it runs: the one it was given, or that of its tensors."""
         if self.place is not None:
             return self.place
         return next(value.device for value in (*self.parameters(), *self.buffers()))

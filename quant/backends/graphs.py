@@ -41,7 +41,7 @@ class Graphs:
         return recorded(inputs)
 
     def clear(self) -> None:
-        """For weights that move."""
+        """Drops the recordings: the weights are about to move."""
         self._recorded.clear()
 
     def __len__(self) -> int:

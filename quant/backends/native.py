@@ -235,7 +235,7 @@ class BlockedWeight(nn.Module):
         self.register_buffer("scale", scale)
 
     def output_size(self, height: int, width: int) -> list[int]:
-        """Of an input without its border."""
+        """Height and width of the output; height, width: of the input without its border."""
         return [
             (size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
             for i, size in enumerate((height, width))

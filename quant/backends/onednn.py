@@ -171,7 +171,8 @@ class IntegerWeight(nn.Module):
 
 
 def pair(value: int | str | tuple[int, ...]) -> list[int]:
-    """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first.
+    """A stride, dilation or padding as one of two dimensions. A height that it lacks is 1, which
+    the caller corrects for a padding.
 
     Raises ValueError for a padding by name, which selection.py leaves simulated."""
     if isinstance(value, str):
@@ -209,7 +210,8 @@ class Int8Layer(KeepsDerived):
         self._factors: list[torch.Tensor] | None = None  # of each part's channels, see factors
 
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> IntegerWeight | BlockedWeight:
-        """Of one part of the input channels; codes int8 (O, C, ...), Conv1d with a unit height."""
+        """The weight of one part of the input channels; codes int8 (O, C, ...), those of a Conv1d
+        with a unit height."""
         return IntegerWeight(self.op, codes, scale, self.vnni)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class LayerPart(nn.Module):
         self.register_buffer("factors", None if factors is None else factors[channels].contiguous())
 
     def product(self, codes: torch.Tensor, dtype: torch.dtype, **given: Any) -> torch.Tensor:
-        """See kernels.product, of the planes of one map."""
+        """The product with the planes of one map, see kernels.product."""
         weight = kernels.Weight(self.codes, self.zero_point, self.sum, self.scale, self.size)
         steps, out = self.tables.steps(), None
         for plane, values in enumerate(codes):

@@ -79,7 +79,7 @@ class QuantLayer(KeepsDerived):
 
     @property
     def in_features(self) -> int:
-        """Of a linear layer, which pipelines of diffusers ask for."""
+        """Input features of a linear layer, which pipelines of diffusers ask for."""
         return self.op.in_features
 
     def weight(self) -> torch.Tensor:
@@ -239,7 +239,7 @@ class QuantMatMul(nn.Module):
         return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def _scales_after(self) -> bool:
-        """Without a hook that wants to see the quantizers called."""
+        """Whether scales may multiply the product: no hook wants to see the quantizers called."""
         return not self.left._forward_pre_hooks
 
     def after_softmax(
@@ -255,7 +255,7 @@ class QuantMatMul(nn.Module):
     def _scaled_after(
         self, left: torch.Tensor, right: torch.Tensor, index: int, inplace: bool = False
     ) -> torch.Tensor:
-        """With one common timestep: the scales multiply the product. inplace: left may be
+        """The product with one common timestep, whose scales multiply it. inplace: left may be
         overwritten."""
         left, top = self.left_operand(left, inplace)
         q, scale = self.left.shared(left, index, inplace=inplace or self.by_row)

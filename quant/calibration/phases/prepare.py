@@ -74,7 +74,10 @@ def mixed_bits(job: Job) -> dict[str, Any] | None:
 
 
 def ranges(job: Job) -> dict[str, Any]:
-    """Methods without groups see what their own calibration samples see, the others all steps."""
+    """Collects activation statistics and sets ranges and groups.
+
+    Methods without groups see what their own calibration samples see, the others all steps.
+    """
     activation = job.settings.activation
     quantizers = list(activation_quantizers(job.model))
     if activation.search == "none":
@@ -114,7 +117,7 @@ def _contributions(job: Job, errors: torch.Tensor) -> torch.Tensor:
 
 
 def _importance(job: Job) -> torch.Tensor:
-    """Of the sampling steps (S,), or all alike where the method does not weigh them."""
+    """Weights of the sampling steps (S,); all alike where the method does not weigh them."""
     weigh = job.settings.reconstruct.weigh_steps
     return job.importance if weigh else torch.ones_like(job.importance)
 
@@ -189,7 +192,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
 
 
 def search(job: Job) -> dict[str, Any] | None:
-    """Also chooses the calibration tuples, since active selection is part of the search."""
+    """Learns the groups, and chooses the calibration tuples: active selection is part of it."""
     settings, activation = job.settings.search, job.settings.activation
     if activation.search == "none":
         return None  # chosen already, for the ranges
