@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ddim_unet import AttnBlock, Downsample, Stage, Upsample
+from .ddim_unet import AttnBlock, Downsample, Stage
+from .ops import Upsample
 from .protocols import ModuleList
 
 # Keys of the public configurations that do not change what the network computes.

@@ -274,6 +274,7 @@ def test_group_norm(compiled: Compiled, shape: tuple[int, ...]):
     torch.testing.assert_close(own(x.contiguous()), norm(x.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_of_a_network_are_independent(compiled: Compiled, rows: int):
     """To the bit, whatever the batch and the threads: such a network needs no padding."""

@@ -38,7 +38,7 @@ INSTRUCTIONS: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx-vnni": ((*(f"-m{name}" for name in _AVX2), "-mavxvnni"), (*_AVX2, "avx_vnni")),
     "avx512-vnni": (("-march=native",), _AVX512_VNNI),
 }
-KEPT = 16  # libraries of a cache, the newest
+KEPT_LIBRARIES = 16  # libraries of a cache, the newest
 LONGEST_SECONDS = 1200  # of one command of the compiler
 STALE_SECONDS = 3600  # after that a folder of objects has no writer any more
 
@@ -158,7 +158,7 @@ def _clean(cache: Path) -> None:
     """Removes all but the newest libraries, and what killed processes left."""
     with suppress(OSError):
         files = sorted(cache.glob("*.so"), key=lambda file: -file.lstat().st_mtime)
-        for file in files[KEPT:]:
+        for file in files[KEPT_LIBRARIES:]:
             file.unlink(missing_ok=True)
         for folder in cache.glob("build-*"):
             if time.time() - folder.lstat().st_mtime > STALE_SECONDS:

@@ -30,7 +30,7 @@ TIMEOUT = 30  # seconds without an answer
 ATTEMPTS = 5
 WAIT = 2.0  # seconds before the second attempt, twice as long before each further one
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be other ones soon
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 DIGESTS = {"sha256": 64, "md5": 32}  # kind -> hexadecimal digits
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 OF_FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip", ".gguf", ".yaml", ".npz")
@@ -157,7 +157,7 @@ def _blocks(answer: Any) -> Iterator[bytes]:
     """What arrives, block by block. Raises URLError, so that a full disk is told from it."""
     while True:
         try:
-            block = answer.read(BLOCK)
+            block = answer.read(BLOCK_BYTES)
         except OSError as error:
             raise urllib.error.URLError(error) from error
         if not block:
