@@ -5,8 +5,8 @@
 
 Each results.json belongs to the table of its configuration (configs/lsun_bedroom.yaml,
 configs/imagenet256.yaml, configs/dit_xl2.yaml); several of one configuration fill one table, the
-later file wins. What was not measured stays empty. --published adds what other papers printed, in tables of their own
-with their sources.
+later file wins. What was not measured stays empty. --published adds what other papers printed, in
+tables of their own with their sources.
 
 Exit codes: 0 done, 2 bad input.
 """
