@@ -83,10 +83,12 @@ def printable(text: object, limit: int = 200) -> str:
 def failure(
     path: object, what: str, advice: str, kind: type[CheckpointError] = CheckpointError
 ) -> CheckpointError:
+    """The error of a file: what is wrong with it, and what to do."""
     return kind(f"{printable(path, 500)}: {printable(what, 700)}; {advice}")
 
 
 def listing(names: list[str]) -> str:
+    """The first six names, and how many more there are."""
     shown = ", ".join(printable(name, 60) for name in names[:6])
     return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -139,6 +141,7 @@ def guarded(path: Path, action: Callable[[], Any]) -> Any:
 
 
 def is_folder(path: Path) -> bool:
+    """Whether the path is a folder; false where nobody may look."""
     try:
         return path.is_dir()
     except OSError:  # no permission to look: opening it will say so
@@ -174,6 +177,7 @@ class _Bounded(io.BufferedReader):
 
 
 def open_file(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises CheckpointError."""
     try:
         return _Bounded(path)
     except OSError as error:

@@ -239,7 +239,7 @@ class DDIMUNet(nn.Module):
         return after_norm_silu(self.conv_out, self.norm_out, h)
 
     def layer_roles(self) -> LayerRoles:
-        """See LayerRoles. Names are those of `named_modules()`."""
+        """What each layer is for; names are those of `named_modules()`."""
         names = dict(self.named_modules())
         units = [n for n in self._execution_order() if n in names]
         matmuls = {

@@ -277,7 +277,7 @@ class LDMUNet(nn.Module):
         return after_norm_silu(conv, norm, h)
 
     def layer_roles(self) -> LayerRoles:
-        """See LayerRoles. Names are those of `named_modules()`."""
+        """What each layer is for; names are those of `named_modules()`."""
         names = dict(self.named_modules())
         embedding = [n for n in names if n in ("time_embed.0", "time_embed.2")]
         embedding += [f"{n}.emb_layers.1" for n, m in names.items() if isinstance(m, ResBlock)]

@@ -51,6 +51,7 @@ def extract(archive: Path, path: Path, ours: bool) -> None:
 
 
 def fetch_checkpoint(config_path: str, overrides: list) -> None:
+    """Fetches the checkpoint of a configuration to its place."""
     config = load_config(config_path, overrides)
     model = config.model
     if model.checkpoint is None:

@@ -56,7 +56,7 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def merged(results: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """The same without rows that a later file has again."""
+    """The results without rows that a later file has again."""
     seen: set[Any] = set()
     kept = []
     for path, result in reversed(results):

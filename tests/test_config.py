@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import calibrate
 import sample_diffusion
+from tests.helpers.commands import ROOT
 from tinydm.quant.core.settings import preset
 from tinydm.scripts import configuration_reference
 from tinydm.scripts.common.errors import ConfigError
@@ -18,7 +19,6 @@ from tinydm.scripts.common.schema import read_yaml
 from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = """\
 name: small
 model:

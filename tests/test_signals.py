@@ -13,11 +13,11 @@ import pytest
 
 import calibrate
 from tests.helpers import forks
+from tests.helpers.commands import ROOT
 from tinydm.scripts import evaluate
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.experiment.runs import locked
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]

@@ -102,7 +102,7 @@ def private_cache() -> Path | None:
 
 
 def _is_private(status: os.stat_result, kind: Callable[[int], bool]) -> bool:
-    """Of the kind that a function of `stat` tells, ours, and writable by nobody else."""
+    """Whether a file is of a kind (a function of `stat`), ours, and writable by nobody else."""
     shared = stat.S_IWGRP | stat.S_IWOTH
     return kind(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & shared
 
@@ -133,7 +133,7 @@ def _key(compiler: str, flags: tuple[str, ...], processor: tuple[str, ...]) -> s
 
 
 def _processor() -> tuple[str, frozenset[str]]:
-    """Its name, and what it can do as Linux lists it; nothing where no Linux says so."""
+    """Name of the processor, and its flags as Linux lists them; none on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -59,6 +59,7 @@ class CalibLayer(nn.Module):
         self.weight_quantizer = quantizer
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x scaled, quantized and dequantized, with gradients; x itself without quantizers."""
         if not len(self.inputs):
             return x
         x = scale_channels(x, self.channel_scale, self.op.channel_dim)
@@ -72,6 +73,7 @@ class CalibLayer(nn.Module):
         return self.op(x, weight, self.bias)
 
     def deploy(self) -> QuantLayer:
+        """The layer with integer codes. Raises ValueError without a weight quantizer."""
         quantizer = self.quantizer
         with torch.no_grad():
             codes = quantizer.codes(self.weight).round().to(torch.uint8)
@@ -95,6 +97,7 @@ class CalibTimestepLayer(TimestepLayer):
     keeps_values = False
 
     def deploy(self) -> TimestepLayer:
+        """The layer with integer codes, which keeps its values."""
         return TimestepLayer(self.context, self.layer.deploy())
 
 
@@ -114,4 +117,5 @@ class CalibMatMul(nn.Module):
         return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def deploy(self) -> QuantMatMul:
+        """The product with its quantizers fixed."""
         return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

@@ -37,6 +37,7 @@ class RunState:
 
     @classmethod
     def from_plain(cls, value: dict[str, Any]) -> "RunState":
+        """The state of such values."""
         return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 

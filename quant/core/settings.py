@@ -36,6 +36,8 @@ def setting(
 
 @dataclass(frozen=True)
 class WeightSettings:
+    """Quantization of the weights."""
+
     bits: int = setting(4, "bits of the weights", within=(2, 8))
     average_bits: float = setting(
         0.0,
@@ -58,6 +60,8 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class ActivationSettings:
+    """Quantization of the activations, and of attention's operands."""
+
     bits: int = setting(8, "bits of the activations", within=(2, 8))
     groups: int = setting(
         8, "quantizers of a tensor at most, which the timesteps share", within=(1, 255)
@@ -140,6 +144,8 @@ class ReconstructSettings:
 
 @dataclass(frozen=True)
 class QuantSettings:
+    """How a denoiser is quantized."""
+
     method: str = setting("tinydm", "preset of all other keys of this section", choices=METHODS)
     quality: str = setting(
         "fast",
@@ -180,6 +186,8 @@ class QuantSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
+    """What it is calibrated on."""
+
     samples: int = setting(1024, "samples (x_t, t) that learn", within=(1, 10_000_000))
     trajectories: int | None = setting(
         None,

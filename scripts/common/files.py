@@ -1,6 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -82,23 +83,34 @@ def _is_other_process(pid: int) -> bool:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """In UTF-8; what stands for a byte of a path that is not UTF-8 is written as an escape."""
+    """Writes text in UTF-8; bytes of a path that is not UTF-8 are written as escapes."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """To a log, encoded as by write_text."""
+    """Adds lines to a log, encoded as by write_text."""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as JSON. Raises ValueError for numbers that are not finite."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def digest_of_file(path: str | Path, kind: str = "sha256") -> str:
+    """The digest of a file in hexadecimal, read in parts. kind: a name of hashlib."""
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Output:

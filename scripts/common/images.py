@@ -23,7 +23,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by LA
 
 
 def is_picture(path: Path) -> bool:
-    """By its name."""
+    """Whether a file is an image, by its name."""
     return path.suffix.lower() in ENDINGS
 
 

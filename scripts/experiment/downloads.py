@@ -7,7 +7,6 @@ What has arrived lies beside the file as .NAME.part. Proxies are those of the en
 (https_proxy, no_proxy). Only http and https are followed.
 """
 
-import hashlib
 import http.client
 import re
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from ...models.checkpoint_files import CheckpointError
 from ..common.errors import ConfigError
-from ..common.files import write_text
+from ..common.files import digest_of_file, write_text
 from ..common.schema import printable
 from .runs import locked
 
@@ -90,7 +89,7 @@ def fetch(url: str, path: Path, by_hand: str, digest: str | None = None) -> str:
                         f"cannot download {url} ({reason}); download it by hand and {by_hand}"
                     ) from error
                 time.sleep(WAIT * 2**attempt)
-        found = {kind: _digest_of(part, kind) for kind in DIGESTS}
+        found = {kind: digest_of_file(part, kind) for kind in DIGESTS}
         kind, _, digits = (digest or "").partition(":")
         if digest is not None and found[kind] != digits:
             _forget(part)
@@ -196,11 +195,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in PASSING
     return not isinstance(error, ValueError)
-
-
-def _digest_of(path: Path, kind: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # ---- the Hugging Face hub ----

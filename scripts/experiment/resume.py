@@ -65,6 +65,7 @@ def save_state(
     state: RunState,
     states: CalibrationStates,
 ) -> None:
+    """Writes what an interrupted calibration continues from."""
     value = {
         "device": device_name(torch.device(states.device)),
         "identity": identity_of_start(config, sources),
