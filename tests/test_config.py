@@ -67,6 +67,18 @@ def test_a_method_changes_defaults_only() -> None:
     assert config.calibration == calibration
 
 
+def test_quality_changes_how_long_a_method_learns() -> None:
+    for method, fast, best in (("tinydm", (0, 500), (0, 4000)), ("ptqd", (200, 0), (1600, 0))):
+        keys = [f"quant.method={method}", "quant.quality=best"]
+        for order, expected in ((keys[:1], fast), (keys, best), (keys[::-1], best)):
+            learn = parse_config(TEXT, "x", order).quant.reconstruct
+            assert (learn.iterations, learn.finetune_iterations) == expected
+    config = parse_config(TEXT, "x", ["quant.quality=best", "quant.reconstruct.iterations=3"])
+    assert config.quant.reconstruct.iterations == 3  # what is written stands
+    with pytest.raises(ConfigError, match="quant.quality"):
+        parse_config(TEXT, "x", ["quant.quality=better"])
+
+
 def test_end_to_end_steps_of_a_file_are_those_of_its_method() -> None:
     """Else the baselines would be trained by the key that a file of tinyDM has."""
     learned = "  reconstruct: {finetune_iterations: 250, batch_size: 8}\n"

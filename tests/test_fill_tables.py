@@ -19,7 +19,7 @@ from tinydm.scripts.experiment.cli import explain
 
 COLUMNS = ["Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"]
 METHODS = ["Q-Diffusion", "PTQD", "PTQ4DM", "TinyDM"]
-LSUN, IMAGENET = (f"## {title}" for title in TITLES.values())
+LSUN, IMAGENET, DIT = (f"## {title}" for title in TITLES.values())
 OTHERS = "### Published by others, not measured here"
 
 
@@ -61,7 +61,7 @@ def filled(*arguments: str) -> str:
 def test_all_rows_are_there_and_empty_without_results(capsys) -> None:
     fill_tables.main([])
     tables = parts(capsys.readouterr().out)
-    assert list(tables) == [LSUN, IMAGENET]
+    assert list(tables) == [LSUN, IMAGENET, DIT]
     for table in tables.values():
         assert table[0] == COLUMNS
         expected = [
@@ -131,7 +131,7 @@ def test_changed_results_give_a_table_or_one_line(
 def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None:
     plain, text = filled(str(results)), filled(str(results), "--published")
     tables = parts(text)
-    for title in (LSUN, IMAGENET):
+    for title in (LSUN, IMAGENET, DIT):
         assert tables[title] == parts(plain)[title]  # the measured tables do not change
         table = tables[f"{title}|{OTHERS}"]
         assert table[0] == [*COLUMNS, "Source"]

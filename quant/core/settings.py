@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 FEWEST_BITS = 2  # of a weight or an activation
+QUALITIES = ("fast", "best")
+BEST_FACTOR = 8  # iterations and steps of `best`, times those of `fast`
 METHODS = ("tinydm", "e2e", "e2e_plain", "qdiffusion", "ptqd", "tfmq", "apqdm", "ptq4dm", "minmax")
 
 
@@ -145,6 +147,11 @@ class QuantSettings:
     """How a denoiser is quantized."""
 
     method: str = setting("tinydm", "preset of all other keys of this section", choices=METHODS)
+    quality: str = setting(
+        "fast",
+        "best: a preset with eight times as many iterations and end-to-end steps",
+        choices=QUALITIES,
+    )
     weight: WeightSettings = WeightSettings()
     activation: ActivationSettings = ActivationSettings()
     search: SearchSettings = SearchSettings()
@@ -217,14 +224,24 @@ BLOCK_WISE = ReconstructSettings(
 
 
 def preset(
-    method: str, weight_bits: int = WeightSettings.bits
+    method: str, weight_bits: int = WeightSettings.bits, quality: str = QuantSettings.quality
 ) -> tuple[QuantSettings, CalibrationSettings]:
     """Defaults of a method. Raises ValueError for an unknown name.
 
     weight_bits: PTQ4DM's paper has 8-bit weights and rounds them to nearest. With fewer bits it
     would be no better than min-max, so that its rounding is learned there (AdaRound), as
     re-implementations do that report 4 bits.
+    quality: "best" learns BEST_FACTOR times as long as "fast", whatever the method.
     """
+    if quality == "best":
+        quant, calibration = preset(method, weight_bits)
+        learn = quant.reconstruct
+        longer = replace(
+            learn,
+            iterations=BEST_FACTOR * learn.iterations,
+            finetune_iterations=BEST_FACTOR * learn.finetune_iterations,
+        )
+        return replace(quant, quality=quality, reconstruct=longer), calibration
     tinydm, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         return tinydm, calibration
