@@ -54,6 +54,7 @@ def test_tinydm_beats_the_naive_floor() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "parts"), [("tinydm", 2), ("ptqd", 4)])
 def test_calibration_resumed_anywhere_gives_the_same_bytes(
     method: str, parts: int, monkeypatch: pytest.MonkeyPatch

@@ -25,8 +25,10 @@ def _host() -> str:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
+
+    make_folder: make the folder if it is not there.
 
     The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
     An OSError without a file name (a full disk) gets that of `path`. Raises ConfigError for the
@@ -34,7 +36,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_output(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -158,10 +158,13 @@ def to_uint8(x: torch.Tensor, truncate: bool = False) -> torch.Tensor:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """image (H, W, 3) or (H, W, 1) uint8. Raises ImageError for other channels."""
+    """Writes an image (H, W, 3) or (H, W, 1), uint8, into a folder that is there.
+
+    Raises ImageError for other channels.
+    """
     if image.shape[-1] not in (1, 3):
         raise ImageError(f"{path}: {image.shape[-1]} channels are no picture")
-    with atomic(path) as temporary:
+    with atomic(path, make_folder=False) as temporary:
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 
