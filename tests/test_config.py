@@ -214,6 +214,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
         load_config(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(TEXT)), st.integers(0, 6), st.text(max_size=6))
 def test_mutated_text_gives_a_configuration_or_one_line(start: int, cut: int, text: str) -> None:
@@ -232,6 +233,7 @@ def is_exponent(text: str) -> bool:
 TEXTS = st.text().filter(lambda text: not is_exponent(text))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(

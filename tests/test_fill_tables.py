@@ -74,6 +74,7 @@ def test_all_rows_are_there_and_empty_without_results(capsys) -> None:
         assert all(row[3:] == [""] * 5 for row in table[1:])
 
 
+@pytest.mark.slow
 def test_measured_rows_are_filled_and_no_other(results: Path) -> None:
     tables = parts(filled(str(results)))
     told = {tuple(row[:3]): row[3:] for row in tables[LSUN][1:]}
@@ -84,6 +85,7 @@ def test_measured_rows_are_filled_and_no_other(results: Path) -> None:
     assert not any(any(row[3:]) for row in tables[IMAGENET][1:])
 
 
+@pytest.mark.slow
 def test_scores_come_with_their_images_and_a_later_file_wins(results: Path) -> None:
     result = json.loads(results.read_text())
     images = {"generated": 50000, "reference": 3000000}
@@ -129,6 +131,7 @@ def test_changed_results_give_a_table_or_one_line(
         assert parts((tmp_path / "tables.md").read_text())[LSUN][0] == COLUMNS
 
 
+@pytest.mark.slow
 def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None:
     plain, text = filled(str(results)), filled(str(results), "--published")
     tables = parts(text)
@@ -145,6 +148,7 @@ def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None
     assert all(0 < entry.get("precision", 0.5) < 1 for entry in entries)
 
 
+@pytest.mark.slow
 def test_other_files_are_refused(results: Path, tmp_path: Path) -> None:
     result = json.loads(results.read_text()) | {"name": "emoji32"}
     other = tmp_path / "emoji.json"

@@ -136,6 +136,7 @@ def embedding_error(denoiser: Toy, model: QuantDenoiser) -> float:
     return total / len(STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tinydm", "ptqd"])
 def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
     """Like other layers in bits; apart from its unit, before it, and resumed to the same bytes."""
