@@ -134,14 +134,16 @@ def test_a_model_of_unknown_size_is_taken_for_a_large_one(model: str) -> None:
 
 def test_calibration_makes_no_more_trajectories_than_asked_for() -> None:
     path = ROOT / "configs/imagenet256.yaml"
-    assert for_calibration(load_config(path), None) == load_config(path)
+    assert for_calibration(load_config(path)) == load_config(path)
     config = load_config(path, memory=A100)
-    found = for_calibration(config, A100)
+    found = for_calibration(config)
     assert found.sampling.micro_batch == config.calibration.trajectories == 32
     assert found.calibration == config.calibration
     config = load_config(ROOT / "configs/lsun_bedroom.yaml", memory=A100)
     assert config.calibration.trajectories is None  # as many as 512 samples need: 26
-    assert for_calibration(config, A100).sampling.micro_batch == 16
+    assert for_calibration(config).sampling.micro_batch == 16
+    few = load_config(ROOT / "configs/emoji32.yaml", ["calibration.trajectories=5"])
+    assert few.sampling.micro_batch == 16 and for_calibration(few).sampling.micro_batch == 4
 
 
 def test_the_run_has_what_was_resolved(room: Path, tmp_path: Path) -> None:
