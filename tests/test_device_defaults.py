@@ -35,7 +35,7 @@ def sizes(config: Config) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("name", "memory", "expected"),
     [
-        ("cifar10", None, (16, 1, 8, 1, 32, 64, 16, 1)),
+        ("cifar10", None, (16, 2, 8, 2, 32, 64, 16, 1)),
         ("cifar10", A5000, (16, 1, 8, 1, 64, 256, 256, 1)),
         ("cifar10", A100, (16, 1, 8, 1, 64, 256, 256, 1)),
         ("lsun_bedroom", None, (4, 4, 4, 4, 4, 4, 4, 1)),
@@ -47,7 +47,7 @@ def sizes(config: Config) -> tuple[int, ...]:
         ("sd_v1", None, (2, 2, 2, 2, 2, 2, 2, 1)),
         ("sd_v1", A5000, (16, 16, 8, 8, 8, 8, 8, 8)),
         ("sd_v1", A100, (16, 8, 8, 4, 16, 16, 16, 16)),
-        ("emoji64", None, (16, 1, 8, 1, 16, 18, 8, 1)),
+        ("emoji64", None, (16, 2, 8, 2, 16, 18, 8, 1)),
     ],
 )
 def test_configurations_of_the_papers(

@@ -108,7 +108,8 @@ def finetune(
             return {"loss": loss.detach()}
 
         found = add_gradients(team or Alone(), len(parts), backward, learned)
-        value = sum(finite_loss(values["loss"], i, iterations) for values in found)
+        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
+        value = finite_loss(loss, i, iterations)
         done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))

@@ -164,7 +164,8 @@ def search(
             return {"errors": errors.detach(), "loss": loss.detach()}
 
         found = add_gradients(team, len(parts), backward, parameters)
-        value = sum(finite_loss(values["loss"], i, settings.rounds) for values in found)
+        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
+        value = finite_loss(loss, i, settings.rounds)
         if logits:
             sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
             entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)

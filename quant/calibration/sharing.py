@@ -83,8 +83,8 @@ class SharedRows(nn.Module):
         super().__init__()
         self._call, self._team = denoiser, team
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, **conditioning: Any) -> torch.Tensor:
-        """x (B, C, H, W); t (B,) or of all rows; conditioning: tensors of B rows, or of all."""
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (B, C, H, W); the others are tensors of B rows, or of all of them."""
         places = torch.arange(len(x)).chunk(SPLIT)
 
         def rows(value: Any, part: slice) -> Any:
@@ -93,8 +93,9 @@ class SharedRows(nn.Module):
 
         def make(i: int) -> Tensors:
             part = slice(int(places[i][0]), int(places[i][-1]) + 1)
-            named = {name: rows(value, part) for name, value in conditioning.items()}
-            return {"eps": self._call(x[part], rows(t, part), **named).contiguous()}
+            named = {name: rows(value, part) for name, value in kwargs.items()}
+            eps = self._call(x[part], *(rows(value, part) for value in args), **named)
+            return {"eps": eps.contiguous()}
 
         shared = self._team.share(len(places), make)
         eps = torch.cat([values["eps"].to(x.device) for values in shared])

@@ -14,6 +14,7 @@ depend on the number of processes.
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,7 @@ from ..common.errors import ConfigError, RunError
 
 PATIENCE = timedelta(days=1)  # a process that died is noticed at once, a slow one may be slow
 ALIGNED, LENGTH = 16, 8  # bytes: where tensors begin in a message; of the number before its table
+SHORTEST_WAIT, LONGEST_WAIT = 1e-4, 0.02  # seconds between two looks for a message
 Tensors = dict[str, torch.Tensor]
 
 
@@ -60,7 +62,7 @@ class Team:
             return flag
         value = torch.tensor([flag], dtype=torch.uint8)
         with self._with(0):
-            dist.broadcast(value, src=0)
+            _broadcast(value, 0)
         return bool(value)
 
     def share(self, count: int, make: Callable[[int], Tensors]) -> Iterator[Tensors]:
@@ -80,15 +82,15 @@ class Team:
     def _give(self, value: Tensors) -> None:
         data = _packed(value)
         with self._with(None):
-            dist.broadcast(torch.tensor([len(data)]), src=self.rank)
-            dist.broadcast(data, src=self.rank)
+            _broadcast(torch.tensor([len(data)]), self.rank)
+            _broadcast(data, self.rank)
 
     def _take(self, owner: int) -> Tensors:
         length = torch.zeros(1, dtype=torch.long)
         with self._with(owner):
-            dist.broadcast(length, src=owner)
+            _broadcast(length, owner)
             data = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, src=owner)
+            _broadcast(data, owner)
         return _unpacked(data)
 
     def _send(self, value: Tensors, to: int) -> None:
@@ -111,11 +113,22 @@ class Team:
         try:
             yield
         except RuntimeError as error:  # of every kind when a connection breaks
+            if other is None and self.world == 2:
+                other = 1 - self.rank
             who = "another rank" if other is None else f"rank {other}"
             raise RunError(
                 f"{who} is gone or cannot be reached; what ended it stands above: "
                 "mend that, then run it again"
             ) from error
+
+
+def _broadcast(value: torch.Tensor, owner: int) -> None:
+    """A signal ends the wait, which it does not when gloo waits by itself."""
+    work, began = dist.broadcast(value, src=owner, async_op=True), time.monotonic()
+    while not work.is_completed():
+        waited = time.monotonic() - began
+        time.sleep(min(max(waited / 20, SHORTEST_WAIT), LONGEST_WAIT))
+    work.wait()
 
 
 def _packed(value: Tensors) -> torch.Tensor:
@@ -168,7 +181,5 @@ def team_of_processes() -> Iterator[Team]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the {world} processes do not find each other: {reason}") from error
-    try:
-        yield Team(rank, world)
-    finally:
-        dist.destroy_process_group()
+    yield Team(rank, world)
+    dist.destroy_process_group()  # not after an error: it waits for what the others still owe
