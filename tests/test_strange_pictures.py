@@ -113,6 +113,32 @@ def test_deep_pictures_are_refused_everywhere(tmp_path: Path) -> None:
             paired_psnr(alone, alone)
 
 
+def bitmap_of_16_bits(path: Path) -> None:
+    """2 x 2 red pixels of 5, 6 and 5 bits, which are fewer than 8 a channel."""
+    pixels = struct.pack("<HH", 0xF800, 0xF800) * 2
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    start = 14 + len(head)
+    path.write_bytes(b"BM" + struct.pack("<IHHI", start + 8, 0, 0, start) + head + pixels)
+
+
+def test_pictures_of_fewer_bits_are_read(tmp_path: Path) -> None:
+    bitmap_of_16_bits(tmp_path / "a.bmp")
+    assert scored(tmp_path)[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_pictures_of_other_endings_are_noted(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 4, 0)
+    for name, ending in (("001", ".gif"), ("002", ".jfif")):
+        form = "GIF" if ending == ".gif" else "JPEG"
+        Image.open(folder / f"{name}.png").save(folder / f"{name}{ending}", form)
+        (folder / f"{name}.png").unlink()
+    (folder / "notes.txt").write_text("no picture")
+    found = inputs.open_source(folder).images
+    assert len(found) == 2
+    assert found.notes == ["2 files are not counted for their endings, such as 001.gif"]
+
+
 def test_a_picture_that_would_start_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EOF\n")
     with pytest.raises(MetricError, match=r"a\.png: cannot be decoded"):
