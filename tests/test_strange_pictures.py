@@ -5,6 +5,7 @@ import resource
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import forks
 from tests.helpers.images import npz, write_images
 from tests.helpers.narrow import SAMPLING, write_narrow
 from tests.helpers.sampling import sample
 from tinydm.scripts import compare, train_ldm
 from tinydm.scripts.common.errors import ImageError, MetricError
-from tinydm.scripts.common.images import load_images
+from tinydm.scripts.common.images import load_images, read_rgb
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.metrics import inputs, notes, paired_psnr
 
@@ -137,6 +139,28 @@ def test_pictures_of_other_endings_are_noted(tmp_path: Path) -> None:
     found = inputs.open_source(folder).images
     assert len(found) == 2
     assert found.notes == ["2 files are not counted for their endings, such as 001.gif"]
+
+
+def test_damaged_tiffs_say_nothing_besides_the_error(tmp_path: Path) -> None:
+    """Pillow warns and logs, libtiff prints to stderr itself."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "TIFF", compression="tiff_lzw")
+    for end in range(10, len(content.getvalue()), 7):
+        for damaged in (content.getvalue()[:end], flipped(content.getvalue(), end)):
+            (tmp_path / f"{end}.tif").write_bytes(damaged)
+
+    def read(_: list[str]) -> None:
+        for path in tmp_path.iterdir():
+            with suppress(ImageError):
+                read_rgb(path)
+
+    fork = forks.run(read)
+    assert (fork.code, fork.text()) == (0, "")
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
 
 
 def test_a_picture_that_would_start_a_program_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from .arrays import LIKELY_INFLATED, SMALL, check_images, first_line, opened
 from .errors import ImageError
 from .files import atomic
+from .quiet_pillow import quiet_pillow
 
 # What pytorch-fid counts as an image; here in capitals too, as ImageNet has them.
 ENDINGS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -20,7 +20,7 @@ ENDINGS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".w
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PACKED = ("BGR;16", "RGB;16")  # 5 or 6 bits a channel, in 16 together
 LARGEST_PICTURE = 2**26  # pixels, 8192 x 8192: decoded it takes 200 MB
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by LARGEST_PICTURE
+quiet_pillow()  # what it would warn of is refused
 
 
 def is_picture(path: Path) -> bool:
