@@ -10,8 +10,7 @@ A folder of diffusers needs no configuration: what is used is written to OUT/con
 OUT receives quantized.safetensors (the denoiser, packed), config.yaml, report.json (times,
 errors, layer table), layers.txt and log.txt. calibration.pt holds finished phases while it runs:
 --resume goes on after the last one, and gives the same file as an uninterrupted run. So does
-torchrun, which spreads the trajectories and the activation statistics over its processes; the rest
-runs on the first.
+torchrun, whose processes share the work.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted (resumable).
 """
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         config = config_of_folder(args.overrides, memory)
     else:
         config = load_config(args.config, args.overrides, memory)
-    config = for_calibration(config, memory)
+    config = for_calibration(config)
     folder = Path(args.out)
     assembly = assemble(config, device=device)
     with team_of_processes() as team:

@@ -45,8 +45,9 @@ OUT_OF_MEMORY = re.compile(
 NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # First bytes of what people download instead of a checkpoint.
+POINTER = b"version https://git-lfs"
 FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run git lfs pull"),
+    (POINTER, "a Git LFS pointer, not the weights", "run git lfs pull"),
     (b"\x1f\x8b", "a gzip archive", "unpack it and name the checkpoint inside"),
     (b"Rar!", "a RAR archive", "unpack it and name the checkpoint inside"),
     (
@@ -210,8 +211,9 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
         what = "an HTML page, not a checkpoint: the download failed"
         raise failure(path, what, AGAIN, NotACheckpointError)
     for magic, what, advice in FOREIGN:
-        if head.startswith(magic):
-            raise failure(path, what, advice, NotACheckpointError)
+        if head.startswith(magic):  # only a pointer is worth nothing by itself
+            kind = NotACheckpointError if magic == POINTER else CheckpointError
+            raise failure(path, what, advice, kind)
     if head[257:262] == b"ustar":
         raise failure(path, "a tar archive", "unpack it and name the checkpoint inside")
     if not head.startswith((b"PK", b"\x80")):

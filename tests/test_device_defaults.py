@@ -35,7 +35,7 @@ def sizes(config: Config) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("name", "memory", "expected"),
     [
-        ("cifar10", None, (16, 1, 8, 1, 32, 64, 16, 1)),
+        ("cifar10", None, (16, 2, 8, 2, 32, 64, 16, 1)),
         ("cifar10", A5000, (16, 1, 8, 1, 64, 256, 256, 1)),
         ("cifar10", A100, (16, 1, 8, 1, 64, 256, 256, 1)),
         ("lsun_bedroom", None, (4, 4, 4, 4, 4, 4, 4, 1)),
@@ -47,7 +47,7 @@ def sizes(config: Config) -> tuple[int, ...]:
         ("sd_v1", None, (2, 2, 2, 2, 2, 2, 2, 1)),
         ("sd_v1", A5000, (16, 16, 8, 8, 8, 8, 8, 8)),
         ("sd_v1", A100, (16, 8, 8, 4, 16, 16, 16, 16)),
-        ("emoji64", None, (16, 1, 8, 1, 16, 18, 8, 1)),
+        ("emoji64", None, (16, 2, 8, 2, 16, 18, 8, 1)),
     ],
 )
 def test_configurations_of_the_papers(
@@ -134,14 +134,16 @@ def test_a_model_of_unknown_size_is_taken_for_a_large_one(model: str) -> None:
 
 def test_calibration_makes_no_more_trajectories_than_asked_for() -> None:
     path = ROOT / "configs/imagenet256.yaml"
-    assert for_calibration(load_config(path), None) == load_config(path)
+    assert for_calibration(load_config(path)) == load_config(path)
     config = load_config(path, memory=A100)
-    found = for_calibration(config, A100)
+    found = for_calibration(config)
     assert found.sampling.micro_batch == config.calibration.trajectories == 32
     assert found.calibration == config.calibration
     config = load_config(ROOT / "configs/lsun_bedroom.yaml", memory=A100)
     assert config.calibration.trajectories is None  # as many as 512 samples need: 26
-    assert for_calibration(config, A100).sampling.micro_batch == 16
+    assert for_calibration(config).sampling.micro_batch == 16
+    few = load_config(ROOT / "configs/emoji32.yaml", ["calibration.trajectories=5"])
+    assert few.sampling.micro_batch == 16 and for_calibration(few).sampling.micro_batch == 4
 
 
 def test_the_run_has_what_was_resolved(room: Path, tmp_path: Path) -> None:

@@ -208,21 +208,14 @@ def test_every_call_is_counted(
 
 
 @pytest.mark.slow
-def test_the_rows_of_images_are_numbers_of_the_same_seed(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bar of the command itself, which shows the last image at its end."""
-
-    class AtOnce(ImageBar):
-        """Without the second that the command waits, which these images do not take everywhere."""
-
-        def __init__(self, *args: object, **options: object):
-            super().__init__(*args, **options | {"delay": 0})
-
-    monkeypatch.setattr("tinydm.scripts.experiment.sampling_run.ImageBar", AtOnce)
+def test_the_rows_of_images_are_numbers_of_the_same_seed(room: Path, tmp_path: Path) -> None:
+    """The bar of the command itself, which is there before the first call and shows the last image
+    at its end."""
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", "-n", 4)
     fork = forks.run(sample_diffusion.main, *arguments, "--set", "sampler.steps=30")
     assert fork.code == 0
     bars = fork.text().replace("\r", "\n").splitlines()
-    last = [line for line in bars if "image/s]" in line][-1]
-    assert " 4/4 [" in last and np.isfinite(float(last.split(", ")[1].split()[0]))
+    drawn = [line for line in bars if "image/s]" in line]
+    last = drawn[-1]
+    assert " 0/4 [" in drawn[0] and " 4/4 [" in last
+    assert np.isfinite(float(last.split(", ")[1].split()[0]))

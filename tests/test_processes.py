@@ -3,6 +3,8 @@
 python -m pytest tests/test_processes.py
 """
 
+import hashlib
+import math
 import os
 import signal
 import socket
@@ -25,6 +27,7 @@ from tests.helpers.commands import ROOT
 from tests.helpers.images import load_folder, needs_package, write_images
 from tests.helpers.rooms import files_of
 from tinydm.models.pipeline import build_denoiser
+from tinydm.quant.calibration import end_to_end
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import save_tensors
 from tinydm.scripts.experiment.processes import rank_and_world, team_of_processes
@@ -121,12 +124,54 @@ def test_any_number_of_processes_calibrates_to_the_same_file(
 
 
 @pytest.mark.slow
+def test_two_ranks_of_torchrun_calibrate_emoji32_to_the_bytes_of_one(tmp_path: Path) -> None:
+    brief = (
+        "quant.weight.scale=minmax",  # what one rank does alone takes longest
+        "quant.equivalent_scaling=false",
+        "quant.activation.groups=2",
+        "sampler.steps=4",
+        "calibration.samples=8",
+        "calibration.trajectories=4",
+        "quant.search.rounds=2",
+        "quant.search.batch_size=4",
+        "quant.reconstruct.finetune_iterations=3",
+        "quant.reconstruct.finetune_batch_size=4",
+    )
+    digests = []
+    for world in (1, 2):
+        arguments = ("--config", ROOT / "configs/emoji32.yaml", "--out", tmp_path / str(world))
+        process = torchrun(world, "calibrate.py", *arguments, "--set", *brief)
+        printed, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        assert printed.count("quantized.safetensors: ") == 1
+        content = (tmp_path / str(world) / "quantized.safetensors").read_bytes()
+        digests.append(hashlib.sha256(content).hexdigest())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_rank_ends_all_alike(room: Path, tmp_path: Path) -> None:
+    def broken(arguments: list[str]) -> None:
+        real, factor = end_to_end._loss, math.nan if os.environ["RANK"] == "1" else 1.0
+        end_to_end._loss = lambda *given: real(*given) * factor
+        calibrate.main(arguments)
+
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", "--set", *BRIEF)
+    with forks.ended(forks.team(2, broken, *arguments, port=port())) as team:
+        for number, rank in enumerate(team):
+            rank.wait()
+            line = forks.refusal(rank)
+            assert line.startswith(f"error: rank {number}: calibration diverged, finetune: ")
+            assert "nan at iteration 1 of 2" in line
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_behind_any_phase(room: Path, tmp_path: Path) -> None:
     """One process is killed as soon as the phase is saved; two go on."""
     arguments = ("--config", room / "tiny.yaml", "--set", *BRIEF, "--out")
     together(1, calibrate.main, *arguments, tmp_path / "whole")
     whole = (tmp_path / "whole" / "quantized.safetensors").read_bytes()
-    for phase in ("trajectories", "equivalent", "ranges"):
+    for phase in ("trajectories", "equivalent", "search"):
         out = tmp_path / phase
         deadly = forks.after_phase(phase, forks.signal_itself(signal.SIGKILL))
         fork = forks.run(calibrate.main, *arguments, out, before=deadly)
@@ -215,16 +260,31 @@ def test_a_rank_that_fails_says_why(room: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_calibration_without_its_helper_ends_with_one_line(room: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("begun", "sent", "keys"),
+    [
+        ("image/s", signal.SIGKILL, ("calibration.trajectories=4000",)),
+        (
+            "eps error",
+            signal.SIGINT,
+            ("calibration.trajectories=20", "calibration.samples=400", "quant.method=e2e"),
+        ),
+    ],
+    ids=["trajectories", "steps"],
+)
+def test_calibration_without_its_helper_ends_with_one_line(
+    room: Path, tmp_path: Path, begun: str, sent: signal.Signals, keys: tuple[str, ...]
+) -> None:
     """Without torchrun nobody stops rank 0: it must notice by itself."""
-    keys = ("--set", "calibration.trajectories=4000", "sampler.steps=20")
+    keys = ("--set", "sampler.steps=20", *keys)
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "run", *keys)
     started = forks.team(2, calibrate.main, *arguments, port=port())
     with forks.ended(started) as (first, helper):
-        while "image/s" not in first.text():  # the trajectories have begun
+        while begun not in first.text():
             assert first.running(), first.text()
             time.sleep(0.01)
-        helper.send(signal.SIGKILL)
+        helper.send(sent)
+        assert helper.wait() == (130 if sent == signal.SIGINT else -sent), helper.text()
         assert first.wait() == 2
         assert first.errors() == [first.text().splitlines()[-1]]
         assert first.errors()[0].startswith("error: rank 0: rank 1 is gone")

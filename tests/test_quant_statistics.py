@@ -1,11 +1,13 @@
 """Statistics of the activations, which the ranges come from."""
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from tests.helpers.toy import STEPS, Toy, toy_states
+from tinydm.quant.calibration.sharing import Alone
 from tinydm.quant.calibration.statistics import LARGEST_DRAW_RANGE, Draws, collect
 from tinydm.quant.calibration.wrapping import BitPolicy, quantize
 from tinydm.quant.core.context import TimestepContext
@@ -34,14 +36,18 @@ def test_statistics_hold_the_extremes_of_each_timestep() -> None:
 
 def test_statistics_made_in_parts_are_the_same() -> None:
     """Three processes' worth of draws, each of every third batch, joined in the order."""
+
+    class Three(Alone):
+        def share(self, count: int, make: Callable) -> Iterator:
+            return (parts[i % 3].make(i) for i in range(count))
+
     denoiser = Toy()
     states = toy_states(denoiser)
     model = quantize(denoiser, TimestepContext(STEPS, 1000), BitPolicy())
     batches = list(states.by_timestep(12, 5))
     whole = collect(denoiser, model, batches, 64, seed=3)
     parts = [Draws(denoiser, model, batches, 64, 3) for _ in range(3)]
-    made = [parts[i % 3].make(i) for i in range(len(batches))]
-    joined = collect(denoiser, model, batches, 64, 3, lambda count, make: iter(made))
+    joined = collect(denoiser, model, batches, 64, 3, Three())
     assert set(joined) == set(whole) and len(whole) >= 3
     for name, statistics in whole.items():
         for key, value in vars(statistics).items():

@@ -14,6 +14,7 @@ import torch
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .quantizer import rate_of_scale, scale_groups
+from .sharing import Alone, Team, Tensors, add_gradients
 from .states import CalibrationStates
 from .wrapping import activation_quantizers, weight_layers
 
@@ -71,6 +72,7 @@ def finetune(
     on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
     progress: dict[str, Any] | None = None,
     accumulate: int = 1,
+    team: Team | None = None,
 ) -> None:
     """Trains in place. tuples (n, 2) of the states. on_iteration(i, loss) is for progress.
 
@@ -78,8 +80,8 @@ def finetune(
     more often, and by the root its error counts more. on_checkpoint(progress) comes after each
     iteration; an interrupted run goes on when it is given that `progress` beside the model's state
     of the moment.
-    accumulate: parts of a batch that follow each other, to need less memory. Raises
-    DivergenceError.
+    accumulate: parts of a batch, whose gradients are added up. team: processes that call it
+    together, with the same arguments and equal models, and share the parts. Raises DivergenceError.
     """
     if iterations == 0:
         return
@@ -93,14 +95,21 @@ def finetune(
         generator.set_state(progress["generator"])
     root = None if step_weight is None else _balanced_root(step_weight, tuples)
     chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
+    learned = [p for group in groups for p in group["params"]]
     for i in range(start, iterations):
         index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
         optimizer.zero_grad(set_to_none=True)
-        value = 0.0
-        for part in index.chunk(accumulate):
+        parts = index.chunk(accumulate)
+
+        def backward(number: int, parts: tuple[torch.Tensor, ...] = parts) -> Tensors:
+            part = parts[number]
             loss = _loss(model, states, part, root) * (len(part) / batch_size)
-            value += finite_loss(loss, i, iterations)
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
+            return {"loss": loss.detach()}
+
+        found = add_gradients(team or Alone(), len(parts), backward, learned)
+        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
+        value = finite_loss(loss, i, iterations)
         done = i / iterations
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from ..core.affine import per_channel
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
+from .sharing import Alone, Team, Tensors
 from .states import CalibrationStates
 
 ROWS_PER_SAMPLE = 64  # output positions that enter H, at most: a grid over the feature map
@@ -99,21 +100,55 @@ def compensate(
     batch_size: int,
     memory_gb: float,
     on_layer: Callable[[str], None] = lambda name: None,
+    team: Team | None = None,
 ) -> dict[str, float]:
     """Rounds the weights of all layers in place. tuples (n, 2): samples of the states for H, whose
     blocks take at most half of memory_gb at a time (or one layer's); judges (m, 2): those for the
-    choice, of other trajectories.
+    choice, of other trajectories. team: processes that call it together, with the same arguments
+    and equal models; each takes some of the layers, whose sums are those of one process.
 
     Returns tr(E H E^T) of the judges, relative to rounding to nearest, by layer name.
     """
-    gains = {}
+    team, gains = team or Alone(), {}
     for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
-        learned = _hessians(model, layers, states, tuples, batch_size)
-        judging = _hessians(model, layers, states, judges, batch_size)
-        for name, layer in layers.items():
-            gains[name] = _round_layer(layer, learned.pop(name), judging.pop(name))
-            on_layer(name)
+        hands = _dealt(layers, team.world)
+
+        def make(
+            number: int, layers: dict[str, CalibLayer] = layers, hands: list[list[str]] = hands
+        ) -> Tensors:
+            mine = {name: layers[name] for name in hands[number]}
+            learned = _hessians(model, mine, states, tuples, batch_size)
+            judging = _hessians(model, mine, states, judges, batch_size)
+            values: Tensors = {}
+            for name, layer in mine.items():
+                codes, gain = _round_layer(layer, learned.pop(name), judging.pop(name))
+                values[f"{name} gain"] = torch.tensor(gain, dtype=torch.float64)
+                if codes is not None:
+                    values[f"{name} codes"] = codes
+                on_layer(name)
+            return values
+
+        for number, values in enumerate(team.share(len(hands), make)):
+            for name in hands[number]:
+                gains[name] = float(values[f"{name} gain"])
+                codes = values.get(f"{name} codes")
+                if codes is not None:
+                    layers[name].quantizer.fix_codes(codes.to(layers[name].weight.device))
+                if number != team.rank:
+                    on_layer(name)
     return gains
+
+
+def _dealt(layers: dict[str, CalibLayer], hands: int) -> list[list[str]]:
+    """The names of the layers in so many lists of about the same work; an empty one is left out."""
+    work = {
+        name: sum((b.stop - b.start) ** 2 for b in column_blocks(layer))
+        for name, layer in layers.items()
+    }
+    lists: list[list[str]] = [[] for _ in range(hands)]
+    for name in sorted(work, key=work.__getitem__, reverse=True):
+        min(lists, key=lambda names: sum(work[n] for n in names)).append(name)
+    return [names for names in lists if names]
 
 
 def _hessians(
@@ -151,7 +186,9 @@ def _hessians(
 
 def _round_layer(
     layer: CalibLayer, learned: list[torch.Tensor], judging: list[torch.Tensor]
-) -> float:
+) -> tuple[torch.Tensor | None, float]:
+    """Codes as the weight is shaped, or None where those of before lose no more; what the judges
+    lose, relative to rounding to nearest."""
     quantizer = layer.quantizer
     weight = layer.weight.detach()
     flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes
@@ -168,9 +205,8 @@ def _round_layer(
         best = min(range(len(lost)), key=lost.__getitem__)
         codes[:, columns] = candidates[best]
         before, after = before + lost[0], after + lost[best]
-    if after < before:
-        quantizer.fix_codes((codes + zero).view_as(weight))
-    return after / max(before, 1e-20)
+    found = (codes + zero).view_as(weight) if after < before else None
+    return found, after / max(before, 1e-20)
 
 
 def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:

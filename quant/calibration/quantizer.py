@@ -3,6 +3,7 @@
 Legend: B batch, G groups of timesteps, S calibrated timesteps.
 """
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -137,6 +138,24 @@ class LearnedQuantizer(nn.Module):
             zero_point.float().to(device), requires_grad=self.zero_point.requires_grad
         )
         self.group_of_timestep = group_of_timestep.long().to(device)
+
+    def ranges(self) -> dict[str, torch.Tensor]:
+        """What set_ranges and grouping.assign set, for take_ranges."""
+        values = {name: getattr(self, name).detach() for name in ("log_scale", "zero_point")}
+        values["group_of_timestep"] = self.group_of_timestep
+        if self.group_error is not None:
+            values["group_error"] = self.group_error
+        return values
+
+    def take_ranges(self, values: Mapping[str, torch.Tensor]) -> None:
+        """values: of ranges() of another one."""
+        device = self.log_scale.device
+        for name in ("log_scale", "zero_point"):
+            value, wanted = values[name].to(device), getattr(self, name).requires_grad
+            setattr(self, name, nn.Parameter(value, requires_grad=wanted))
+        self.group_of_timestep = values["group_of_timestep"].to(device)
+        error = values.get("group_error")
+        self.group_error = None if error is None else error.to(device)
 
     def _integral_zero_point(self) -> torch.Tensor:
         zero_point = self.zero_point + self.shared_zero_point

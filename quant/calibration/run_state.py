@@ -45,15 +45,10 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
     """Loads a state whose learnable tensors may differ in shape from the fresh model's."""
     for name, module in model.named_modules():
         if isinstance(module, LearnedQuantizer):
-            for key in ("log_scale", "zero_point"):
-                old = getattr(module, key)
-                learned = tensors[f"{name}.{key}"].to(old.device)
-                setattr(module, key, nn.Parameter(learned, requires_grad=old.requires_grad))
-            module.group_of_timestep = tensors[f"{name}.group_of_timestep"].to(
-                module.log_scale.device
+            prefix = f"{name}."
+            module.take_ranges(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             )
-            value = tensors.get(f"{name}.group_error")
-            module.group_error = None if value is None else value.to(module.log_scale.device)
         elif isinstance(module, WeightQuantizer):
             for key in ("alpha", "latent", "log_gain"):
                 value = tensors.get(f"{name}.{key}")

@@ -9,7 +9,7 @@ that the assignment ends hard and taking the arg max changes little (the gap is 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ..core.settings import SearchSettings
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .quantizer import LearnedQuantizer, scale_groups
+from .sharing import Alone, Team, Tensors, add_gradients
 from .states import CalibrationStates
 from .timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 from .wrapping import activation_quantizers
@@ -86,6 +87,15 @@ def _errors(model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor
     return (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
 
 
+@torch.no_grad()
+def _shared_errors(
+    team: Team, model: QuantDenoiser, states: CalibrationStates, parts: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """_errors of all parts, one after the other."""
+    shared = team.share(len(parts), lambda i: {"errors": _errors(model, states, parts[i])})
+    return torch.cat([values["errors"].to(states.device) for values in shared])
+
+
 def search(
     model: QuantDenoiser,
     states: CalibrationStates,
@@ -94,14 +104,17 @@ def search(
     importance: torch.Tensor,
     first_errors: torch.Tensor,
     on_round: Callable[[int, float], None] = lambda i, loss: None,
+    team: Team | None = None,
 ) -> SearchResult:
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
     Only quantizers with more than one group are searched; with one group everywhere the scales
     learn alone. importance (S,): how much an eps error at a sampling step matters;
     first_errors (S,): eps errors there before the search.
-    on_round(i, loss) is for progress. Raises DivergenceError.
+    on_round(i, loss) is for progress. team: processes that call it together, with the same
+    arguments and equal models, and share the parts of a round. Raises DivergenceError.
     """
+    team = team or Alone()
     every = [q for _, q in activation_quantizers(model)]
     quantizers = [q for q in every if q.groups > 1]
     of_groups = [q for q in every if q.bits <= MOST_GROUPED_BITS]
@@ -115,7 +128,8 @@ def search(
     groups += scale_groups(learned, settings.lr_scale)
     for p in model.parameters():
         p.requires_grad_(False)
-    for p in [p for group in groups for p in group["params"]]:
+    parameters = [p for group in groups for p in group["params"]]
+    for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -133,16 +147,25 @@ def search(
         optimizer.zero_grad(set_to_none=True)
         parts = index.chunk(settings.accumulate)
         if normaliser is None:
-            with torch.no_grad():
-                first = torch.cat([_errors(model, states, part) for part in parts])
+            first = _shared_errors(team, model, states, parts)
             normaliser = (first * weight[index[:, 0]].to(first.device)).mean().clamp(min=1e-12)
-        of_parts, value = [], 0.0
-        for part in parts:
-            found = _errors(model, states, part)
-            loss = (found * weight[part[:, 0]].to(found.device)).sum() / len(index) / normaliser
-            value += finite_loss(loss, i, settings.rounds)
+
+        def backward(
+            number: int,
+            part_of: tuple[torch.Tensor, ...] = parts,
+            weight: torch.Tensor = weight,
+            normaliser: torch.Tensor = normaliser,
+        ) -> Tensors:
+            part = part_of[number]
+            errors = _errors(model, states, part)
+            loss = (errors * weight[part[:, 0]].to(errors.device)).sum()
+            loss = loss / settings.batch_size / normaliser
             loss.backward()
-            of_parts.append(found.detach())
+            return {"errors": errors.detach(), "loss": loss.detach()}
+
+        found = add_gradients(team, len(parts), backward, parameters)
+        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
+        value = finite_loss(loss, i, settings.rounds)
         if logits:
             sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
             entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
@@ -153,7 +176,7 @@ def search(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.step()
-        error = torch.cat(of_parts)
+        error = torch.cat([values["errors"].to(states.device) for values in found])
         selector.observe_error(index[:, 0], error.cpu())
         tuples.append(index)
         errors.append(float(error.mean()))

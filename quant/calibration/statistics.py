@@ -4,19 +4,20 @@ For each activation quantizer and calibrated timestep a random subset of values 
 exact extremes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.context import Timestep
 from ..core.operation import scale_channels
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer, CalibMatMul
+from .sharing import Alone, Team, Tensors
 
-Tensors = dict[str, torch.Tensor]
-Batch = tuple[torch.Tensor, int, dict[str, Any]]  # x_t (B, C, H, W), t, conditioning
+Batch = tuple[torch.Tensor, Timestep, dict[str, Any]]  # x_t (B, C, H, W), t, conditioning
 VALUES_PER_TIMESTEP = 1024  # per timestep
 LARGEST_DRAW_RANGE = 2**27  # range up to which torch.randint takes equally many random numbers
 
@@ -68,25 +69,20 @@ def _input_part(layer: CalibLayer, part: int) -> Callable:
     return take
 
 
-def alone(count: int, make: Callable[[int], Tensors]) -> Iterator[Tensors]:
-    """make(0), make(1), ..., one after the other."""
-    return map(make, range(count))
-
-
 def collect(
     denoiser: nn.Module,
     model: QuantDenoiser,
     batches: Iterable[Batch],
     values_per_timestep: int = VALUES_PER_TIMESTEP,
     seed: int = 0,
-    in_turn: Callable[[int, Callable[[int], Tensors]], Iterator[Tensors]] = alone,
+    team: Team | None = None,
 ) -> dict[str, Statistics]:
     """Runs the full-precision denoiser on batches (x_t (B, C, H, W), t, conditioning).
 
     Each batch shares one timestep. Returns the statistics of every activation quantizer of `model`.
-    Timesteps that no batch reached copy the nearest one that was. in_turn(count, make) gives
-    make(0), make(1), ... in this order, wherever they are made: by Draws of the same arguments.
-    Raises StatisticsError on values that are not finite, naming the layer.
+    Timesteps that no batch reached copy the nearest one that was. team: processes that call it
+    together, with the same arguments, and share the batches. Raises StatisticsError on values that
+    are not finite, naming the layer.
     """
     batches, context = list(batches), model.context
     draws = Draws(denoiser, model, batches, values_per_timestep, seed)
@@ -95,7 +91,8 @@ def collect(
         n: [[] for _ in range(timesteps)] for n in draws.names
     }
     seen = torch.zeros(timesteps)
-    for (x, t, _), values in zip(batches, in_turn(len(batches), draws.make), strict=True):
+    shared = (team or Alone()).share(len(batches), draws.make)
+    for (x, t, _), values in zip(batches, shared, strict=True):
         current = int(context.nearest(t))
         seen[current] += len(x)
         for name, value in values.items():

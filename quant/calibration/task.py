@@ -9,8 +9,8 @@ from torch import nn
 
 from ..core.settings import CalibrationSettings, QuantSettings
 from ..runtime.denoiser import QuantDenoiser
-from . import statistics
 from .run_state import RunState
+from .sharing import Alone, Team
 from .states import CalibrationStates
 
 # Streams of random numbers; fixed, so that a new phase leaves those of the others alone.
@@ -55,8 +55,8 @@ class Task:
 
     denoiser: full precision, not changed. states: its trajectories. train_timesteps: T of the noise
     schedule. importance (S,): weight of an eps error at each sampling step. state continues an
-    earlier run. save(state) gets everything that a later run needs to go on from there. collect
-    stands for statistics.collect.
+    earlier run. save(state) gets everything that a later run needs to go on from there. team: the
+    processes that have this task; state, progress and save matter on the first one alone.
     """
 
     denoiser: nn.Module
@@ -69,7 +69,7 @@ class Task:
     progress: Progress
     state: RunState = field(default_factory=RunState)
     save: Callable[[RunState], None] = _save_nothing
-    collect: Callable[..., dict[str, statistics.Statistics]] = statistics.collect
+    team: Team = field(default_factory=Alone)
 
 
 class Job:
@@ -80,7 +80,7 @@ class Job:
         self.denoiser, self.states, self.state = task.denoiser, task.states, task.state
         self.settings, self.calibration = task.settings, task.calibration
         self.importance, self.sampler = task.importance, task.sampler
-        self.progress, self.collect = task.progress, task.collect
+        self.progress, self.team = task.progress, task.team
 
     @property
     def tuples(self) -> torch.Tensor:
@@ -111,6 +111,6 @@ class Job:
 
     def mark_start(self) -> None:
         """Keeps the start of a phase that will save parts."""
-        if not self.state.before:
+        if self.team.rank == 0 and not self.state.before:
             tensors = self.model.state_dict().items()
             self.state.before = {k: v.detach().cpu().clone() for k, v in tensors}

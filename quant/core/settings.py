@@ -96,7 +96,7 @@ class SearchSettings:
     rounds: int = setting(24, "steps of the search", within=(1, 1_000_000))
     batch_size: int = setting(16, "samples of a step", within=(1, 4096))
     accumulate: int = setting(
-        1, "parts of that batch, one after the other: less memory", within=(1, 4096)
+        2, "parts of that batch, which processes share; the more, the less memory", within=(1, 4096)
     )
     lr_logits: float = setting(0.2, "learning rate of the assignment", within=(0.0, 10.0))
     lr_scale: float = setting(
@@ -133,7 +133,7 @@ class ReconstructSettings:
     )
     finetune_batch_size: int = setting(8, "samples of an end-to-end step", within=(1, 4096))
     accumulate: int = setting(
-        1, "parts of that batch, one after the other: less memory", within=(1, 4096)
+        2, "parts of that batch, which processes share; the more, the less memory", within=(1, 4096)
     )
     weigh_steps: bool = setting(
         True,

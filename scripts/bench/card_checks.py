@@ -103,7 +103,7 @@ class Card:
     def calibrated(self, name: str = "calibrated") -> Path:
         """A folder with the quantized file that the device makes, and its report."""
         folder = self.folder / name
-        config = for_calibration(self.load(), device_memory(self.device))
+        config = for_calibration(self.load())
         run = CalibrationRun(config, assemble(config, device=self.device), folder, self.device)
         calibrate_run(run, resume=True)
         return folder

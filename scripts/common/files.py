@@ -171,9 +171,15 @@ def check_output(path: str | Path) -> str:
     """The name of a file that is to be written. Raises ConfigError where none can be."""
     if not Path(path).name:
         raise ConfigError(f"'{path}' is no name of a file")
-    if os.path.lexists(path) and not os.path.isfile(path):
+    if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
     return str(path)
+
+
+def _is_of_the_system(path: str | Path) -> bool:
+    """/dev/stdout is a file where the output goes to one; renaming would replace the device."""
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    return folder == "/dev" or folder.startswith("/proc/")
 
 
 def check_folder(path: str | Path) -> str:

@@ -5,9 +5,9 @@ import dataclasses
 import json
 import platform
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
+from ...quant.core.settings import QuantSettings
+from ...quant.runtime.denoiser import QuantDenoiser
 from ...quant.runtime.packed_file import (
     PackedFileError,
     load_quantized,
@@ -38,11 +40,11 @@ from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
 from .resume import STATE, advice, identity_of, load_state, save_state
-from .shared_statistics import collect_together, help_collect
 from .trajectories import (
     FIRST_FRESH_TRAJECTORY,
     SEED_DOMAIN,
     record_states,
+    shared_states,
     trajectories_of,
 )
 
@@ -54,14 +56,14 @@ class Bars:
     """Progress bars, one a phase. peaks: phase -> bytes that it took on the device at most, of a
     device that is not the CPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peaks = device, dict[str, int]()
+    def __init__(self, device: torch.device, shown: bool = True) -> None:
+        self.device, self.shown, self.peaks = device, shown, dict[str, int]()
         self.bar: Bar | None = None
 
     def begin(self, phase: str, total: int) -> None:
         self.phase = phase
         forget_peak(self.device)
-        self.bar = Bar(total=total, desc=f"{phase:20}", mininterval=1)
+        self.bar = Bar(total=total, desc=f"{phase:20}", mininterval=1, disable=not self.shown)
 
     def step(self, text: str) -> None:
         self.bar.set_postfix_str(text, refresh=False)
@@ -84,8 +86,7 @@ class Bars:
 class CalibrationRun:
     """Everything that a calibration run is made of: model, run folder, device, processes.
 
-    assembly: full precision, of the same configuration. team: processes that help to make the
-    trajectories and statistics.
+    assembly: full precision, of the same configuration. team: processes that calibrate together.
     """
 
     config: Config
@@ -105,6 +106,13 @@ class CalibrationRun:
         pipeline, config = self.assembly.pipeline, self.config
         size = config.sampling.micro_batch
         return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
+
+    def settings(self) -> QuantSettings:
+        """Those of the configuration, without a correction where the sampler has no use for it."""
+        quant = self.config.quant
+        if self.assembly.pipeline.uncorrected() is None:
+            return quant
+        return replace(quant, correction="none")
 
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
@@ -153,8 +161,8 @@ def check_files(run: CalibrationRun, source: str | None, overwrite: bool) -> Non
         raise ConfigError(f"{others[0]}: {OF_THE_USER}")
 
 
-def make_states(run: CalibrationRun) -> CalibrationStates | None:
-    """The trajectories; None on the ranks that only help to make them."""
+def make_states(run: CalibrationRun) -> CalibrationStates:
+    """The trajectories, which all ranks make together."""
     config = run.config
     total = run.trajectories
     size = config.sampling.micro_batch
@@ -181,14 +189,41 @@ def step_importance(assembly: Assembly, states: CalibrationStates) -> torch.Tens
 
 
 def help_calibrate(run: CalibrationRun) -> None:
-    """The part of the ranks above 0 while rank 0 is in calibrate_run, which tells them what to
-    do."""
-    states_wanted, statistics_wanted = run.team.broadcast(False), run.team.broadcast(False)
-    if states_wanted:
-        make_states(run)
-    if statistics_wanted:
-        seed = run.config.calibration.seed
-        help_collect(run.team, run.assembly.denoiser, run.config.quant, seed, run.device)
+    """The part of the ranks above 0 while rank 0 is in calibrate_run, whose files and bars are
+    those of the job."""
+    states_wanted, wanted = run.team.broadcast(False), run.team.broadcast(False)
+    if not wanted:
+        return
+    states = make_states(run) if states_wanted else shared_states(run.team, None, run.device)
+    with closing(Bars(run.device, shown=False)) as bars:
+        _calibrate(run, states, bars, RunState())
+
+
+def _calibrate(
+    run: CalibrationRun,
+    states: CalibrationStates,
+    bars: Bars,
+    state: RunState,
+    save: Callable[[RunState], None] = lambda state: None,
+) -> tuple[QuantDenoiser, dict[str, Any]]:
+    """See quant.calibration.calibrate. Raises RunError where it diverges."""
+    task = Task(
+        run.assembly.denoiser,
+        states,
+        run.settings(),
+        run.config.calibration,
+        run.assembly.pipeline.train_timesteps,
+        step_importance(run.assembly, states),
+        sampler=run,
+        progress=bars,
+        state=state,
+        save=save,
+        team=run.team,
+    )
+    try:
+        return calibrate(task)
+    except DivergenceError as error:
+        raise RunError(advice(error, state, run.config)) from error
 
 
 def calibrate_run(
@@ -212,10 +247,9 @@ def calibrate_run(
             "to be reconstructed; use quantized"
         )
     _ = run.trajectories  # a mistake is told before the work
-    quant = config.quant
-    if (why := assembly.pipeline.uncorrected()) is not None and quant.correction != "none":
+    if run.settings() != config.quant:
+        why = assembly.pipeline.uncorrected()
         print(f"note: no correction of the output: {why}", flush=True)
-        quant = replace(quant, correction="none")
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run
@@ -224,7 +258,7 @@ def calibrate_run(
     done = is_done(run)
     saved = None if done else load_state(folder, config, assembly.sources, resume, run.device)
     wanted = team.broadcast(not done and saved is None and states is None)
-    team.broadcast(not done and (saved is None or "ranges" not in saved[0].done))
+    team.broadcast(not done)
     if done:
         (folder / STATE).unlink(missing_ok=True)  # of a run killed just before it did so
         return None
@@ -236,28 +270,15 @@ def calibrate_run(
 
     if saved is not None:
         state, states = saved
+        shared_states(team, states, run.device)
         print(f"resumed after: {', '.join(['trajectories', *state.done])}")
     elif wanted:
         states = make_states(run)
         save(state)
+    else:
+        states = shared_states(team, states, run.device)
     with closing(Bars(run.device)) as bars:
-        task = Task(
-            assembly.denoiser,
-            states,
-            quant,
-            config.calibration,
-            assembly.pipeline.train_timesteps,
-            step_importance(assembly, states),
-            sampler=run,
-            progress=bars,
-            state=state,
-            save=save,
-            collect=partial(collect_together, team),
-        )
-        try:
-            deployed, phases = calibrate(task)
-        except DivergenceError as error:
-            raise RunError(advice(error, state, config)) from error
+        deployed, phases = _calibrate(run, states, bars, state, save)
     lines = write_result(run, states, Outcome(deployed, phases, began, bars.peaks))
     (folder / STATE).unlink(missing_ok=True)
     return lines

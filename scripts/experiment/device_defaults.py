@@ -72,15 +72,14 @@ def resolve(tree: Tree, memory: float | None, quant: QuantSettings) -> None:
     tree.drop((SECTION,))
 
 
-def for_calibration(config: Config, memory: float | None) -> Config:
-    """On a GPU, a call has no more rows than there are trajectories: as many as fit would be made.
-    memory: GiB of the device, None for a CPU."""
+def for_calibration(config: Config) -> Config:
+    """A call has no more rows than there are trajectories: as many as fit would be made."""
     calibration = config.calibration
     count = calibration.trajectories
     if count is None:
         count = enough_trajectories(calibration.samples, config.sampler.steps)
     most = 2 ** (count.bit_length() - 1)
-    if memory is None or config.sampling.micro_batch <= most:
+    if config.sampling.micro_batch <= most:
         return config
     return replace(config, sampling=replace(config.sampling, micro_batch=most))
 

@@ -50,14 +50,22 @@ class _WebPageError(ValueError):
 
 def check_scheme(url: str) -> None:
     """Raises ConfigError unless the address is one of the web."""
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+    if _scheme(url) not in ("http", "https"):
         raise ConfigError(f"model.url {printable(url, 300)}: only http and https are fetched")
+
+
+def _scheme(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url).scheme
+    except ValueError as error:  # brackets of an address that are not closed, for example
+        raise ConfigError(f"model.url {printable(url, 300)}: is no address ({error})") from error
 
 
 def check_digest(text: str | None) -> None:
     """sha256:HEX or md5:HEX. Raises ConfigError."""
     kind, _, digits = (text or "").partition(":")
-    if text is not None and not re.fullmatch(f"[0-9a-f]{{{DIGESTS.get(kind, 0)}}}", digits):
+    known = kind in DIGESTS and re.fullmatch(f"[0-9a-f]{{{DIGESTS[kind]}}}", digits)
+    if text is not None and not known:
         raise ConfigError(f"model.digest {printable(text)}: must be sha256:HEX or md5:HEX")
 
 
@@ -132,6 +140,9 @@ def _receive(url: str, part: Path, name: str) -> None:
     with opened as answer:
         if answer.status != 206:  # the whole, from its start
             start = 0
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            _forget(part)
+            raise urllib.error.ContentTooShortError("another part of the file came", b"")
         version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
@@ -167,6 +178,8 @@ def _blocks(answer: Any) -> Iterator[bytes]:
 
 def _continued(url: str, part: Path) -> tuple[int, str]:
     """Bytes that are there already of a version that can be asked for again, and that version."""
+    if part.is_symlink():  # writing would go elsewhere
+        _forget(part)
     with suppress(OSError, ValueError):
         of, version = _note(part).read_text(encoding="utf-8").split("\n")[:2]
         if of == url and version and not version.startswith("W/"):

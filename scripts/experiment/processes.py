@@ -1,26 +1,32 @@
-"""The processes of one job, as torchrun starts them, and how they send tensors to the first.
+"""The processes of one job, as torchrun starts them, and how they send tensors to each other.
 
     with team_of_processes() as team:           # alone without torchrun: nothing is opened
         for value in team.in_turn(count, make):  # value 0, 1, ... on rank 0, in this order
             ...
+        for value in team.share(count, make):  # the same, on every rank
+            ...
 
-What is exchanged lies on the CPU and is small beside the work, so gloo serves on every machine.
-Nothing is reduced on the way: rank 0 gets what one process would have made, in the same order, so
-its results do not depend on the number of processes.
+What is exchanged lies on the CPU, so gloo serves on every machine. Nothing is reduced on the way:
+each rank gets what one process would have made, in the same order, so that its results do not
+depend on the number of processes.
 """
 
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 
 from ..common.errors import ConfigError, RunError
 
 PATIENCE = timedelta(days=1)  # a process that died is noticed at once, a slow one may be slow
+ALIGNED, LENGTH = 16, 8  # bytes: where tensors begin in a message; of the number before its table
+SHORTEST_WAIT, LONGEST_WAIT = 1e-4, 0.02  # seconds between two looks for a message
 Tensors = dict[str, torch.Tensor]
 
 
@@ -56,23 +62,39 @@ class Team:
             return flag
         value = torch.tensor([flag], dtype=torch.uint8)
         with self._with(0):
-            dist.broadcast(value, src=0)
+            _broadcast(value, 0)
         return bool(value)
 
-    def share(self, value: Tensors) -> Tensors:
-        """The tensors of rank 0 (on the CPU), on every rank."""
-        if self.world == 1:
-            return value
-        data = _to_bytes(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(data)])
-        with self._with(0):
-            dist.broadcast(length, src=0)
-            data = data if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, src=0)
-        return value if self.rank == 0 else load(data.numpy().tobytes())
+    def share(self, count: int, make: Callable[[int], Tensors]) -> Iterator[Tensors]:
+        """See quant.calibration.sharing.Team. Raises RunError if a process is gone."""
+        for first in range(0, count, self.world):
+            own = first + self.rank
+            value = make(own) if own < count else {}
+            for owner in range(min(self.world, count - first)):
+                if self.world == 1:
+                    yield value
+                elif owner == self.rank:
+                    self._give(value)
+                    yield value
+                else:
+                    yield self._take(owner)
+
+    def _give(self, value: Tensors) -> None:
+        data = _packed(value)
+        with self._with(None):
+            _broadcast(torch.tensor([len(data)]), self.rank)
+            _broadcast(data, self.rank)
+
+    def _take(self, owner: int) -> Tensors:
+        length = torch.zeros(1, dtype=torch.long)
+        with self._with(owner):
+            _broadcast(length, owner)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            _broadcast(data, owner)
+        return _unpacked(data)
 
     def _send(self, value: Tensors, to: int) -> None:
-        data = _to_bytes(value)
+        data = _packed(value)
         with self._with(to):
             dist.send(torch.tensor([len(data)]), to)
             dist.send(data, to)
@@ -83,22 +105,63 @@ class Team:
             dist.recv(length, other)
             data = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(data, other)
-        return load(data.numpy().tobytes())
+        return _unpacked(data)
 
     @contextmanager
-    def _with(self, other: int) -> Iterator[None]:
+    def _with(self, other: int | None) -> Iterator[None]:
+        """other: the rank at the other end; None: all of them."""
         try:
             yield
         except RuntimeError as error:  # of every kind when a connection breaks
+            if other is None and self.world == 2:
+                other = 1 - self.rank
+            who = "another rank" if other is None else f"rank {other}"
             raise RunError(
-                f"rank {other} is gone or cannot be reached; what ended it stands above: "
+                f"{who} is gone or cannot be reached; what ended it stands above: "
                 "mend that, then run it again"
             ) from error
 
 
-def _to_bytes(value: Tensors) -> torch.Tensor:
-    plain = {name: tensor.contiguous() for name, tensor in value.items()}
-    return torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
+def _broadcast(value: torch.Tensor, owner: int) -> None:
+    """A signal ends the wait, which it does not when gloo waits by itself."""
+    work, began = dist.broadcast(value, src=owner, async_op=True), time.monotonic()
+    while not work.is_completed():
+        waited = time.monotonic() - began
+        time.sleep(min(max(waited / 20, SHORTEST_WAIT), LONGEST_WAIT))
+    work.wait()
+
+
+def _packed(value: Tensors) -> torch.Tensor:
+    """Tensors as bytes: the length of a table of contents, the table, then one after the other."""
+    table, end = [], 0
+    for name, tensor in value.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        table.append((name, kind, list(tensor.shape), end))
+        end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    text = json.dumps(table).encode()
+    text += b" " * (-(len(text) + LENGTH) % ALIGNED)
+    start = LENGTH + len(text)
+    data = torch.empty(start + end, dtype=torch.uint8)
+    head = len(text).to_bytes(LENGTH, "little") + text
+    data[:start] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    for (*_, at), tensor in zip(table, value.values(), strict=True):
+        _view(data[start + at :], tensor.dtype, tensor.shape).copy_(tensor.detach())
+    return data
+
+
+def _unpacked(data: torch.Tensor) -> Tensors:
+    """The tensors of _packed, each with memory of its own: some of them are kept."""
+    start = LENGTH + int.from_bytes(data[:LENGTH].numpy().tobytes(), "little")
+    table = json.loads(data[LENGTH:start].numpy().tobytes())
+    return {
+        name: _view(data[start + at :], getattr(torch, kind), shape).clone()
+        for name, kind, shape, at in table
+    }
+
+
+def _view(data: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    return data[:size].view(dtype).view(shape)
 
 
 ALONE = Team()
@@ -118,7 +181,5 @@ def team_of_processes() -> Iterator[Team]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the {world} processes do not find each other: {reason}") from error
-    try:
-        yield Team(rank, world)
-    finally:
-        dist.destroy_process_group()
+    yield Team(rank, world)
+    dist.destroy_process_group()  # not after an error: it waits for what the others still owe

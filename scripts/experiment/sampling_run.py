@@ -107,7 +107,7 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
     calls = assembly.pipeline.calls_per_image
     threads = 1 if run.device.type == "cpu" else WRITERS
     with (
-        ImageBar(len(indices), calls, disable=run.rank != 0, delay=1) as bar,
+        ImageBar(len(indices), calls, disable=run.rank != 0 or not indices) as bar,
         Writers(threads, most=2 * sampling.batch_size) as writers,
     ):
         for start in range(0, len(indices), sampling.batch_size):

@@ -35,13 +35,13 @@ def record_states(
     device: str | torch.device = "cpu",
     on_rows: Callable[[int], Any] = lambda n: None,
     team: Team = ALONE,
-) -> CalibrationStates | None:
+) -> CalibrationStates:
     """The states of `count` trajectories first..first+count-1 and the denoiser's outputs.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_rows(n) follows calls with n rows. They are spread over the team; rank 0 gets the
-    states that one process would have made, the others None.
+    on_rows(n) follows calls with n rows. They are spread over the team, of which each process gets
+    the states that one would have made.
     """
     size = pipeline.micro_batch
 
@@ -52,13 +52,27 @@ def record_states(
         return _to_tensors(recorder.states(2 if pipeline.guided else 1, str(device)))
 
     states, blocks = None, -(-count // size)
-    for number, value in enumerate(team.in_turn(blocks, make)):
+    for number, value in enumerate(team.share(blocks, make)):
         block = _from_tensors(value, str(device))
         states = _room_for(block, blocks) if states is None else states
         _put(states, number, block)
         if number % team.world != team.rank:  # made by another process
             on_rows(block.trajectories * len(block.timesteps))
+    assert states is not None  # of one block at least
     return states
+
+
+def shared_states(
+    team: Team, states: CalibrationStates | None, device: torch.device
+) -> CalibrationStates:
+    """The states of rank 0, on every rank; the others have None."""
+
+    def make(number: int) -> Tensors:
+        assert states is not None
+        return _to_tensors(states)
+
+    given = [_from_tensors(value, str(device)) for value in team.share(1, make)]
+    return given[0] if states is None else states
 
 
 def trajectories_of(

@@ -34,7 +34,8 @@ class Phase:
 
     run(job): works on job.model; its report, or None where the settings leave it out. settings:
     those that it alone reads, or it and later phases: they may change until it is done. lower: the
-    keys to lower if it diverges; leave_out: the override that goes on without it.
+    keys to lower if it diverges; leave_out: the override that goes on without it. shared: several
+    processes run it together; otherwise the first one alone.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Phase:
     settings: Callable[[QuantSettings], Values] = _no_settings
     lower: str = ""
     leave_out: str = ""
+    shared: bool = False
 
 
 BLOCK_RATES = "quant.reconstruct.lr_scale or quant.reconstruct.lr_rounding"
@@ -51,11 +53,11 @@ PHASES = (
     # bits of each layer's weights under a budget
     Phase("bits", prepare.mixed_bits, leave_out="quant.weight.average_bits=0"),
     # activation statistics, groups by an error table
-    Phase("ranges", prepare.ranges),
+    Phase("ranges", prepare.ranges, shared=True),
     # second-order rounding of the weights
-    Phase("rounding", prepare.rounding, leave_out="quant.weight.rounding=nearest"),
+    Phase("rounding", prepare.rounding, leave_out="quant.weight.rounding=nearest", shared=True),
     # differentiable groups with active timestep selection
-    Phase("search", prepare.search, _search_settings, lower="quant.search.lr_scale"),
+    Phase("search", prepare.search, _search_settings, lower="quant.search.lr_scale", shared=True),
     # AdaRound of the layers of the timestep alone
     Phase(
         "temporal",
@@ -76,9 +78,10 @@ PHASES = (
         learn.finetune,
         lambda s: {k: v for k, v in vars(s.reconstruct).items() if k not in BLOCKS_ALONE},
         lower="quant.reconstruct.lr_scale",
+        shared=True,
     ),
     # of the output: PTQD's tables or those of the drift
-    Phase("correction", correct.correction, leave_out="quant.correction=none"),
+    Phase("correction", correct.correction, leave_out="quant.correction=none", shared=True),
 )
 
 

@@ -12,6 +12,7 @@ from ...runtime.correction import OutputCorrection
 from ...runtime.denoiser import QuantDenoiser
 from ..drift import CallRecorder, DriftFit
 from ..ptqd import fit_tables
+from ..sharing import Alone, SharedRows, Team
 from ..states import CalibrationStates
 from ..task import Job, OnOutput, Progress, Sampler
 from ..wrapping import deploy
@@ -30,7 +31,7 @@ def correction(job: Job) -> dict[str, Any] | None:
     if kind == "none":
         return None
     model = deploy(job.model)
-    report = correct(kind, model, job.denoiser, job.sampler, job.states, job.progress)
+    report = correct(kind, model, job.denoiser, job.sampler, job.states, job.progress, job.team)
     assert model.correction is not None  # of the fit
     tables = model.correction.state_dict()
     # A deployed model has a timestep of its own, which the next one would not set.
@@ -46,10 +47,12 @@ def correct(
     sampler: Sampler,
     states: CalibrationStates,
     progress: Progress,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Gives a deployed model a correction, in place; the report of the phase.
 
     kind: as in quant.correction. denoiser: full precision. states: of the calibration.
+    team: processes that call it together, with the same arguments.
     """
     fit, title, most = {
         "ptqd": (_noise_tables, "noise correction", NOISE_TRAJECTORIES),
@@ -63,7 +66,7 @@ def correct(
             progress.step(f"t = {int(t[0])}")
             return on_output(x, t, eps)
 
-        sampler.run(network, call, count)
+        sampler.run(SharedRows(network, team or Alone()), call, count)
 
     tables, report = fit(model, denoiser, run)
     progress.end()

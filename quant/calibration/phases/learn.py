@@ -123,6 +123,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
         on_checkpoint,
         partial.get("progress"),
         settings.accumulate,
+        job.team,
     )
     job.progress.end()
     tenth = max(1, len(losses) // 10)

@@ -1,6 +1,5 @@
 """The first phases: scaling of channels, ranges and groups, rounding, search."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,9 +8,11 @@ import torch
 from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
 from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out
+from ..quantizer import LearnedQuantizer
 from ..search import SearchResult
 from ..search import search as search_groups
-from ..statistics import Statistics
+from ..sharing import Tensors
+from ..statistics import Statistics, collect
 from ..task import Job
 from ..wrapping import activation_quantizers
 
@@ -85,19 +86,13 @@ def ranges(job: Job) -> dict[str, Any]:
     searched = activation.search == "differentiable"
     passes = 2 if searched and job.settings.reconstruct.weigh_steps else 1
     job.progress.begin("activation ranges", passes * len(quantizers))
-    stats = statistics_of(job, job.collect)
+    stats = statistics_of(job)
     report: dict[str, Any] = {"quantizers": len(quantizers)}
     weight = None
     for _ in range(passes):
-        for name, quantizer in quantizers:
-            grouping.assign(
-                quantizer,
-                stats[name],
-                activation.groups,
-                activation.search,
-                activation.scale,
-                weight,
-            )
+        shared = job.team.share(len(quantizers), partial(_assigned, job, quantizers, stats, weight))
+        for (_, quantizer), values in zip(quantizers, shared, strict=True):
+            quantizer.take_ranges(values)
             job.progress.step("")
         if searched and weight is None:
             errors = step_errors(job)
@@ -105,6 +100,21 @@ def ranges(job: Job) -> dict[str, Any]:
             weight = _contributions(job, errors)
     job.progress.end()
     return report
+
+
+def _assigned(
+    job: Job,
+    quantizers: list[tuple[str, LearnedQuantizer]],
+    stats: dict[str, Statistics],
+    weight: torch.Tensor | None,
+    number: int,
+) -> Tensors:
+    """The ranges and groups of one quantizer."""
+    (name, quantizer), activation = quantizers[number], job.settings.activation
+    grouping.assign(
+        quantizer, stats[name], activation.groups, activation.search, activation.scale, weight
+    )
+    return quantizer.ranges()
 
 
 def _contributions(job: Job, errors: torch.Tensor) -> torch.Tensor:
@@ -129,23 +139,27 @@ def step_errors(job: Job) -> torch.Tensor:
     steps = torch.arange(count).repeat_interleave(min(ERROR_TRAJECTORIES, job.states.trajectories))
     index = timesteps.tuples_of_steps(steps, job.states.trajectories, job.generator("errors"))
     found = torch.zeros(count)
-    for part in index.split(job.calibration.batch_size):
-        x, t, eps, conditioning = job.states.gather(part)
+    parts = index.split(job.calibration.batch_size)
+
+    def make(number: int) -> Tensors:
+        x, t, eps, conditioning = job.states.gather(parts[number])
         error = (job.model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
-        found.index_add_(0, part[:, 0], error.cpu())
+        return {"error": error.cpu()}
+
+    for part, values in zip(parts, job.team.share(len(parts), make), strict=True):
+        found.index_add_(0, part[:, 0], values["error"])
     return found / steps.bincount(minlength=count)
 
 
-def statistics_of(job: Job, collect: Callable[..., dict[str, Statistics]]) -> dict[str, Statistics]:
-    """Statistics of every activation quantizer. collect: statistics.collect, or a function that
-    spreads its work over several processes."""
+def statistics_of(job: Job) -> dict[str, Statistics]:
+    """Statistics of every activation quantizer."""
     states, size = job.states, job.calibration.batch_size
     if job.settings.activation.search == "none":
         batches = states.tuples_by_timestep(job.tuples, size)
     else:
         limit = STATISTICS_CONDITIONED if states.conditioning else STATISTICS_TRAJECTORIES
         batches = states.by_timestep(limit, size)
-    return collect(job.denoiser, job.model, batches, seed=job.calibration.seed)
+    return collect(job.denoiser, job.model, batches, seed=job.calibration.seed, team=job.team)
 
 
 def rounding(job: Job) -> dict[str, Any] | None:
@@ -167,6 +181,7 @@ def rounding(job: Job) -> dict[str, Any] | None:
         job.calibration.batch_size,
         job.calibration.memory_gb,
         job.progress.step,
+        job.team,
     )
     job.progress.end()
     return {"relative_errors": gains}
@@ -208,6 +223,7 @@ def search(job: Job) -> dict[str, Any] | None:
         _importance(job),
         torch.tensor(job.state.report["ranges"]["step_errors"]),
         lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
+        job.team,
     )
     job.progress.end()
     _select(job, result)
