@@ -31,13 +31,14 @@ from tinydm.scripts.experiment.runs import beside
 from tinydm.scripts.metrics import evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import InceptionFeatures, prepare_inception
 
-SHOWN, COLUMNS = 64, 8
+SHOWN = 64  # images of each side in the picture, at most
+COLUMNS = 8  # of each side
 SIDE = 64  # pixels of an image in the picture, at least
 
 
-def picture(full: Path, quantized: Path, shown: int, columns: int) -> np.ndarray:
+def picture(full: Path, quantized: Path, columns: int) -> np.ndarray:
     """The first images of both folders, whole rows of them, (H, W, 3) uint8."""
-    names = sorted(p.name for p in full.glob("*.png") if (quantized / p.name).exists())[:shown]
+    names = sorted(p.name for p in full.glob("*.png") if (quantized / p.name).exists())[:SHOWN]
     names = names[: len(names) // columns * columns] or names
     if not names:
         raise ImageError(f"{full} and {quantized}: no image of the same name in both")
@@ -74,14 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full", required=True, metavar="NAME", help="folder in RUN")
     parser.add_argument("--quantized", required=True, metavar="NAME", help="folder in RUN")
     parser.add_argument("--reference", metavar="FILE", help="statistics of the training images")
-    parser.add_argument("--shown", type=int, default=SHOWN, metavar="N", help="images a side")
     parser.add_argument("--columns", type=int, default=COLUMNS, metavar="N", help="of each side")
     args = parser.parse_args(argv)
-    if min(args.shown, args.columns) < 1:
-        raise ImageError("--shown and --columns must be at least 1")
+    if args.columns < 1:
+        raise ImageError("--columns must be at least 1")
     folder = Path(args.run)
     full, quantized = folder / args.full, folder / args.quantized
-    board = picture(full, quantized, args.shown, args.columns)
+    board = picture(full, quantized, args.columns)
     calibration = report_of(folder / "report.json", CalibrationReport, "calibrate.py")
     paths = [beside(f, "report.json") for f in (full, quantized)]
     reports = [report_of(path, ImagesReport, "sample_diffusion.py") for path in paths]

@@ -115,9 +115,9 @@ LARGE = ("copies", "opcodes")  # kinds that take a second to be seen through
 def test_hostile_pickles_are_refused_at_once(tmp_path: Path, kind: str, form) -> None:
     body, message = HOSTILE[kind]
     path = form(tmp_path / "model.pt", body)
-    began = time.monotonic()
+    began = time.process_time()
     assert message in refused(path)
-    assert time.monotonic() - began < 20  # without the scan: minutes, or gigabytes
+    assert time.process_time() - began < 20  # without the scan: minutes, or gigabytes
 
 
 @pytest.mark.parametrize("legacy", [False, True])

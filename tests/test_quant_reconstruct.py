@@ -198,6 +198,7 @@ def unet_with_states() -> tuple[nn.Module, CalibrationStates]:
     return unet, CalibrationStates(x, eps, steps)
 
 
+@pytest.mark.slow
 def test_little_memory_means_more_passes_and_the_same_result() -> None:
     unet, states = unet_with_states()
     quick = replace(FAST, iterations=4, batch_size=8)
@@ -220,6 +221,7 @@ def test_little_memory_means_more_passes_and_the_same_result() -> None:
         assert all(torch.equal(v, results[0][1][k]) for k, v in state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 20_000, 10**9])
 def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
     """Unit by unit: the inputs are those of a plain run, whatever is kept, and one pass is enough
@@ -304,6 +306,7 @@ def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
     assert all(torch.equal(v, original[k]) for k, v in denoiser.state_dict().items())
 
 
+@pytest.mark.slow
 def test_weights_of_the_steps_decide_which_of_them_learn() -> None:
     """The same model, weighted towards the first half of the steps or towards the second."""
     denoiser = Toy()

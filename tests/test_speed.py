@@ -59,6 +59,7 @@ def test_a_run_is_recorded_and_continued(
     assert text in capsys.readouterr().out and (out / "speed.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_variants_compute(path: Path, tmp_path: Path) -> None:
     models, outputs = Models(load_config(path), tmp_path), {}
     for name, variant in VARIANTS.items():
@@ -113,6 +114,7 @@ def test_what_a_device_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA" in (obstacle(VARIANTS["fake-w8a8-tf32"]) or "")
 
 
+@pytest.mark.slow
 def test_rows_of_a_card_join_the_table(path: Path, tmp_path: Path) -> None:
     row = {"model": "big", "variant": "int8", "label": "int8 W8A8", "reason": "no"}
     report = tmp_path / "gpu_report.json"

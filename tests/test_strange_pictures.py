@@ -191,7 +191,7 @@ def test_foreign_pictures_in_the_samples_are_refused_or_noted(
 def test_pictures_of_two_sizes_give_one_line(tmp_path: Path) -> None:
     full, quantized = write_images(tmp_path / "a", 2, 0), write_images(tmp_path / "b", 2, 0, size=8)
     with pytest.raises(ImageError, match="size 8x8 differs from 32x32"):
-        compare.picture(full, quantized, 2, 2)
+        compare.picture(full, quantized, 2)
 
 
 # ---- bombs ----

@@ -191,6 +191,7 @@ def command(*arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
+@pytest.mark.slow
 def test_train_ldm_writes_a_model_that_samples(data: Path) -> None:
     out = data / "run"
     arguments = ["--config", data / "narrow.yaml", "--data", data / "images.npz", "--out", out]
@@ -214,6 +215,7 @@ def test_train_ldm_writes_a_model_that_samples(data: Path) -> None:
     assert Image.open(images / names[0]).size == (16, 16)
 
 
+@pytest.mark.slow
 def test_a_warm_start_keeps_the_first_stage(data: Path, tmp_path: Path, capsys) -> None:
     base = ["--config", data / "narrow.yaml", "--data", data / "images.npz", "--batch-size", 4]
     first, second = tmp_path / "first", tmp_path / "second"
@@ -255,6 +257,7 @@ def test_wrong_classes_get_one_line(
     assert expected in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_ddim_trains_and_resumes(data: Path, tmp_path: Path) -> None:
     base = ["--data", str(data / "images.npz"), "--batch-size", "4", "--out", str(tmp_path)]
     sizes = ["ch=8", "ch_mult=[1, 2]", "num_res_blocks=1", "norm_groups=2", "image_size=16"]
