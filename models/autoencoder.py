@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ddim_unet import AttnBlock, Downsample, Stage, Upsample
+from .ddim_unet import AttnBlock, Downsample, Stage
+from .ops import Upsample
 from .protocols import ModuleList
 
 # Keys of the public configurations that do not change what the network computes.
@@ -231,9 +232,11 @@ class DiagonalGaussian:
     logvar: torch.Tensor
 
     def mode(self) -> torch.Tensor:
+        """The latent of highest density: the mean."""
         return self.mean
 
     def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        """A draw; noise is standard normal, shaped like the mean."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
@@ -246,12 +249,9 @@ class KLAutoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
-    def moments(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, R, R) -> (B, 2 * embed_dim, r, r): mean, then unclamped logvar."""
-        return self.quant_conv(self.encoder(image))
-
     def encode(self, image: torch.Tensor) -> DiagonalGaussian:
-        mean, logvar = self.moments(image).chunk(2, dim=1)
+        """(B, 3, R, R) -> the posterior of its latent."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def latent(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -279,16 +279,6 @@ def first_stage_from_upstream(config: Mapping[str, Any]) -> VQAutoencoder | KLAu
         raise ValueError(f"unknown first stage '{target}' (one of {', '.join(classes)})")
     params = {k: v for k, v in config["params"].items() if k not in TRAINING_ONLY}
     return classes[target](**params)
-
-
-def first_stage_encoding(
-    first_stage: VQAutoencoder | KLAutoencoder,
-    image: torch.Tensor,
-    scale_factor: float = 1.0,
-    noise: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Image in [-1, 1] -> the latent that the diffusion sees (Rombach et al. 2022, appendix G)."""
-    return scale_factor * first_stage.latent(image, noise)
 
 
 def decode_first_stage(

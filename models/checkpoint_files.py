@@ -45,8 +45,9 @@ OUT_OF_MEMORY = re.compile(
 NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # First bytes of what people download instead of a checkpoint.
+POINTER = b"version https://git-lfs"
 FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run git lfs pull"),
+    (POINTER, "a Git LFS pointer, not the weights", "run git lfs pull"),
     (b"\x1f\x8b", "a gzip archive", "unpack it and name the checkpoint inside"),
     (b"Rar!", "a RAR archive", "unpack it and name the checkpoint inside"),
     (
@@ -83,10 +84,12 @@ def printable(text: object, limit: int = 200) -> str:
 def failure(
     path: object, what: str, advice: str, kind: type[CheckpointError] = CheckpointError
 ) -> CheckpointError:
+    """The error of a file: what is wrong with it, and what to do."""
     return kind(f"{printable(path, 500)}: {printable(what, 700)}; {advice}")
 
 
 def listing(names: list[str]) -> str:
+    """The first six names, and how many more there are."""
     shown = ", ".join(printable(name, 60) for name in names[:6])
     return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -139,6 +142,7 @@ def guarded(path: Path, action: Callable[[], Any]) -> Any:
 
 
 def is_folder(path: Path) -> bool:
+    """Whether the path is a folder; false where nobody may look."""
     try:
         return path.is_dir()
     except OSError:  # no permission to look: opening it will say so
@@ -174,6 +178,7 @@ class _Bounded(io.BufferedReader):
 
 
 def open_file(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises CheckpointError."""
     try:
         return _Bounded(path)
     except OSError as error:
@@ -206,8 +211,9 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
         what = "an HTML page, not a checkpoint: the download failed"
         raise failure(path, what, AGAIN, NotACheckpointError)
     for magic, what, advice in FOREIGN:
-        if head.startswith(magic):
-            raise failure(path, what, advice, NotACheckpointError)
+        if head.startswith(magic):  # only a pointer is worth nothing by itself
+            kind = NotACheckpointError if magic == POINTER else CheckpointError
+            raise failure(path, what, advice, kind)
     if head[257:262] == b"ustar":
         raise failure(path, "a tar archive", "unpack it and name the checkpoint inside")
     if not head.startswith((b"PK", b"\x80")):

@@ -33,6 +33,7 @@ class ClassEmbedder(nn.Module):
 
     @property
     def null_class(self) -> int:
+        """The number of the class that stands for none: the last one."""
         return self.embedding.num_embeddings - 1
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:  # (B,) int64 -> (B, 1, D)
@@ -111,6 +112,7 @@ class PromptTable(nn.Module):
 
     @property
     def null_class(self) -> int:
+        """The number of the empty text: the last one."""
         return len(self.contexts) - 1
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:  # (B,) int64 -> (B, L, D)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .ops import MatMul, after_norm_silu, after_softmax
+from .ops import MatMul, Upsample, after_norm_silu, after_softmax
 from .protocols import ModuleList
 from .roles import LayerRoles
 
@@ -31,17 +31,6 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then an optional 3x3 convolution."""
-
-    def __init__(self, channels: int, with_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Downsample(nn.Module):
@@ -239,7 +228,7 @@ class DDIMUNet(nn.Module):
         return after_norm_silu(self.conv_out, self.norm_out, h)
 
     def layer_roles(self) -> LayerRoles:
-        """See LayerRoles. Names are those of `named_modules()`."""
+        """What each layer is for; names are those of `named_modules()`."""
         names = dict(self.named_modules())
         units = [n for n in self._execution_order() if n in names]
         matmuls = {

@@ -126,6 +126,7 @@ class DiffusersDenoiser(nn.Module):
 
     @property
     def class_name(self) -> str:
+        """Class of the network in diffusers."""
         return type(self.model).__name__
 
     def layer_roles(self) -> LayerRoles:
@@ -249,10 +250,12 @@ class LikeDiffusers(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the tensors that it takes and gives."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
+        """Device on which it runs: the one it was given, or that of its tensors."""
         if self.place is not None:
             return self.place
         return next(value.device for value in (*self.parameters(), *self.buffers()))

@@ -80,14 +80,17 @@ class DiffusersFolder:
 
     @property
     def kind(self) -> str:
+        """Class of the pipeline in diffusers."""
         return self.index["_class_name"]
 
     @property
     def has_text(self) -> bool:
+        """Whether the denoiser is conditioned on texts."""
         return any(name.startswith("tokenizer") for name in self.index)
 
     @property
     def part(self) -> str:
+        """Name of the denoiser's part: transformer or unet."""
         return "transformer" if "transformer" in self.index else "unet"
 
     def files(self, with_denoiser: bool) -> list[Path]:
@@ -108,6 +111,7 @@ class DiffusersFolder:
         return digest.hexdigest(), size
 
     def full_precision(self) -> DiffusersDenoiser:
+        """The denoiser with its weights."""
         return read(self.denoiser)
 
     def empty(self) -> DiffusersDenoiser:
@@ -116,6 +120,7 @@ class DiffusersFolder:
         return build(str(config.get("_class_name")), config, self.denoiser / "config.json")
 
     def scheduler_config(self) -> dict[str, Any]:
+        """What scheduler_config.json says."""
         return read_json(self.scheduler)
 
     def small_files(self) -> dict[Path, bytes]:

@@ -142,8 +142,8 @@ class DiffusersPipeline:
         return count or getattr(config, "num_embeds_ada_norm", None)
 
     def _timesteps(self) -> list[float]:
-        """Those of the calls, in their order. Raises ValueError for settings that the scheduler
-        does not take."""
+        """Timesteps of the calls, in their order. Raises ValueError for settings that the
+        scheduler does not take."""
         try:
             self._scheduler.set_timesteps(self.steps)
         except Exception as error:  # a library's, for fields that do not fit together
@@ -178,11 +178,6 @@ class DiffusersPipeline:
     def calls_per_image(self) -> int:
         """Rows of the denoiser that an image takes."""
         return len(self.timesteps) * (2 if self.guided else 1)
-
-    def guide(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The outputs of both halves of a guided call as the pipeline puts them together."""
-        given, without = (first, second) if self.kind == "DiTPipeline" else (second, first)
-        return without + self.guidance_scale * (given - without)
 
     def uncorrected(self) -> str | None:
         """Why PTQD's and the drift's corrections do not apply, or None."""
@@ -224,7 +219,7 @@ class DiffusersPipeline:
         return labels_of(self.num_classes or 0, indices, seed, classes, shuffled=not self.prompts)
 
     def write_parts(self, target: Path) -> None:
-        """Of a folder: what sampling reads besides the denoiser's weights, see write_parts."""
+        """Writes into a folder what sampling reads besides the denoiser's weights."""
         write_parts(self._source, self._pipe, target)
 
     # ---- sampling ----

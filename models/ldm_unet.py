@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import AttentionBlock, CrossAttention, SpatialTransformer
-from .ops import after_norm_silu
+from .ops import Upsample, after_norm_silu
 from .roles import LayerRoles
 
 # Keys of the public configurations that do not change what the network computes.
@@ -31,17 +31,6 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)[None, :]  # (B, half)
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then an optional 3x3 convolution."""
-
-    def __init__(self, channels: int, with_conv: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Downsample(nn.Module):
@@ -277,7 +266,7 @@ class LDMUNet(nn.Module):
         return after_norm_silu(conv, norm, h)
 
     def layer_roles(self) -> LayerRoles:
-        """See LayerRoles. Names are those of `named_modules()`."""
+        """What each layer is for; names are those of `named_modules()`."""
         names = dict(self.named_modules())
         embedding = [n for n in names if n in ("time_embed.0", "time_embed.2")]
         embedding += [f"{n}.emb_layers.1" for n, m in names.items() if isinstance(m, ResBlock)]

@@ -17,6 +17,17 @@ class MatMul(nn.Module):
         return torch.matmul(left, right)  # (B, N, K) @ (B, K, M) -> (B, N, M)
 
 
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then an optional 3x3 convolution."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
 def after_softmax(
     product: nn.Module, scores: torch.Tensor, right: torch.Tensor, scale: float = 1.0
 ) -> torch.Tensor:

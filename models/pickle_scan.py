@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 MOST_OPCODES = 500_000  # of a file; a model of 1,000 tensors with its optimizer has 100,000
 LARGEST_PICKLE = 64 * 2**20  # bytes, without the values of tensors
 LARGEST_KEY = 2**60  # numbers below have hashes of their own
-DEEPEST = 200  # containers in containers
+DEEPEST_NESTING = 200  # containers in containers
 MOST_WORK = 50_000_000  # items and characters that are copied
 
 # What may be called. Storages are made from the file's own bytes only.
@@ -185,8 +185,10 @@ class _Walk:
 
     def _nested(self, item: _Item, parts: list[_Item]) -> _Item:
         item.depth = max(item.depth, 1 + max((p.depth for p in parts), default=0))
-        if item.depth > DEEPEST:
-            raise UnsafePickleError(f"a pickle of containers nested more than {DEEPEST} deep")
+        if item.depth > DEEPEST_NESTING:
+            raise UnsafePickleError(
+                f"a pickle of containers nested more than {DEEPEST_NESTING} deep"
+            )
         return item
 
     def _call(self) -> None:

@@ -222,6 +222,7 @@ class Pipeline:
 
     @property
     def train_timesteps(self) -> int:
+        """Timesteps of the noise schedule."""
         return len(self.alphas_cumprod)
 
     @property
@@ -235,10 +236,6 @@ class Pipeline:
         """Why PTQD's and the drift's corrections do not apply, or None: they do to all samplers
         here."""
         return None
-
-    def guide(self, without: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """The outputs of both halves of a guided call as the sampler puts them together."""
-        return without + self.guidance_scale * (given - without)
 
     def step_importance(self, data_std: float = 2.0, floor: float = 0.02) -> np.ndarray:
         """How much an eps error at each step moves the final image, (S,), mean 1 before the floor.

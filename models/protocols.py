@@ -35,7 +35,9 @@ else:
 class DeclaresRoles(Protocol):
     """A denoiser that knows the roles of its own layers."""
 
-    def layer_roles(self) -> LayerRoles: ...
+    def layer_roles(self) -> LayerRoles:
+        """What each layer is for, by its name."""
+        ...
 
 
 class ExactBetweenLayers(Protocol):

@@ -27,7 +27,7 @@ from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import atomic
 from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, add_config, make_parser, output_file
 from tinydm.scripts.experiment.config import load_config, repository_path
-from tinydm.scripts.experiment.downloads import fetch, hub_folder, is_hub_id
+from tinydm.scripts.experiment.downloads import check_scheme, fetch, hub_folder, is_hub_id
 
 OFFLINE_HINT = "sample_emoji.sh needs no download"
 
@@ -51,6 +51,7 @@ def extract(archive: Path, path: Path, ours: bool) -> None:
 
 
 def fetch_checkpoint(config_path: str, overrides: list) -> None:
+    """Fetches the checkpoint of a configuration to its place."""
     config = load_config(config_path, overrides)
     model = config.model
     if model.checkpoint is None:
@@ -64,6 +65,7 @@ def fetch_checkpoint(config_path: str, overrides: list) -> None:
         return
     if model.url is None:
         raise CheckpointError(f"{path}: no such file, and model.url is not set; {OFFLINE_HINT}")
+    check_scheme(model.url)
     if urllib.parse.urlsplit(model.url).path.endswith(".zip"):
         _fetch_archive(model.url, path, model.digest)
     else:
@@ -71,9 +73,12 @@ def fetch_checkpoint(config_path: str, overrides: list) -> None:
         print(f"{path}: sha256 {digest}")
     try:
         load_state_dict(path, weights=model.weights)
-    except NotACheckpointError:
+    except NotACheckpointError as error:
         path.unlink()  # it is not what was asked for, and came just now
-        raise
+        where = f"or get it elsewhere and put it at {path}"
+        raise CheckpointError(
+            f"{model.url}: what came is no checkpoint ({error}, {where})"
+        ) from error
 
 
 def _fetch_archive(url: str, path: Path, digest: str | None) -> None:

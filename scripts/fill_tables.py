@@ -1,12 +1,12 @@
-"""The paper's two benchmark tables from what scripts/benchmark.py measured.
+"""The paper's benchmark tables from what scripts/benchmark.py measured.
 
     python scripts/fill_tables.py runs/bench-lsun/results.json runs/bench-imagenet/results.json
     python scripts/fill_tables.py --published --out tables.md
 
 Each results.json belongs to the table of its configuration (configs/lsun_bedroom.yaml,
-configs/imagenet256.yaml); several of one configuration fill one table, the later file wins. What
-was not measured stays empty. --published adds what other papers printed, in tables of their own
-with their sources.
+configs/imagenet256.yaml, configs/dit_xl2.yaml); several of one configuration fill one table, the
+later file wins. What was not measured stays empty. --published adds what other papers printed, in
+tables of their own with their sources.
 
 Exit codes: 0 done, 2 bad input.
 """
@@ -50,13 +50,13 @@ def read_results(path: str) -> dict[str, Any]:
             known = ", ".join(NAMES)
             raise RunError(f"{path}: {printable(cell.label)} is no method (known: {known})")
     if name not in TITLES:
-        known = " and ".join(TITLES)
+        known = ", ".join(TITLES)
         raise RunError(f"{path}: measured on '{printable(name)}', the tables are of {known}")
     return result
 
 
 def merged(results: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """The same without rows that a later file has again."""
+    """The results without rows that a later file has again."""
     seen: set[Any] = set()
     kept = []
     for path, result in reversed(results):

@@ -235,7 +235,7 @@ def instructions(asm: dict[str, Any]) -> tuple[dict[str, int], int | None]:
 
 
 def counted(words: list[str]) -> dict[str, int]:
-    """Of SHOWN, by their first parts."""
+    """How often each instruction of SHOWN occurs, by its first parts."""
     shown = (word for word in words if SHOWN.match(word))
     return dict(Counter(word if "mma" in word else ".".join(word.split(".")[:3]) for word in shown))
 

@@ -11,17 +11,19 @@ library that finds no room ends it with 2. With a limit of addresses (ulimit -v)
 it, since libraries may end it in words of their own. This module itself imports next to nothing.
 """
 
+from .common import early  # first: signals are one line from here on
+
+# isort: split
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, NoReturn
 
 from .common import signals, threads
 
-COMMANDS = os.path.dirname(os.path.abspath(__file__))  # those in the folder above as well
 NO_ROOM = "out of memory: free some, or raise its limit (ulimit -v)"
 # How loaders and interpreters say it; what allocators say is known where torch is imported.
 WORDS_OF_NO_ROOM = ("failed to map segment", "cannot allocate memory", "can't start new thread")
@@ -30,7 +32,6 @@ DEFECT = 3  # exit code of a fork that has printed a traceback
 
 _forked = False
 _began: Any = None  # memory that a fork shares: whether the work has begun, and bars are drawn
-_stderr = 2
 
 
 def run(main: Callable[[], int | None], **words: str) -> None:
@@ -59,10 +60,9 @@ def _leave(code: int) -> NoReturn:
 
 
 def watch() -> None:
-    """Makes signals and failed imports one line each, until `run` has its own way with them."""
+    """Makes failed imports one line each, as signals are, until `run` has its own way with them."""
     import resource
 
-    signals.handle(_stop)
     sys.excepthook = _explain
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if limited and sys.platform.startswith("linux"):
@@ -76,7 +76,7 @@ def _fork() -> None:
     where they find no room: then this one tells it. What they say goes nowhere, since Python has an
     stderr of its own.
     """
-    global _forked, _stderr, _began
+    global _forked, _began
     import mmap
 
     _began = mmap.mmap(-1, 1)
@@ -87,9 +87,9 @@ def _fork() -> None:
         _forked = True
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with suppress(OSError, AttributeError):  # where there is no stderr
-            _stderr = os.dup(2)
+            early.stderr = os.dup(2)
             encoding = sys.stderr.encoding
-            sys.stderr = open(_stderr, "w", 1, encoding, "backslashreplace")  # noqa: SIM115
+            sys.stderr = open(early.stderr, "w", 1, encoding, "backslashreplace")  # noqa: SIM115
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         return
     ended = status = 0
@@ -105,12 +105,8 @@ def _fork() -> None:
     if code == DEFECT:
         os._exit(1)
     if _began[0]:
-        os.write(_stderr, b"\n")  # ends what is half-drawn
-    _end(2, NO_ROOM)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    _end(130, "interrupted before anything began")
+        os.write(early.stderr, b"\n")  # ends what is half-drawn
+    early.end(2, NO_ROOM)
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -118,26 +114,13 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
     while cause is not None:
         text = str(cause).lower()
         if isinstance(cause, MemoryError) or any(words in text for words in WORDS_OF_NO_ROOM):
-            _end(2, NO_ROOM)
+            early.end(2, NO_ROOM)
         cause = cause.__cause__ or cause.__context__
     sys.__excepthook__(kind, error, trace)
     if _forked:
         _leave(DEFECT)
 
 
-def _end(code: int, line: str) -> None:
-    try:
-        os.write(_stderr, f"error: {line}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def _is_command(module: object) -> bool:
-    file = getattr(module, "__file__", None)
-    folder = os.path.dirname(os.path.abspath(file)) if file else ""
-    return folder in (COMMANDS, os.path.dirname(COMMANDS))
-
-
-if _is_command(sys.modules.get("__main__")):  # not in tests or in programs of others
+if early.is_command(sys.modules.get("__main__")):  # not in tests or in programs of others
     watch()
     threads.settle()

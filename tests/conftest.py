@@ -73,6 +73,26 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def whole(room: Path) -> Path:
+    """Images and a calibration in the room that nothing disturbed."""
+    import calibrate
+    import sample_diffusion
+    from tests.helpers import forks  # at its first use: the import takes seconds
+
+    for main, name in ((sample_diffusion.main, "images"), (calibrate.main, "run")):
+        forks.succeed(main, "--config", room / "tiny.yaml", "--out", room / "whole" / name)
+    return room / "whole"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run and its report, which is made once; tests change copies of it."""
+    from tests.helpers.report_page import write_home
+
+    return write_home(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Networks this small only wait for each other's threads."""
     threads = torch.get_num_threads()

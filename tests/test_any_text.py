@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.commands import ROOT
 from tests.helpers.narrow import SAMPLING, write_narrow
 from tinydm.scripts.common.files import append_lines, write_text
 from tinydm.scripts.common.schema import printable, read_value
@@ -19,7 +20,6 @@ from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 from tinydm.scripts.experiment.runs import beside
 
-ROOT = Path(__file__).resolve().parents[1]
 ODD = "caf\xe9-\U0001f600-\u2028-\x85-\udce9"  # an accent, an emoji, ends of lines, a lone byte
 
 

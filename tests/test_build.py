@@ -121,7 +121,7 @@ def test_a_folder_of_another_user_is_not_used(source: Path, monkeypatch, builds:
 
 
 def test_old_libraries_go(source: Path, monkeypatch):
-    monkeypatch.setattr(build, "KEPT", 2)
+    monkeypatch.setattr(build, "KEPT_LIBRARIES", 2)
     stale = private_cache() / "build-killed"
     stale.mkdir()
     os.utime(stale, (0, 0))

@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.helpers.integer_layers import context, psnr, quant_layer, quantizer, same, small_unet
 from tests.helpers.narrow import SAMPLING
+from tests.helpers.rooms import files_of
 from tests.helpers.sampling import sample
 from tinydm.models.pipeline import FixedBatch
 from tinydm.quant.backends import build
@@ -273,6 +274,7 @@ def test_group_norm(compiled: Compiled, shape: tuple[int, ...]):
     torch.testing.assert_close(own(x.contiguous()), norm(x.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_of_a_network_are_independent(compiled: Compiled, rows: int):
     """To the bit, whatever the batch and the threads: such a network needs no padding."""
@@ -343,23 +345,20 @@ def test_command_line(
     file.write_bytes(to_bytes(deployed_of(config, config.quant), {"config": resolved_yaml(config)}))
     out, command = tmp_path / "images", ("--quantized", file, "--backend", "int8-avx2", "--compile")
 
-    def images(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
     assert sample(*command, "--out", out) == 0
     report = json.loads(beside(out, "report.json").read_text())
     assert report["backend"] == "int8, compiled"  # int8-avx2 is its earlier name
-    made = images(out)
+    made = files_of(out)
     assert len(made) == 7 and "note" not in capsys.readouterr().out
     (out / "000003.png").unlink()
     assert sample(*command, "--out", out, "--set", "sampling.batch_size=1") == 0  # resumes
-    assert images(out) == made
+    assert files_of(out) == made
     assert sample(*command[:-1], "--out", out) == 2  # other bytes could join
     assert sample(*command[:-1], "--out", tmp_path / "plain") == 0
     monkeypatch.setenv("PATH", str(tmp_path))
     capsys.readouterr()
     assert sample(*command, "--out", tmp_path / "without") == 0
     assert "note: --compile changes nothing here: no C++ compiler" in capsys.readouterr().out
-    assert images(tmp_path / "without") == images(tmp_path / "plain")
+    assert files_of(tmp_path / "without") == files_of(tmp_path / "plain")
     without, plain = (beside(tmp_path / n, "identity.json") for n in ("without", "plain"))
     assert without.read_bytes() == plain.read_bytes()

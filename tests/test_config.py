@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import calibrate
 import sample_diffusion
+from tests.helpers.commands import ROOT
 from tinydm.quant.core.settings import preset
 from tinydm.scripts import configuration_reference
 from tinydm.scripts.common.errors import ConfigError
@@ -18,7 +19,6 @@ from tinydm.scripts.common.schema import read_yaml
 from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = """\
 name: small
 model:
@@ -65,6 +65,18 @@ def test_a_method_changes_defaults_only() -> None:
     config = parse_config(TEXT, "x.yaml", ["quant.method=minmax", "quant.activation.bits=6"])
     assert config.quant == replace(quant, activation=replace(quant.activation, bits=6))
     assert config.calibration == calibration
+
+
+def test_quality_changes_how_long_a_method_learns() -> None:
+    for method, fast, best in (("tinydm", (0, 500), (0, 4000)), ("ptqd", (200, 0), (1600, 0))):
+        keys = [f"quant.method={method}", "quant.quality=best"]
+        for order, expected in ((keys[:1], fast), (keys, best), (keys[::-1], best)):
+            learn = parse_config(TEXT, "x", order).quant.reconstruct
+            assert (learn.iterations, learn.finetune_iterations) == expected
+    config = parse_config(TEXT, "x", ["quant.quality=best", "quant.reconstruct.iterations=3"])
+    assert config.quant.reconstruct.iterations == 3  # what is written stands
+    with pytest.raises(ConfigError, match="quant.quality"):
+        parse_config(TEXT, "x", ["quant.quality=better"])
 
 
 def test_end_to_end_steps_of_a_file_are_those_of_its_method() -> None:
@@ -202,6 +214,7 @@ def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
         load_config(tmp_path)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(TEXT)), st.integers(0, 6), st.text(max_size=6))
 def test_mutated_text_gives_a_configuration_or_one_line(start: int, cut: int, text: str) -> None:
@@ -220,6 +233,7 @@ def is_exponent(text: str) -> bool:
 TEXTS = st.text().filter(lambda text: not is_exponent(text))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(

@@ -160,11 +160,9 @@ def test_a_correction_of_a_finished_run(
         tmp_path / "base",
         states,
     )
-    resume.save_state(tmp_path, config, assembly.sources, RunState(), states)
     with fake_cuda():
         assembly = assemble(config, device=CUDA)
-        given = (tmp_path, config, assembly.sources, True, CUDA)
-        _, states = resume.load_state(*given)
+        states = CalibrationStates(**(vars(states) | {"device": "cuda"}))
         correct_run(
             CalibrationRun(config, assembly, tmp_path / "cuda", CUDA), tmp_path / "base", states
         )
@@ -283,6 +281,17 @@ def test_a_folder_belongs_to_a_kind_of_device(room: Path, tmp_path: Path) -> Non
     make_images(run, [0])
     with pytest.raises(RunError, match="device is cpu, asked NVIDIA A100"):
         claim(run.folder, run.identity | {"device": "NVIDIA A100"})
+
+
+def test_a_calibration_stays_on_its_kind_of_device(room: Path, tmp_path: Path) -> None:
+    config = config_of(room)
+    assembly = assemble(config)
+    states = make_states(CalibrationRun(config, assembly, tmp_path, torch.device("cpu")))
+    resume.save_state(tmp_path, config, assembly.sources, RunState(), states)
+    given = (tmp_path, config, assembly.sources, True)
+    assert resume.load_state(*given, torch.device("cpu")) is not None
+    with pytest.raises(RunError, match="begun on another device, cpu; this one is cuda"):
+        resume.load_state(*given, CUDA)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

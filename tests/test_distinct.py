@@ -8,6 +8,7 @@ import torch
 import calibrate
 from tests.helpers import forks
 from tests.helpers.calibrated import run
+from tests.helpers.commands import ROOT
 from tests.helpers.toy import STEPS, Toy
 from tinydm.models.pipeline import sampling_plan
 from tinydm.quant.calibration.distinct import TooFewTrajectoriesError, fill
@@ -17,7 +18,7 @@ from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.trajectories import trajectories_of
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

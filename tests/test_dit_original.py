@@ -212,6 +212,7 @@ def test_xl_2_has_its_published_size() -> None:
     assert round((total - (depth - 1) * copies + 256 * width) / 1e6) == 675
 
 
+@pytest.mark.slow
 def test_it_is_quantized_and_loaded(files: tuple[State, Path, Path], tmp_path: Path) -> None:
     """The file knows that the frequencies are the release's."""
     from tests.test_api import FEW, SETTINGS

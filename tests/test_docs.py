@@ -9,10 +9,10 @@ import pytest
 
 import calibrate
 import sample_diffusion
+from tests.helpers.commands import ROOT
 from tinydm.scripts import benchmark, evaluate, fill_tables, report
 from tinydm.scripts.experiment.config import load_config
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"")
 

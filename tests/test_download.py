@@ -131,8 +131,9 @@ def test_published_digests_are_compared(web: Web, whole: bytes, tmp_path: Path) 
         (tmp_path / "model.ckpt").unlink()
         config = configured(tmp_path, web.url("/model.ckpt"), digest=digest[:-4] + "0000")
         assert f"its {kind} is" in refusal(config) and left_of(tmp_path) == set()
-    wrong = configured(tmp_path, web.url("/model.ckpt"), digest="crc:12")
-    assert "must be sha256:HEX or md5:HEX" in refusal(wrong)
+    for wrong in ("crc:12", hashlib.sha256(whole).hexdigest(), "md5:", ":", ""):
+        config = configured(tmp_path, web.url("/model.ckpt"), digest=wrong)
+        assert "must be sha256:HEX or md5:HEX" in refusal(config)
 
 
 def test_only_the_web_is_fetched(web: Web, whole: bytes, tmp_path: Path) -> None:
@@ -143,6 +144,44 @@ def test_only_the_web_is_fetched(web: Web, whole: bytes, tmp_path: Path) -> None
         assert "only http and https" in refusal(configured(tmp_path, url))
     assert "file:" in refusal(configured(tmp_path, web.url("/here.ckpt")))
     assert not (tmp_path / "model.ckpt").exists()
+
+
+@pytest.mark.parametrize("url", ["https://[::1/model", "http://[x]/model", "//host/model", ""])
+def test_what_is_no_address_is_refused(tmp_path: Path, url: str) -> None:
+    assert refusal(configured(tmp_path, url)).startswith("model.url")
+
+
+def test_another_part_than_the_missing_one_is_not_kept(
+    web: Web, whole: bytes, tmp_path: Path
+) -> None:
+    """A server that says it continues, and begins anew: the file is asked for as a whole."""
+    web.files["/model.ckpt"], web.breaks, web.wrong_parts = whole, [1000], 1
+    fetch(configured(tmp_path, web.url("/model.ckpt")))
+    assert (tmp_path / "model.ckpt").read_bytes() == whole
+    assert [asked.get("Range") for asked in web.asked] == [None, "bytes=1000-", None]
+
+
+def test_a_part_that_is_a_link_is_not_followed(web: Web, whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".model.ckpt.part").symlink_to(tmp_path / "precious")
+    web.files["/model.ckpt"] = whole
+    fetch(configured(tmp_path, web.url("/model.ckpt")))
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert not (tmp_path / "model.ckpt").is_symlink()
+
+
+def test_what_came_is_kept_where_it_can_be_used(web: Web, tmp_path: Path) -> None:
+    """An archive of gigabytes is unpacked, not fetched again; of another answer is told whence."""
+    config = configured(tmp_path, web.url("/model.ckpt"))
+    for content in (b"\x1f\x8b" + bytes(600), b"GGUF" + bytes(600)):
+        web.files["/model.ckpt"] = content
+        assert str(tmp_path / "model.ckpt") in refusal(config)
+        assert (tmp_path / "model.ckpt").read_bytes() == content
+        (tmp_path / "model.ckpt").unlink()
+    web.files["/model.ckpt"] = b'{"error": "too many requests"}'
+    line = refusal(config)
+    assert web.url("/model.ckpt") in line and str(tmp_path / "model.ckpt") in line
+    assert left_of(tmp_path) == set()
 
 
 def test_proxies_are_those_of_the_environment(

@@ -14,13 +14,12 @@ import torch
 from pytorch_fid import fid_score
 from tqdm import tqdm
 
+from tests.helpers.commands import ROOT
 from tests.helpers.images import needs_package, npz, write_images
 from tinydm.scripts import evaluate as cli
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.experiment.cli import run
 from tinydm.scripts.metrics import Pass, evaluate, inception, inputs
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow

@@ -1,22 +1,17 @@
-"""What goes wrong on machines: full disks, missing permission, NaN, no memory, two at once, Ctrl-C.
+"""What goes wrong on machines: full disks, missing permission, values that are not finite.
 
 Each gives one line, exit code 2 (130 when interrupted), and leaves nothing half-written.
 
 python -m pytest tests/test_failures.py
 """
 
-import errno
-import faulthandler
 import json
 import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,31 +24,15 @@ import sample_diffusion
 from tests.helpers import forks
 from tests.helpers.forks import refusal
 from tests.helpers.images import write_images
-from tests.helpers.rooms import RESULT, files_of, write_room
+from tests.helpers.rooms import RESULT, files_of, names_below, write_room
 from tinydm.quant.calibration.phases import learn
-from tinydm.scripts import evaluate, start
+from tinydm.scripts import evaluate
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, calibrate_run
 from tinydm.scripts.experiment.config import load_config
-from tinydm.scripts.metrics import inception
 
 NOBODY = 65534
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def whole(room: Path) -> Path:
-    """Images and a calibration that nothing disturbed."""
-    for main, name in ((sample_diffusion.main, "images"), (calibrate.main, "run")):
-        arguments = ("--config", room / "tiny.yaml", "--out", room / "whole" / name)
-        fork = forks.run(main, *arguments)
-        assert fork.code == 0, fork.text()
-    return room / "whole"
-
-
-def names_below(folder: Path) -> set[str]:
-    return {path.name for path in folder.rglob("*")}
 
 
 # ---- full disks ----
@@ -240,233 +219,6 @@ def test_a_checkpoint_whose_noise_has_no_square(room: Path, tmp_path: Path) -> N
     keys = ("--set", "sampler.clip_denoised=true")
     line = refusal(forks.run(calibrate.main, *arguments, "--out", tmp_path / "x", *keys))
     assert "at iteration 1 of 2, before the first step: the noise" in line
-
-
-# ---- memory ----
-
-
-def test_no_memory_is_one_line(room: Path, tmp_path: Path) -> None:
-    def bound() -> None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        size = pages * resource.getpagesize() + 2**28
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
-    large = ("--set", "sampling.micro_batch=65536", "sampling.count=1")
-    fork = forks.run(sample_diffusion.main, *arguments, *large, before=bound)
-    assert "out of memory: lower the batch size" in refusal(fork)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("could not create a primitive"),
-        RuntimeError("could not create a memory object"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        RuntimeError("std::bad_alloc"),
-        RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)"),
-        RuntimeError("can't start new thread"),
-        SystemError("error return without exception set"),
-        ImportError("libx.so: failed to map segment from shared object"),
-        OSError("libx.so: failed to map segment from shared object"),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        torch.OutOfMemoryError("CUDA out of memory"),
-    ],
-    ids=lambda error: f"{type(error).__name__} {error}"[:40],
-)
-def test_every_failed_allocation_is_one_line(error: Exception) -> None:
-    def main(arguments: list[str]) -> None:
-        raise error
-
-    assert "out of memory: lower the batch size" in refusal(forks.run(main))
-
-
-def test_a_command_says_nothing_after_its_error() -> None:
-    """Where memory lacks, what libraries do at Python's end fails as well."""
-
-    def failing() -> None:
-        raise MemoryError
-
-    def main(arguments: list[str]) -> None:
-        try:
-            start.run(failing)
-        finally:
-            print("Python goes on")
-
-    line = "error: out of memory: lower the batch size (--set sampling.micro_batch=4), free some, "
-    assert forks.run(main).text() == f"{line}or raise its limit (ulimit -v)\n"
-
-
-@pytest.mark.parametrize(
-    "end",
-    [os.abort, lambda: os._exit(1), lambda: os.kill(os.getpid(), signal.SIGSEGV)],
-    ids=["as C++ ends", "as OpenMP ends", "as the loader ends"],
-)
-def test_a_library_that_ends_the_process_is_one_line(end: Callable[[], None]) -> None:
-    def main(arguments: list[str]) -> None:
-        start._fork()
-        faulthandler.disable()  # pytest's own
-        os.write(2, b"terminate called after throwing\n")
-        end()
-
-    assert forks.run(main).text() == f"error: {start.NO_ROOM}\n"
-
-
-def test_the_fork_that_works_ends_as_a_command_does() -> None:
-    def refused(arguments: list[str]) -> None:
-        start._fork()
-        raise ConfigError("x: wrong")
-
-    def defect(arguments: list[str]) -> None:
-        start._fork()
-        start._explain(ValueError, ValueError("x"), None)
-
-    def waiting(arguments: list[str]) -> None:
-        start._fork()
-        print("here", flush=True)
-        time.sleep(60)
-
-    fork = forks.run(refused)
-    assert (fork.code, fork.text()) == (2, "error: x: wrong\n")
-    fork = forks.run(defect)
-    assert fork.code == 1 and fork.text() == "ValueError: x\n"
-    with forks.ended([forks.start(waiting)]) as (fork,):
-        while "here" not in fork.text():
-            time.sleep(0.01)
-        fork.send(signal.SIGTERM)
-        assert fork.wait() == 130
-    assert fork.errors() == ["error: interrupted; the same command continues"]
-
-
-@pytest.mark.parametrize("what", ["read_file", "_build"])
-def test_weights_that_find_no_memory_are_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    def exhausted(*arguments: object, **options: object) -> None:
-        raise RuntimeError("could not create a memory object")
-
-    (tmp_path / "x.pth").write_bytes(b"x")
-    if what == "_build":
-        monkeypatch.setattr(inception, "_read_weights", lambda file: {})
-    monkeypatch.setattr(inception, what, exhausted)
-    images = write_images(tmp_path / "images", 2, 0)
-    line = refusal(forks.run(evaluate.main, images, images, "--inception", tmp_path / "x.pth"))
-    assert "memory" in line and "delete" not in line and "not pytorch-fid" not in line
-
-
-def test_a_file_named_like_an_error_is_no_lack_of_memory() -> None:
-    def main(arguments: list[str]) -> None:
-        Path("out of memory.yaml").read_text()
-
-    assert refusal(forks.run(main)).endswith("out of memory.yaml: No such file or directory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("megabytes", [60, 300, 1500])
-@pytest.mark.parametrize("command", ["sample_diffusion.py", "scripts/evaluate.py"])
-def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
-    limit = megabytes << 20
-    done = subprocess.run(
-        [sys.executable, ROOT / command, "--help"],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    line = "error: out of memory: free some, or raise its limit (ulimit -v)\n"
-    # 1500 are enough where PyTorch was built without CUDA.
-    assert (done.returncode, done.stderr) == (2, line) or (megabytes, done.returncode) == (1500, 0)
-
-
-# ---- two at once ----
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
-def test_the_second_process_is_sent_away(
-    room: Path, tmp_path: Path, main: Callable, whole: Path
-) -> None:
-    """The same command, another run, and --overwrite: the first is not disturbed."""
-    out = tmp_path / "x"
-    arguments = ("--config", room / "tiny.yaml", "--out", out)
-    lock = tmp_path / "x.lock" if main is sample_diffusion.main else out / ".lock"
-    first = forks.start(main, *arguments)
-    with forks.ended([first]):
-        while not (lock.exists() and lock.stat().st_size):
-            assert first.running(), first.text()
-        first.send(signal.SIGSTOP)
-        for more in ([], ["--steps", "2"], ["--steps", "2", "--overwrite"]):
-            line = refusal(forks.run(main, *arguments, *more))
-            assert f"held by process {first.pid} on" in line
-        first.send(signal.SIGCONT)
-        assert first.wait() == 0
-    assert not lock.exists()
-    if main is sample_diffusion.main:
-        assert files_of(out) == files_of(whole / "images")
-    else:
-        assert (out / RESULT).read_bytes() == (whole / "run" / RESULT).read_bytes()
-
-
-@pytest.mark.slow
-def test_two_runs_at_once_in_a_new_folder_leave_one(room: Path, tmp_path: Path) -> None:
-    def arguments(out: Path, steps: int) -> list[object]:
-        return ["--config", room / "tiny.yaml", "--out", out, "--steps", steps]
-
-    alone = {}
-    for steps in (2, 3):
-        forks.succeed(sample_diffusion.main, *arguments(tmp_path / f"alone-{steps}", steps))
-        alone[steps] = files_of(tmp_path / f"alone-{steps}")
-    for attempt in range(4):
-        out = tmp_path / f"{attempt}"
-        both = [forks.start(sample_diffusion.main, *arguments(out, steps)) for steps in (2, 3)]
-        with forks.ended(both):
-            codes = [fork.wait() for fork in both]
-        assert 0 in codes and set(codes) <= {0, 2}
-        assert files_of(out) == alone[(2, 3)[codes.index(0)]]
-
-
-# ---- Ctrl-C ----
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("main", [sample_diffusion.main, calibrate.main])
-def test_interrupted_is_130_and_resumable(
-    room: Path, tmp_path: Path, main: Callable, whole: Path
-) -> None:
-    interruption = forks.signal_itself(signal.SIGINT)
-    arguments = ["--config", room / "tiny.yaml", "--out"]
-    if main is sample_diffusion.main:
-        out, more, before = tmp_path / "images", [], forks.before_image(3, interruption)
-    else:
-        out, more, before = (
-            tmp_path / "run",
-            ["--resume"],
-            forks.after_phase("ranges", interruption),
-        )
-    fork = forks.run(main, *arguments, out, before=before)
-    assert fork.code == 130, fork.text()
-    assert fork.errors() == ["error: interrupted; the same command continues"]
-    assert not [n for n in names_below(tmp_path) if n.endswith((".tmp", ".lock"))]
-    assert forks.run(main, *arguments, out, *more).code == 0
-    made, expected = files_of(out), files_of(whole / out.name)
-    if main is sample_diffusion.main:
-        assert made == expected
-    else:
-        assert made[RESULT] == expected[RESULT]
-
-
-def test_an_interruption_of_a_destructor_is_not_lost() -> None:
-    class Closing:
-        def __del__(self) -> None:
-            raise KeyboardInterrupt
-
-    def main(arguments: list[str]) -> None:
-        Closing()
-        time.sleep(60)
-
-    began = time.monotonic()
-    fork = forks.run(main)
-    assert fork.code == 130 and time.monotonic() - began < 50
 
 
 def test_scoring_images_that_cannot_be_decoded(room: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import sample_diffusion
+from tests.helpers.commands import ROOT
 from tests.helpers.latent import CONFIG, PARAMS, write_checkpoint
 from tests.helpers.web import serving
 from tinydm.models.autoencoder import first_stage_from_upstream
@@ -22,7 +23,6 @@ from tinydm.scripts.experiment import cli
 from tinydm.scripts.experiment.assembly import assemble, empty_denoiser
 from tinydm.scripts.experiment.config import load_config, parse_config
 
-ROOT = Path(__file__).resolve().parents[1]
 # Parameters of the denoiser and of the first stage as published; ours for the embedded ones.
 PUBLISHED = {
     "celeba": (78_700_803, None),

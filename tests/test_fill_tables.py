@@ -19,7 +19,7 @@ from tinydm.scripts.experiment.cli import explain
 
 COLUMNS = ["Timesteps", "Bit-width (W/A)", "Method", "Size (MB)", "FID", "sFID", "IS", "Precision"]
 METHODS = ["Q-Diffusion", "PTQD", "PTQ4DM", "TinyDM"]
-LSUN, IMAGENET = (f"## {title}" for title in TITLES.values())
+LSUN, IMAGENET, DIT = (f"## {title}" for title in TITLES.values())
 OTHERS = "### Published by others, not measured here"
 
 
@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What benchmark.py writes for a small model under the name of the LSUN configuration."""
     folder = write_narrow(tmp_path_factory.mktemp("tables"), BENCH | {"name": "lsun_bedroom"})
     place = ["--config", str(folder / "narrow.yaml"), "--out", str(folder / "bench")]
-    what = ["--methods", "fp,ptq4dm", "--bits", "w4a8", "--steps", "50", "--transfer", "5"]
+    what = ["--methods", "fp,ptq4dm", "--bits", "w8a8", "--steps", "50", "--transfer", "5"]
     benchmark.main([*place, *what, "--trajectories", "2"])
     return folder / "bench" / "results.json"
 
@@ -61,7 +61,7 @@ def filled(*arguments: str) -> str:
 def test_all_rows_are_there_and_empty_without_results(capsys) -> None:
     fill_tables.main([])
     tables = parts(capsys.readouterr().out)
-    assert list(tables) == [LSUN, IMAGENET]
+    assert list(tables) == [LSUN, IMAGENET, DIT]
     for table in tables.values():
         assert table[0] == COLUMNS
         expected = [
@@ -74,16 +74,18 @@ def test_all_rows_are_there_and_empty_without_results(capsys) -> None:
         assert all(row[3:] == [""] * 5 for row in table[1:])
 
 
+@pytest.mark.slow
 def test_measured_rows_are_filled_and_no_other(results: Path) -> None:
     tables = parts(filled(str(results)))
     told = {tuple(row[:3]): row[3:] for row in tables[LSUN][1:]}
     measured = {key for key, cells in told.items() if any(cells)}
-    assert measured == {("50", "32/32", "FP"), ("50", "4/8", "PTQ4DM")}  # not the 5 steps
+    assert measured == {("50", "32/32", "FP"), ("50", "8/8", "PTQ4DM")}  # not the 5 steps
     size = quantized_row(json.loads(results.read_text()))["size_mb"]
-    assert told["50", "4/8", "PTQ4DM"] == [f"{size:.3f}", "", "", "", ""]
+    assert told["50", "8/8", "PTQ4DM"] == [f"{size:.3f}", "", "", "", ""]
     assert not any(any(row[3:]) for row in tables[IMAGENET][1:])
 
 
+@pytest.mark.slow
 def test_scores_come_with_their_images_and_a_later_file_wins(results: Path) -> None:
     result = json.loads(results.read_text())
     images = {"generated": 50000, "reference": 3000000}
@@ -95,12 +97,13 @@ def test_scores_come_with_their_images_and_a_later_file_wins(results: Path) -> N
     later.write_text(json.dumps(result))
     text = filled(str(results), str(later))
     told = {tuple(row[:3]): row[3:] for row in parts(text)[LSUN][1:]}
-    assert told["50", "4/8", "PTQ4DM"][1:] == ["3.46", "7.00", "", "0.6432"]
+    assert told["50", "8/8", "PTQ4DM"][1:] == ["3.46", "7.00", "", "0.6432"]
     assert any(told["50", "32/32", "FP"])
     assert "Scores: 50,000 images against 3,000,000 of bedroom.npz." in text
     assert f"{later}: commit" in text
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(
     max_examples=150,
@@ -128,10 +131,11 @@ def test_changed_results_give_a_table_or_one_line(
         assert parts((tmp_path / "tables.md").read_text())[LSUN][0] == COLUMNS
 
 
+@pytest.mark.slow
 def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None:
     plain, text = filled(str(results)), filled(str(results), "--published")
     tables = parts(text)
-    for title in (LSUN, IMAGENET):
+    for title in (LSUN, IMAGENET, DIT):
         assert tables[title] == parts(plain)[title]  # the measured tables do not change
         table = tables[f"{title}|{OTHERS}"]
         assert table[0] == [*COLUMNS, "Source"]
@@ -144,6 +148,7 @@ def test_published_numbers_stand_apart_with_their_sources(results: Path) -> None
     assert all(0 < entry.get("precision", 0.5) < 1 for entry in entries)
 
 
+@pytest.mark.slow
 def test_other_files_are_refused(results: Path, tmp_path: Path) -> None:
     result = json.loads(results.read_text()) | {"name": "emoji32"}
     other = tmp_path / "emoji.json"

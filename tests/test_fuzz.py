@@ -260,6 +260,7 @@ def bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
+@pytest.mark.slow
 def test_hostile_files_give_a_line_and_nothing_else(
     room: Path,
     originals: dict[str, bytes],

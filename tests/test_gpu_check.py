@@ -60,6 +60,7 @@ def test_images_against_those_of_the_cpu(card: Card) -> None:
     assert half.passed is None or 25 < half.values["psnr"] < 90
 
 
+@pytest.mark.slow
 def test_images_that_differ_fail(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     real = card_checks.images_of
 

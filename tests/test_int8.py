@@ -26,7 +26,6 @@ from tinydm.quant.backends.native import Compiled
 from tinydm.quant.backends.onednn import Int8Layer, Int8MatMul
 from tinydm.quant.backends.selection import (
     Int8Error,
-    fake_layers,
     int8_supported,
     integer_module,
     onednn_is_fast,
@@ -207,10 +206,9 @@ def test_a_product_behind_softmax_is_the_same_product(by_row: bool):
 def simulated(model: QuantDenoiser, kind: Kind) -> set[str]:
     """Names of the layers that stay simulated; those of attention are expected to if oneDNN has no
     VNNI."""
-    names = fake_layers(model, kind.vnni, kind.compiled)
     products = {n for n, m in model.denoiser.named_modules() if type(m) is QuantMatMul}
     assert not products if kind.attention else products
-    return names.keys() - products
+    return model.simulated.keys() - products
 
 
 @pytest.mark.slow
@@ -301,7 +299,7 @@ def test_what_stays_simulated_is_listed(kind: Kind):
     expected = model(x, t)
     exact = kind.network(model)
     assert simulated(exact, kind) == {"conv_in", "conv_out"}
-    assert "zero point" in fake_layers(exact, kind.vnni, kind.compiled)["conv_out"]
+    assert "zero point" in exact.simulated["conv_out"]
     assert psnr(exact(x, t), expected) >= 45
 
 

@@ -83,6 +83,14 @@ def training(data: Path, out: Path) -> list[object]:
     return ["--data", data, "--out", out, *loop, "--set", *SIZES]
 
 
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training."""
+    folder = tmp_path_factory.mktemp("trained")
+    forks.succeed(train_ddim.main, *training(data, folder))
+    return folder
+
+
 @pytest.mark.parametrize("rename", [1, 2, 3, 4])
 def test_a_kill_in_the_last_save_loses_nothing(data: Path, tmp_path: Path, rename: int) -> None:
     """At each of its files; what says that the run has ended is the last of them."""
@@ -98,11 +106,11 @@ def test_a_kill_in_the_last_save_loses_nothing(data: Path, tmp_path: Path, renam
 @pytest.mark.parametrize("name", ["ema.pt", "grid.png", "training.json"])
 @pytest.mark.parametrize("damage", ["gone", "flipped", "cut"])
 def test_a_finished_training_looks_at_its_outputs(
-    data: Path, tmp_path: Path, name: str, damage: str
+    trained: Path, data: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
-    arguments = training(data, tmp_path)
-    assert forks.run(train_ddim.main, *arguments).code == 0
-    path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    arguments = training(data, folder)
+    path, whole = folder / name, (folder / name).read_bytes()
     if damage == "gone":
         path.unlink()
     elif damage == "cut":
@@ -117,11 +125,10 @@ def test_a_finished_training_looks_at_its_outputs(
     assert "written again" not in forks.run(train_ddim.main, *arguments).text()
 
 
-def test_a_damaged_state_is_not_trained_on(data: Path, tmp_path: Path) -> None:
-    arguments = training(data, tmp_path)
-    assert forks.run(train_ddim.main, *arguments).code == 0
-    flip(tmp_path / "state.pt", (tmp_path / "state.pt").stat().st_size // 2)
-    assert "state.pt: damaged" in refusal(forks.run(train_ddim.main, *arguments))
+def test_a_damaged_state_is_not_trained_on(trained: Path, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "trained"))
+    flip(folder / "state.pt", (folder / "state.pt").stat().st_size // 2)
+    assert "state.pt: damaged" in refusal(forks.run(train_ddim.main, *training(data, folder)))
 
 
 def test_the_weights_to_start_from_are_not_overwritten(data: Path, tmp_path: Path) -> None:
@@ -269,6 +276,7 @@ def test_images_that_go_while_others_are_made(room: Path, tmp_path: Path, what: 
     before = forks.before_image(4, remove)
     line = refusal(forks.run(sample_diffusion.main, *arguments, before=before))
     assert "the same command makes what is missing" in line
+    assert out.exists() == (what == "one image")  # nothing makes a folder again
     assert forks.run(sample_diffusion.main, *arguments).code == 0
     assert len(files_of(out)) == 6 and out.with_name("images.identity.json").exists()
 

@@ -18,7 +18,7 @@ from tests.helpers import forks
 from tests.helpers.images import write_images
 from tinydm.scripts import evaluate, report, train_ddim, train_ldm
 from tinydm.scripts.common.errors import ConfigError
-from tinydm.scripts.common.files import write_text
+from tinydm.scripts.common.files import check_output, write_text
 
 
 def make_device(path: Path) -> None:
@@ -69,6 +69,17 @@ def test_what_is_no_file_is_neither_written_nor_replaced(tmp_path: Path, make: M
     for option, name in (("--json", "x.json"), ("--save-stats", "x.npz")):
         line = only_line(run(evaluate.main, images, images, option, tmp_path / name))
         assert f"argument {option}: {tmp_path / name}: there is something else" in line
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_the_name_of_the_output_is_not_replaced(tmp_path: Path, path: str) -> None:
+    """It is a file where the output goes to one; root could rename another over it."""
+
+    def check(_: list[str]) -> None:
+        os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 1)
+        check_output(path)
+
+    assert "something else than a file" in only_line(forks.run(check))
 
 
 @pytest.mark.parametrize("make", [*ODD, Path.mkdir])

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.commands import ROOT
 from tests.helpers.images import write_images
 from tinydm.quant.backends import native
 from tinydm.scripts import evaluate, train_ddim
@@ -28,8 +29,6 @@ from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import CalibrationRun, make_states
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.counted import Counted
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def only_line(fork: forks.Fork) -> str:

@@ -20,6 +20,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_absent_is_a_line(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -32,6 +33,7 @@ def test_a_peer_that_is_absent_is_a_line(
     assert "not installed: onnx, onnxruntime" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEER_VARIANTS)
 def test_peers_compute_the_network(path: Path, tmp_path: Path, name: str):
     variant = PEER_VARIANTS[name]

@@ -105,8 +105,13 @@ HOSTILE = {
 }  # fmt: skip
 
 
+LARGE = ("copies", "opcodes")  # kinds that take a second to be seen through
+
+
 @pytest.mark.parametrize("form", [zip_of, stream_of])
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in LARGE else []) for k in HOSTILE]
+)
 def test_hostile_pickles_are_refused_at_once(tmp_path: Path, kind: str, form) -> None:
     body, message = HOSTILE[kind]
     path = form(tmp_path / "model.pt", body)

@@ -35,11 +35,7 @@ from tinydm.scripts.experiment.sampling_run import SamplingRun, make_images
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _settings(one_thread: None):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def nets() -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:

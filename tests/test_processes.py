@@ -23,7 +23,9 @@ from tqdm import tqdm
 import calibrate
 import sample_diffusion
 from tests.helpers import forks
+from tests.helpers.commands import ROOT
 from tests.helpers.images import load_folder, needs_package, write_images
+from tests.helpers.rooms import files_of
 from tinydm.models.pipeline import build_denoiser
 from tinydm.quant.calibration import end_to_end
 from tinydm.scripts.common.errors import ConfigError
@@ -33,7 +35,6 @@ from tinydm.scripts.metrics import Pass
 from tinydm.scripts.metrics.inception import InceptionFeatures
 from tinydm.scripts.metrics.inputs import open_source, save_statistics
 
-ROOT = Path(__file__).resolve().parents[1]
 PARAMS = {"ch": 8, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "image_size": 8}
 CONFIG = {
     "name": "tiny",
@@ -80,10 +81,6 @@ def together(world: int, main: Callable, *arguments: object) -> list[str]:
         for rank in team:
             assert rank.wait() == 0, rank.text()
         return [rank.text() for rank in team]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def test_tinydm_beats_the_naive_floor() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "parts"), [("tinydm", 2), ("ptqd", 4)])
 def test_calibration_resumed_anywhere_gives_the_same_bytes(
     method: str, parts: int, monkeypatch: pytest.MonkeyPatch
@@ -135,6 +136,7 @@ def embedding_error(denoiser: Toy, model: QuantDenoiser) -> float:
     return total / len(STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tinydm", "ptqd"])
 def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
     """Like other layers in bits; apart from its unit, before it, and resumed to the same bytes."""

@@ -31,6 +31,7 @@ def probes(states, count: int) -> torch.Tensor:
     return tuples_of_steps(steps, states.trajectories, torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_the_curvature_tells_what_an_error_of_the_weights_does() -> None:
     """Small random errors of one layer at a time: measured, and by the quadratic form."""
     denoiser = Toy()

@@ -10,19 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.networks import levels, narrow_unet
+from tests.helpers.commands import ROOT
+from tests.helpers.networks import layers_of, levels, narrow_unet
 from tests.helpers.packed import TIMESTEPS, meta, quantized
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.quant.calibration.wrapping import BitPolicy
 from tinydm.quant.core.operation import LAYER_TYPES
 from tinydm.quant.runtime.correction import OutputCorrection
 from tinydm.quant.runtime.denoiser import QuantDenoiser
-from tinydm.quant.runtime.layers import layers_of
 from tinydm.quant.runtime.packed_file import load_quantized, read_metadata, to_bytes
 from tinydm.quant.runtime.packing import pack, unpack
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # ---- codes ----
 

@@ -283,6 +283,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @DAMAGE
 @given(data=st.data())
 def test_any_content_with_a_fitting_checksum_is_refused_or_runs(

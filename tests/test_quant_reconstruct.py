@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.helpers.blocks import FAST, Block, block_model, block_states, learn
-from tests.helpers.networks import narrow_unet
+from tests.helpers.networks import layers_of, narrow_unet
 from tests.helpers.packed import meta, quantized
 from tests.helpers.toy import STEPS, Toy, eps_error, toy_model, toy_states
 from tinydm.models.samplers import ddim
@@ -35,7 +35,7 @@ from tinydm.quant.calibration.wrapping import (
 )
 from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.runtime.denoiser import QuantDenoiser
-from tinydm.quant.runtime.layers import TimestepLayer, layers_of
+from tinydm.quant.runtime.layers import TimestepLayer
 from tinydm.quant.runtime.packed_file import load_quantized, to_bytes
 from tinydm.quant.runtime.quantizer import quantizers_of
 

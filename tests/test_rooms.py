@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.commands import ROOT
+
 FILES = sorted(
     path
     for path in ROOT.rglob("*.py")

@@ -22,6 +22,7 @@ import sample_diffusion
 from tests.helpers import forks
 from tests.helpers.commands import command
 from tests.helpers.narrow import SAMPLING, write_narrow
+from tests.helpers.rooms import files_of
 from tests.helpers.sampling import sample
 from tinydm.scripts.common.files import remove_stale
 from tinydm.scripts.common.images import is_whole_png
@@ -35,10 +36,6 @@ pytestmark = pytest.mark.usefixtures("signals")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with narrow.yaml and narrow.pt."""
     return write_narrow(tmp_path_factory.mktemp("narrow"), SAMPLING)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def names(count: int) -> set[str]:

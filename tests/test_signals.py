@@ -13,11 +13,11 @@ import pytest
 
 import calibrate
 from tests.helpers import forks
+from tests.helpers.commands import ROOT
 from tinydm.scripts import evaluate
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.experiment.runs import locked
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
@@ -54,6 +54,22 @@ def test_a_signal_while_torch_is_imported(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"error: interrupted before anything began\n")
+
+
+@pytest.mark.parametrize("command", ["calibrate.py", "scripts/evaluate.py"])
+def test_nothing_is_imported_before_signals_are_one_line(tmp_path: Path, command: str) -> None:
+    """Not even `signal` and `typing`, which take long where others use the processor."""
+    (tmp_path / "torch.py").write_text("import os\nos._exit(0)\n")
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / command],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = [line.rpartition("|")[2].strip() for line in told.stderr.splitlines()]
+    first = names[names.index("site") + 1 : names.index("tinydm.scripts.common.early")]
+    assert {name.partition(".")[0] for name in first} == {"tinydm"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

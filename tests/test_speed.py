@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.commands import ROOT
 from tests.helpers.latent import CONFIG
 from tinydm.scripts import benchmark
 from tinydm.scripts.bench import speed, speed_tables
@@ -17,8 +18,6 @@ from tinydm.scripts.bench.speed_models import VARIANTS, Models, obstacle
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.config_sections import calls_per_image
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import resource
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import forks
 from tests.helpers.images import npz, write_images
 from tests.helpers.narrow import SAMPLING, write_narrow
 from tests.helpers.sampling import sample
 from tinydm.scripts import compare, train_ldm
 from tinydm.scripts.common.errors import ImageError, MetricError
-from tinydm.scripts.common.images import load_images
+from tinydm.scripts.common.images import load_images, read_rgb
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.metrics import inputs, notes, paired_psnr
 
@@ -111,6 +113,54 @@ def test_deep_pictures_are_refused_everywhere(tmp_path: Path) -> None:
             load_images(alone, 4)
         with pytest.raises(MetricError, match=expected):
             paired_psnr(alone, alone)
+
+
+def bitmap_of_16_bits(path: Path) -> None:
+    """2 x 2 red pixels of 5, 6 and 5 bits, which are fewer than 8 a channel."""
+    pixels = struct.pack("<HH", 0xF800, 0xF800) * 2
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    start = 14 + len(head)
+    path.write_bytes(b"BM" + struct.pack("<IHHI", start + 8, 0, 0, start) + head + pixels)
+
+
+def test_pictures_of_fewer_bits_are_read(tmp_path: Path) -> None:
+    bitmap_of_16_bits(tmp_path / "a.bmp")
+    assert scored(tmp_path)[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_pictures_of_other_endings_are_noted(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 4, 0)
+    for name, ending in (("001", ".gif"), ("002", ".jfif")):
+        form = "GIF" if ending == ".gif" else "JPEG"
+        Image.open(folder / f"{name}.png").save(folder / f"{name}{ending}", form)
+        (folder / f"{name}.png").unlink()
+    (folder / "notes.txt").write_text("no picture")
+    found = inputs.open_source(folder).images
+    assert len(found) == 2
+    assert found.notes == ["2 files are not counted for their endings, such as 001.gif"]
+
+
+def test_damaged_tiffs_say_nothing_besides_the_error(tmp_path: Path) -> None:
+    """Pillow warns and logs, libtiff prints to stderr itself."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "TIFF", compression="tiff_lzw")
+    for end in range(10, len(content.getvalue()), 7):
+        for damaged in (content.getvalue()[:end], flipped(content.getvalue(), end)):
+            (tmp_path / f"{end}.tif").write_bytes(damaged)
+
+    def read(_: list[str]) -> None:
+        for path in tmp_path.iterdir():
+            with suppress(ImageError):
+                read_rgb(path)
+
+    fork = forks.run(read)
+    assert (fork.code, fork.text()) == (0, "")
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :]
 
 
 def test_a_picture_that_would_start_a_program_is_refused(tmp_path: Path) -> None:

@@ -29,12 +29,7 @@ from tinydm.quant.backends.tensor_cores import (
 )
 from tinydm.quant.runtime.layers import QuantLayer
 
-
-@pytest.fixture(autouse=True)
-def _settings(one_thread: None):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 LAYERS = [

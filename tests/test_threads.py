@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import ROOT
 from tinydm.scripts.common import threads
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["calibrate.py", "sample_diffusion.py"]
 COMMANDS += [
     f"scripts/{n}.py" for n in ("benchmark", "compare", "download", "evaluate", "report")

@@ -9,20 +9,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers.commands import ROOT
 from tests.helpers.integer_layers import small_unet
 from tinydm.quant.backends import selection
 from tinydm.quant.backends.selection import Int8Error, int8_supported, to_int8
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment import assembly
 from tinydm.scripts.experiment.backend import simulated_note
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def version(name: str) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ INSTRUCTIONS: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "avx-vnni": ((*(f"-m{name}" for name in _AVX2), "-mavxvnni"), (*_AVX2, "avx_vnni")),
     "avx512-vnni": (("-march=native",), _AVX512_VNNI),
 }
-KEPT = 16  # libraries of a cache, the newest
+KEPT_LIBRARIES = 16  # libraries of a cache, the newest
 LONGEST_SECONDS = 1200  # of one command of the compiler
 STALE_SECONDS = 3600  # after that a folder of objects has no writer any more
 
@@ -102,7 +102,7 @@ def private_cache() -> Path | None:
 
 
 def _is_private(status: os.stat_result, kind: Callable[[int], bool]) -> bool:
-    """Of the kind that a function of `stat` tells, ours, and writable by nobody else."""
+    """Whether a file is of a kind (a function of `stat`), ours, and writable by nobody else."""
     shared = stat.S_IWGRP | stat.S_IWOTH
     return kind(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & shared
 
@@ -133,7 +133,7 @@ def _key(compiler: str, flags: tuple[str, ...], processor: tuple[str, ...]) -> s
 
 
 def _processor() -> tuple[str, frozenset[str]]:
-    """Its name, and what it can do as Linux lists it; nothing where no Linux says so."""
+    """Name of the processor, and its flags as Linux lists them; none on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -158,7 +158,7 @@ def _clean(cache: Path) -> None:
     """Removes all but the newest libraries, and what killed processes left."""
     with suppress(OSError):
         files = sorted(cache.glob("*.so"), key=lambda file: -file.lstat().st_mtime)
-        for file in files[KEPT:]:
+        for file in files[KEPT_LIBRARIES:]:
             file.unlink(missing_ok=True)
         for folder in cache.glob("build-*"):
             if time.time() - folder.lstat().st_mtime > STALE_SECONDS:

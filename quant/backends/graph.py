@@ -63,7 +63,7 @@ class _Step:
 
 
 class GraphQuantizer(nn.Module):
-    """Its numbers as tables (S,), or as one value where all timesteps share it.
+    """An ActivationQuantizer whose numbers are tables (S,), or one value that all timesteps share.
 
     low and high: what x is clamped to first, where it has fewer codes than its type.
     """
@@ -127,7 +127,7 @@ class GraphLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Of a linear layer, which models of diffusers ask for."""
+        """Input features of a linear layer, which models of diffusers ask for."""
         return self.op.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class GraphLayer(nn.Module):
 
 
 class GraphMatMul(nn.Module):
-    """See QuantMatMul."""
+    """A QuantMatMul that can be traced."""
 
     def __init__(self, step: _Step, product: QuantMatMul):
         super().__init__()

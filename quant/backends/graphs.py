@@ -41,7 +41,7 @@ class Graphs:
         return recorded(inputs)
 
     def clear(self) -> None:
-        """For weights that move."""
+        """Drops the recordings: the weights are about to move."""
         self._recorded.clear()
 
     def __len__(self) -> int:
@@ -105,4 +105,5 @@ class Graphed(nn.Module):
 
 
 def is_tensor(value: Any) -> bool:
+    """Whether an argument of a call is copied into a graph."""
     return isinstance(value, torch.Tensor)

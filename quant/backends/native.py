@@ -235,7 +235,7 @@ class BlockedWeight(nn.Module):
         self.register_buffer("scale", scale)
 
     def output_size(self, height: int, width: int) -> list[int]:
-        """Of an input without its border."""
+        """Height and width of the output; height, width: of the input without its border."""
         return [
             (size + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1
             for i, size in enumerate((height, width))
@@ -249,6 +249,7 @@ class PartStep(ctypes.Structure):
 
 
 def part_step(step: QuantizerStep) -> PartStep:
+    """The step as the compiled code takes it."""
     return PartStep(step.inverse, step.scale, step.zero_point, step.top)
 
 

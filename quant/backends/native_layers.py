@@ -37,6 +37,7 @@ class CompiledLayer(Int8Layer):
 
     @staticmethod
     def fits(op: Operation) -> bool:
+        """Whether the compiled code has this operation: no groups, no dilation."""
         return not op.is_conv or (op.groups == 1 and set(op.dilation) == {1})
 
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockedWeight:
@@ -95,7 +96,10 @@ class CompiledLayer(Int8Layer):
         return out
 
     def _prepare(self, key: tuple[int, ...], shape: tuple[int, ...]) -> PreparedLayer:
-        """For inputs of this shape (B, C, H, W). Kept under `key`. Raises ValueError."""
+        """Prepares calls with inputs of this shape (B, C, H, W), and keeps the result under `key`.
+
+        Raises ValueError where the layer has other channels.
+        """
         channels = sum(weight.in_channels for weight in self.weights)
         if shape[1] != channels:
             raise ValueError(f"the input has {shape[1]} channels, the layer {channels}")

@@ -22,6 +22,7 @@ from torch import nn
 from ...models.protocols import ModuleList
 from ..core.affine import QuantizerStep, dequantize, per_channel
 from ..core.operation import Operation, scale_channels
+from ..runtime.derived import KeepsDerived
 from ..runtime.layers import QuantLayer, QuantMatMul
 from ..runtime.quantizer import ActivationQuantizer
 from .native import BlockedWeight, Compiled, pixel_stride
@@ -170,7 +171,8 @@ class IntegerWeight(nn.Module):
 
 
 def pair(value: int | str | tuple[int, ...]) -> list[int]:
-    """Of one or two dimensions -> of two, with 1 (stride, dilation; padding: see caller) first.
+    """A stride, dilation or padding as one of two dimensions. A height that it lacks is 1, which
+    the caller corrects for a padding.
 
     Raises ValueError for a padding by name, which selection.py leaves simulated."""
     if isinstance(value, str):
@@ -179,7 +181,7 @@ def pair(value: int | str | tuple[int, ...]) -> list[int]:
     return values if len(values) == 2 else [1, *values]
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(KeepsDerived):
     """A convolution or linear layer in integers; replaces a QuantLayer. vnni: may rely on
     AVX512-VNNI.
 
@@ -208,7 +210,8 @@ class Int8Layer(nn.Module):
         self._factors: list[torch.Tensor] | None = None  # of each part's channels, see factors
 
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> IntegerWeight | BlockedWeight:
-        """Of one part of the input channels; codes int8 (O, C, ...), Conv1d with a unit height."""
+        """The weight of one part of the input channels; codes int8 (O, C, ...), those of a Conv1d
+        with a unit height."""
         return IntegerWeight(self.op, codes, scale, self.vnni)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -259,14 +262,6 @@ class Int8Layer(nn.Module):
     def _forget(self) -> None:
         """What was made of the buffers, which are about to change."""
         self._factors = None
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Int8Layer":
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
 
     def _codes(
         self, x: torch.Tensor, part: int, index: int

@@ -1,7 +1,7 @@
 """The int8 backend: which layers of a deployed model run in integers, and why others do not.
 
     model = to_int8(load_quantized(path, denoiser))     # in place
-    fake_layers(model)                                  # {name: reason} of what was left as it is
+    model.simulated                                     # {name: reason} of what was left as it is
 
 On CUDA, layers of triton_layers.py do. What follows is about CPUs.
 
@@ -72,8 +72,9 @@ def to_int8(
     compiled: C++ for all of it but grouped and dilated convolutions, which oneDNN executes, as it
     does everything without. vnni: whether oneDNN may rely on AVX512-VNNI, by default where it is
     there. Without it, weights of 7 and 8 bits cost oneDNN two products each and attention stays
-    simulated; the results are the same. The uint8 codes and float copies of replaced layers are
-    freed as it goes. Raises Int8Error.
+    simulated; the results are the same. What stays simulated is listed in model.simulated; layers
+    of the timestep are not, which run in floating point by design, once per timestep. The uint8
+    codes and float copies of replaced layers are freed as it goes. Raises Int8Error.
     """
     reason = int8_supported(device)
     if reason is not None:
@@ -89,7 +90,11 @@ def to_int8(
         if isinstance(module, TimestepLayer):
             assert isinstance(module.layer, QuantLayer)  # not under calibration
             module.layer = TransientLayer(module.layer)
-        elif _replaceable(model, name, module) and _obstacle(module, vnni, compiled) is None:
+        elif _replaceable(model, name, module):
+            reason = _obstacle(module, vnni, compiled)
+            if reason is not None:
+                model.simulated[name] = reason
+                continue
             replace_module(model.denoiser, name, integer_module(module, vnni, compiled))
             _free(module)
         elif type(module) is nn.GroupNorm and module.affine:
@@ -99,27 +104,10 @@ def to_int8(
     return model.eval().requires_grad_(False)
 
 
-def fake_layers(
-    model: QuantDenoiser, vnni: bool | None = None, compiled: Compiled | None = None
-) -> dict[str, str]:
-    """Quantized layers that (would) stay simulated, see `to_int8` -> why. Those of the timestep are
-    not listed: they run in floating point by design, once per timestep."""
-    simulated = getattr(model, "simulated", None)
-    if isinstance(simulated, dict):  # of a TritonDenoiser
-        return simulated
-    vnni = onednn_is_fast() if vnni is None else vnni
-    return {
-        name: reason
-        for name, module in model.denoiser.named_modules()
-        if _replaceable(model, name, module)
-        and (reason := _obstacle(module, vnni, compiled)) is not None
-    }
-
-
 def integer_module(
     module: QuantLayer | QuantMatMul, vnni: bool, compiled: Compiled | None = None
 ) -> nn.Module:
-    """The integer form of a deployed module that has one, see `fake_layers`; see `to_int8`."""
+    """The integer form of a deployed module that has one; vnni, compiled: see `to_int8`."""
     products = compiled if _products(compiled) else None  # what multiplies
     if isinstance(module, QuantMatMul):
         return Int8MatMul(module) if products is None else CompiledMatMul(module, products)

@@ -14,8 +14,8 @@ device. No argument of a launch depends on the timestep, so that one CUDA graph 
 serves all of them.
 
 Exactness. Sums are integers, exact for up to LARGEST_SUM products. Everything is launched without
-fusing a multiplication and an addition into one rounding: x * inverse + ROUNDER would take another
-code now and then.
+fusing a multiplication and an addition into one rounding: x * inverse + ROUNDING_OFFSET would take
+another code now and then.
 
 Legend: B batch, C/O in/out channels, S calibrated timesteps, N/K/M rows, inner size and columns.
 """
@@ -23,13 +23,13 @@ Legend: B batch, C/O in/out channels, S calibrated timesteps, N/K/M rows, inner 
 import triton
 import triton.language as tl
 
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even below 2^22
+ROUNDING_OFFSET = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to even below 2^22
 
 
 @triton.jit
 def _shifted(x, multiplier, zero, top):
     """clamp(round(x * multiplier), -z, top - z), an integer q - z in float32."""
-    q = (x * multiplier + ROUNDER) - ROUNDER
+    q = (x * multiplier + ROUNDING_OFFSET) - ROUNDING_OFFSET
     return tl.minimum(tl.maximum(q, (-zero).to(tl.float32)), (top - zero).to(tl.float32))
 
 

@@ -16,7 +16,7 @@ from .triton_kernels import (
 LARGEST_SUM = 65792  # products of 255 and 128 that int32 holds
 LARGEST_MAP = 2**31 - 1  # values that the kernels' 32-bit offsets reach
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EXACT = {"enable_fp_fusion": False}
+NO_FUSED_MULTIPLY_ADD = {"enable_fp_fusion": False}
 
 
 class Steps(NamedTuple):
@@ -93,7 +93,7 @@ def quantize_map(
         BX=border[1],
         BP=block_p,
         BC=block_c,
-        **EXACT,
+        **NO_FUSED_MULTIPLY_ADD,
     )
     return out
 
@@ -112,7 +112,7 @@ def _group_statistics(
         CG=each,
         BP=_fit(height * width, 1, max(1, 4096 // block)),
         BC=block,
-        **EXACT,
+        **NO_FUSED_MULTIPLY_ADD,
     )
     return mean, rstd
 
@@ -155,7 +155,7 @@ def product(
         HAS_PLUS=plus is not None,
         RAW=dtype is torch.int32,
         **tiles,
-        **EXACT,
+        **NO_FUSED_MULTIPLY_ADD,
     )
     return out.permute(0, 3, 1, 2)
 
@@ -194,7 +194,7 @@ def attention_product(
         BM=block[0],
         BN=block[1],
         BK=block[2],
-        **EXACT,
+        **NO_FUSED_MULTIPLY_ADD,
     )
     return out
 

@@ -59,6 +59,7 @@ class StepTables(nn.Module):
         self.register_buffer("plane_zero", torch.stack(planes))
 
     def steps(self) -> kernels.Steps:
+        """What the kernels read: the tables and the index of the current timestep."""
         tables = self.inverse, self.zero_point, self.scale, self.plane_zero
         return kernels.Steps(self.current.index, *tables, self.top)
 
@@ -98,7 +99,7 @@ class LayerPart(nn.Module):
         self.register_buffer("factors", None if factors is None else factors[channels].contiguous())
 
     def product(self, codes: torch.Tensor, dtype: torch.dtype, **given: Any) -> torch.Tensor:
-        """See kernels.product, of the planes of one map."""
+        """The product with the planes of one map, see kernels.product."""
         weight = kernels.Weight(self.codes, self.zero_point, self.sum, self.scale, self.size)
         steps, out = self.tables.steps(), None
         for plane, values in enumerate(codes):
@@ -215,7 +216,7 @@ def obstacle(module: QuantLayer | QuantMatMul) -> str | None:
 
 
 class TritonDenoiser(QuantDenoiser):
-    """A QuantDenoiser of such layers. simulated: name -> why this layer was left as it is.
+    """A QuantDenoiser of such layers.
 
     On CUDA, unless a layer is simulated, whose scale PyTorch would take from the host, it records a
     CUDA graph for each shape of its input and plays it again at every timestep; not where

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..core.settings import CalibrationSettings
-
-UNIFORM_STEPS = 20  # of the rule "uniform" (Q-Diffusion)
+from .timesteps import UNIFORM_STEPS
 
 
 class TooFewTrajectoriesError(ValueError):

@@ -1,8 +1,8 @@
 """End-to-end steps: the quantized denoiser learns to predict the full-precision noise.
 
 The last phase of tinyDM. Weights move as latent codes with straight-through rounding, activation
-scales by LSQ, biases and norms as they are; the loss is the eps error at calibration samples,
-data-free.
+scales by LSQ, factors of input channels, biases and norms as they are. The loss is the eps error at
+calibration samples: no data.
 """
 
 import math
@@ -21,6 +21,7 @@ from .wrapping import activation_quantizers, weight_layers
 LR_LATENT = 0.006  # in codes: about a hundred steps move a weight from the middle to the next
 LR_FLOAT = 1e-3  # biases and norms, at 4 bits; each bit more halves it
 LR_ZERO_POINT = 0.02  # in codes
+LR_CHANNEL = 0.02  # log-factors of input channels, at 4 bits; each bit more halves it
 
 
 def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
@@ -40,6 +41,10 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
         rate = rate_of_scale(lr_scale, quantizer.bits)
         groups.append({"params": [log_gain], "lr": rate})
         taken.add(id(layer.weight))
+        channel_gain = layer.start_channel_gain()
+        if channel_gain is not None:
+            rate = rate_of_scale(LR_CHANNEL, layer.inputs[0].bits)
+            groups.append({"params": [channel_gain], "lr": rate})
     quantizers = [q for _, q in activation_quantizers(model)]
     groups += scale_groups(quantizers, lr_scale)
     asymmetric = [q for q in quantizers if not (q.symmetric or q.unsigned)]
@@ -128,6 +133,7 @@ def finetune(
     optimizer.zero_grad(set_to_none=True)
     for _, layer in weight_layers(model):
         layer.quantizer.fix_scale()
+        layer.fix_channel_scale()
 
 
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:

@@ -13,21 +13,19 @@ but alpha is chosen for each layer by the error of its own quantized output, and
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
 
-from ..core.affine import dequantize, fake_quantize, range_to_scale, round_to_nearest
+from ..core.affine import fake_quantize, range_to_scale
 from ..core.operation import quantize_input, scale_channels
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
 from .states import CalibrationStates
-from .weights import WeightQuantizer, minmax_scale, mse_scale
+from .weights import WeightQuantizer, roughly_rounded
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 LARGEST_FACTOR = 16.0  # of r and 1 / r
-COMPARED_RANGES = 12  # weight ranges tried while candidates are compared
 CLIPPING_RATIOS = (1.0, 0.85, 0.7, 0.55)  # of the largest value, tried as clipping ranges
 
 
@@ -127,15 +125,13 @@ def _choose(
 ) -> float:
     """Gives the layer its best r; returns the error relative to r = 1."""
     kind, bits = layer.quantizer.scale_search, layer.quantizer.bits
-    search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
     quantizers = nn.ModuleList(_DynamicQuantizer(q.bits) for q in layer.inputs)
     candidates: list[torch.Tensor | None] = [None]
     candidates += [candidate(largest, layer.weight, alpha) for alpha in ALPHAS]
     errors = []
     for r in candidates:
         weight = layer.weight if r is None else unscaled_weight(layer.weight, r)
-        scale, zero = search(weight, bits)
-        rounded = dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero)
+        rounded = roughly_rounded(weight, bits, kind)
         scaled = scale_channels(x, r, layer.op.channel_dim)
         scaled = quantize_input(scaled, quantizers, layer.split, layer.op.channel_dim)
         out = layer.op(scaled, rounded, layer.bias)

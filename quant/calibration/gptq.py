@@ -25,7 +25,7 @@ from .layers import CalibLayer
 from .sharing import Alone, Team, Tensors
 from .states import CalibrationStates
 
-ROWS = 64  # output positions per sample that enter H, at most (a grid over the feature map)
+ROWS_PER_SAMPLE = 64  # output positions that enter H, at most: a grid over the feature map
 DAMPINGS = (0.01, 0.2)  # of the mean of H's diagonal: the more, the nearer to the nearest codes
 DELAYED_COLUMNS = 128  # columns whose update of the rest is delayed
 WIDEST_HESSIAN = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
@@ -69,7 +69,7 @@ def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
     op = layer.op
     if not op.is_conv:
         flat = x.reshape(-1, x.shape[-1])
-        return flat[:: max(1, len(flat) // (ROWS * len(x)))]
+        return flat[:: max(1, len(flat) // (ROWS_PER_SAMPLE * len(x)))]
     if isinstance(op.padding, str):
         raise ValueError(f"second-order rounding needs numbers as padding, not '{op.padding}'")
     kernel, stride, padding, dilation = (
@@ -82,7 +82,7 @@ def input_rows(layer: CalibLayer, x: torch.Tensor) -> torch.Tensor:
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     ]
-    side = ROWS if positions[0] == 1 else int(ROWS**0.5)
+    side = ROWS_PER_SAMPLE if positions[0] == 1 else int(ROWS_PER_SAMPLE**0.5)
     step = tuple(s * max(1, p // side) for s, p in zip(stride, positions, strict=True))
     return F.unfold(x, kernel, dilation, padding, step).transpose(1, 2).flatten(0, 1)
 

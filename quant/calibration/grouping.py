@@ -13,7 +13,7 @@ from ..core.affine import range_to_scale
 from .quantizer import LearnedQuantizer
 from .statistics import Statistics
 
-SPARED = 0.01  # of a tensor's error, that groups which are left out may cost
+TOLERATED_LOSS = 0.01  # of a tensor's error, that groups which are left out may cost
 HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
 
 
@@ -116,7 +116,7 @@ def refine(
 def cheapest_groups(
     table: torch.Tensor, groups: int, free: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest groups that lose no more than SPARED beside `groups` of them.
+    """The fewest groups that lose no more than TOLERATED_LOSS beside `groups` of them.
 
     A group that is worth nothing would only take samples from the others. free: groups need not be
     contiguous.
@@ -128,7 +128,7 @@ def cheapest_groups(
             group_of_timestep, chosen = refine(table, group_of_timestep, chosen)
         cost = table[torch.arange(len(table)), chosen[group_of_timestep]].sum()
         found.append((float(cost), group_of_timestep, chosen))
-    limit = found[-1][0] * (1 + SPARED)
+    limit = found[-1][0] * (1 + TOLERATED_LOSS)
     # Costs that are not finite are told by the search, which has an error to name.
     return next((f[1:] for f in found if f[0] <= limit), found[-1][1:])
 

@@ -15,6 +15,8 @@ from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer, attention_p
 from .quantizer import LearnedQuantizer
 from .weights import WeightQuantizer
 
+LARGEST_R = 256.0  # of a learned channel_scale and of its inverse
+
 
 class CalibLayer(nn.Module):
     """A convolution or linear layer under calibration.
@@ -41,6 +43,7 @@ class CalibLayer(nn.Module):
         self.inputs: ModuleList[LearnedQuantizer] = ModuleList(inputs)
         self.split = split
         self.register_buffer("channel_scale", None)
+        self.log_channel_gain: nn.Parameter | None = None  # (C,) learned factor of channel_scale
 
     @property
     def quantizer(self) -> WeightQuantizer:
@@ -58,10 +61,29 @@ class CalibLayer(nn.Module):
         self.weight.data.copy_(weight)
         self.weight_quantizer = quantizer
 
+    def start_channel_gain(self) -> nn.Parameter | None:
+        """The factors of the input channels learn from here on. None if the layer has none."""
+        if self.channel_scale is not None and self.log_channel_gain is None:
+            self.log_channel_gain = nn.Parameter(torch.zeros_like(self.channel_scale))
+        return self.log_channel_gain
+
+    def current_channel_scale(self) -> torch.Tensor | None:
+        """(C,) as it will be stored, rounded to float16 straight-through; None without factors."""
+        if self.channel_scale is None or self.log_channel_gain is None:
+            return self.channel_scale
+        r = (self.channel_scale * self.log_channel_gain.exp()).clamp(1 / LARGEST_R, LARGEST_R)
+        return r + (r.half().float() - r).detach()
+
+    @torch.no_grad()
+    def fix_channel_scale(self) -> None:
+        """Folds what was learned of the factors into them."""
+        self.channel_scale, self.log_channel_gain = self.current_channel_scale(), None
+
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x scaled, quantized and dequantized, with gradients; x itself without quantizers."""
         if not len(self.inputs):
             return x
-        x = scale_channels(x, self.channel_scale, self.op.channel_dim)
+        x = scale_channels(x, self.current_channel_scale(), self.op.channel_dim)
         return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +94,8 @@ class CalibLayer(nn.Module):
         return self.op(x, weight, self.bias)
 
     def deploy(self) -> QuantLayer:
-        quantizer = self.quantizer
+        """The layer with integer codes. Raises ValueError without a weight quantizer."""
+        quantizer, r = self.quantizer, self.current_channel_scale()
         with torch.no_grad():
             codes = quantizer.codes(self.weight).round().to(torch.uint8)
         return QuantLayer(
@@ -84,7 +107,7 @@ class CalibLayer(nn.Module):
             quantizer.bits,
             [q.deploy() for q in self.inputs],
             self.split,
-            self.channel_scale,
+            None if r is None else r.detach(),
         )
 
 
@@ -95,6 +118,7 @@ class CalibTimestepLayer(TimestepLayer):
     keeps_values = False
 
     def deploy(self) -> TimestepLayer:
+        """The layer with integer codes, which keeps its values."""
         return TimestepLayer(self.context, self.layer.deploy())
 
 
@@ -114,4 +138,5 @@ class CalibMatMul(nn.Module):
         return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def deploy(self) -> QuantMatMul:
+        """The product with its quantizers fixed."""
         return QuantMatMul(self.left.deploy(), self.right.deploy(), self.by_row)

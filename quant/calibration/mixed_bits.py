@@ -14,20 +14,17 @@ Legend: O output channels, I input channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from ..core.affine import dequantize, round_to_nearest
 from ..core.settings import FEWEST_BITS
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
 from .states import CalibrationStates
-from .weights import WeightQuantizer, minmax_scale, mse_scale
+from .weights import WeightQuantizer, roughly_rounded
 
 MOST_BITS = 8
-COMPARED_RANGES = 12  # weight ranges tried while bits are compared
 
 
 def choices(average_bits: float) -> tuple[int, ...]:
@@ -94,11 +91,9 @@ def losses(layer: CalibLayer, curvature: torch.Tensor, choices: Sequence[int]) -
     if r is not None:  # the layer holds W / r
         curvature = curvature * r.square().view(1, -1, *(1,) * (weight.dim() - 2))
     kind = layer.quantizer.scale_search
-    search = partial(mse_scale, ratios=COMPARED_RANGES) if kind == "mse" else minmax_scale
     found = {}
     for bits in choices:
-        scale, zero = search(weight, bits)
-        error = dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero) - weight
+        error = roughly_rounded(weight, bits, kind) - weight
         found[bits] = float((curvature * error.square()).sum())
     return found
 

@@ -121,6 +121,7 @@ class LearnedQuantizer(nn.Module):
 
     @property
     def groups(self) -> int:
+        """Number of groups of timesteps, G."""
         return len(self.log_scale)
 
     def set_ranges(
@@ -187,6 +188,7 @@ class LearnedQuantizer(nn.Module):
         return cast(torch.Tensor, sum(parts))  # never the 0 of an empty sum
 
     def deploy(self) -> ActivationQuantizer:
+        """The quantizer with its scales and integral zero points fixed."""
         scale = self.current_scale().clamp(min=SMALLEST_SCALE)
         return ActivationQuantizer(
             self.context,

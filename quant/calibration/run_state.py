@@ -37,6 +37,7 @@ class RunState:
 
     @classmethod
     def from_plain(cls, value: dict[str, Any]) -> "RunState":
+        """The state of such values."""
         return cls(**{f.name: value[f.name] for f in fields(cls)})
 
 
@@ -57,6 +58,9 @@ def restore(model: QuantDenoiser, tensors: dict[str, torch.Tensor]) -> None:
         elif isinstance(module, CalibLayer):
             value = tensors.get(f"{name}.channel_scale")
             module.channel_scale = None if value is None else value.to(module.weight.device)
+            gain = tensors.get(f"{name}.log_channel_gain")
+            gain = None if gain is None else nn.Parameter(gain.to(module.weight.device))
+            module.log_channel_gain = gain
     tables = {
         k.removeprefix("correction."): v for k, v in tensors.items() if k.startswith("correction.")
     }

@@ -25,6 +25,7 @@ class CalibrationStates:
 
     @property
     def trajectories(self) -> int:
+        """Number of trajectories, N."""
         return self.x.shape[1]
 
     def gather(

@@ -32,9 +32,17 @@ class Sampler(Protocol):
 class Progress(Protocol):
     """Where progress goes; a phase of `total` parts reports each with a short text."""
 
-    def begin(self, phase: str, total: int) -> None: ...
-    def step(self, text: str) -> None: ...
-    def end(self) -> None: ...
+    def begin(self, phase: str, total: int) -> None:
+        """A phase of `total` parts begins."""
+        ...
+
+    def step(self, text: str) -> None:
+        """A part of it is done."""
+        ...
+
+    def end(self) -> None:
+        """The phase has ended."""
+        ...
 
 
 def _save_nothing(state: RunState) -> None:

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+UNIFORM_STEPS = 20  # of the rule "uniform" (Q-Diffusion)
+
 
 def tuples_of_steps(
     steps: torch.Tensor, trajectories: int, generator: torch.Generator
@@ -30,9 +32,9 @@ def tuples_of_steps(
     return torch.tensor(pairs)
 
 
-def uniform_steps(samples: int, count: int, spaced: int = 20) -> torch.Tensor:
-    """Step indices (samples,) over `spaced` evenly spaced ones of 0..count-1 (Q-Diffusion)."""
-    chosen = torch.linspace(0, count - 1, min(spaced, count, samples)).round().long()
+def uniform_steps(samples: int, count: int) -> torch.Tensor:
+    """Step indices (samples,) over evenly spaced ones of 0..count-1 (Q-Diffusion)."""
+    chosen = torch.linspace(0, count - 1, min(UNIFORM_STEPS, count, samples)).round().long()
     return chosen[torch.arange(samples) % len(chosen)]
 
 

@@ -4,11 +4,14 @@ Weights are (O, ...); scale and zero point are (O,). 8 bits: symmetric signed, s
 that one formula serves both; below: asymmetric. Every channel has at most 2^b distinct values.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from ..core.affine import SMALLEST_SCALE, dequantize, per_channel, range_to_scale, round_to_nearest
 
+COMPARED_RANGES = 12  # ranges that the search tries where weights are only compared
 LONGEST_ROW = 2304  # weights of a channel that the search of its scale looks at, about
 LARGEST_WEIGHTS = 32  # weights of such a channel that it looks at besides
 WEIGHTS_AT_ONCE = 1 << 16  # weights: the passes of the search stay in the cache
@@ -75,6 +78,16 @@ def _search_rows(
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def roughly_rounded(weight: torch.Tensor, bits: int, scale_search: str) -> torch.Tensor:
+    """The weight rounded to nearest, shaped like it, with scales of a short search: for comparing.
+
+    scale_search: mse | minmax.
+    """
+    search = partial(mse_scale, ratios=COMPARED_RANGES) if scale_search == "mse" else minmax_scale
+    scale, zero = search(weight, bits)
+    return dequantize(round_to_nearest(weight, scale, zero, bits), scale, zero)
 
 
 class _LatentWeight(torch.autograd.Function):
@@ -170,6 +183,7 @@ class WeightQuantizer(nn.Module):
         self.latent.clamp_(0, 2**self.bits - 1)
 
     def h(self) -> torch.Tensor:
+        """What learned rounding adds to floor(w / s): 0 to 1, shaped like the weight."""
         alpha = self.alpha
         assert alpha is not None  # of start_rounding
         return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

@@ -21,12 +21,11 @@ from .weights import WeightQuantizer
 class BitPolicy:
     """Bits of each kind of layer. None leaves that operand in floating point.
 
-    first_last: weights of the first and last layer, which see the image; first_last_activation:
-    their inputs
-    (16 bits are two 8-bit products, on less than one percent of the MACs); time: layers of the
-    timestep alone, whose activations are never quantized when `cache_timestep` is true; softmax:
-    attention probabilities; symmetric: activation ranges around zero (queries, keys and values
-    always have them, probabilities never).
+    first_last: weights of the first and last layers; first_last_activation: their inputs (16 bits
+    are two 8-bit products, on less than one percent of the multiply-accumulates); time: layers of
+    the timestep alone, whose activations are never quantized when `cache_timestep` is true;
+    softmax: attention probabilities; symmetric: activation ranges around zero (queries, keys and
+    values always have them, probabilities never).
     """
 
     weight: int = 4
@@ -63,6 +62,7 @@ class BitPolicy:
 
 
 def count_layers(denoiser: nn.Module) -> int:
+    """Number of layers that would be quantized, products of attention apart."""
     return sum(isinstance(m, LAYER_TYPES) for m in denoiser.modules())
 
 

@@ -80,6 +80,7 @@ class QuantizerStep(NamedTuple):
 
     @property
     def zero_point(self) -> int:
+        """The code of 0."""
         return int(-self.low)
 
     @property

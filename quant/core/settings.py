@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 FEWEST_BITS = 2  # of a weight or an activation
+QUALITIES = ("fast", "best")
+BEST_FACTOR = 8  # iterations and steps of `best`, times those of `fast`
 METHODS = ("tinydm", "e2e", "e2e_plain", "qdiffusion", "ptqd", "tfmq", "apqdm", "ptq4dm", "minmax")
 
 
@@ -34,6 +36,8 @@ def setting(
 
 @dataclass(frozen=True)
 class WeightSettings:
+    """Quantization of the weights."""
+
     bits: int = setting(4, "bits of the weights", within=(2, 8))
     average_bits: float = setting(
         0.0,
@@ -56,6 +60,8 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class ActivationSettings:
+    """Quantization of the activations, and of attention's operands."""
+
     bits: int = setting(8, "bits of the activations", within=(2, 8))
     groups: int = setting(
         8, "quantizers of a tensor at most, which the timesteps share", within=(1, 255)
@@ -138,7 +144,14 @@ class ReconstructSettings:
 
 @dataclass(frozen=True)
 class QuantSettings:
+    """How a denoiser is quantized."""
+
     method: str = setting("tinydm", "preset of all other keys of this section", choices=METHODS)
+    quality: str = setting(
+        "fast",
+        "best: a preset with eight times as many iterations and end-to-end steps",
+        choices=QUALITIES,
+    )
     weight: WeightSettings = WeightSettings()
     activation: ActivationSettings = ActivationSettings()
     search: SearchSettings = SearchSettings()
@@ -173,6 +186,8 @@ class QuantSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
+    """What it is calibrated on."""
+
     samples: int = setting(1024, "samples (x_t, t) that learn", within=(1, 10_000_000))
     trajectories: int | None = setting(
         None,
@@ -209,14 +224,24 @@ BLOCK_WISE = ReconstructSettings(
 
 
 def preset(
-    method: str, weight_bits: int = WeightSettings.bits
+    method: str, weight_bits: int = WeightSettings.bits, quality: str = QuantSettings.quality
 ) -> tuple[QuantSettings, CalibrationSettings]:
     """Defaults of a method. Raises ValueError for an unknown name.
 
     weight_bits: PTQ4DM's paper has 8-bit weights and rounds them to nearest. With fewer bits it
     would be no better than min-max, so that its rounding is learned there (AdaRound), as
     re-implementations do that report 4 bits.
+    quality: "best" learns BEST_FACTOR times as long as "fast", whatever the method.
     """
+    if quality == "best":
+        quant, calibration = preset(method, weight_bits)
+        learn = quant.reconstruct
+        longer = replace(
+            learn,
+            iterations=BEST_FACTOR * learn.iterations,
+            finetune_iterations=BEST_FACTOR * learn.finetune_iterations,
+        )
+        return replace(quant, quality=quality, reconstruct=longer), calibration
     tinydm, calibration = QuantSettings(), CalibrationSettings()
     if method == "tinydm":
         return tinydm, calibration

@@ -12,8 +12,8 @@ from .correction import OutputCorrection
 class QuantDenoiser(nn.Module):
     """Called like the denoiser it wraps: eps = model(x, t, ...). Holds the one TimestepContext.
 
-    independent_rows: a row of eps is the same to the bit in any batch, see
-    compiled_layers.rows_are_independent.
+    independent_rows: a row of eps is the same to the bit in any batch, which a backend may bring
+    about. simulated: name -> why a backend for integers left this layer in floating point.
     """
 
     def __init__(self, denoiser: nn.Module, context: TimestepContext):
@@ -21,6 +21,7 @@ class QuantDenoiser(nn.Module):
         self.denoiser, self.context = denoiser, context
         self.correction: OutputCorrection | None = None
         self.independent_rows = False
+        self.simulated: dict[str, str] = {}
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
@@ -44,5 +45,6 @@ class QuantDenoiser(nn.Module):
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one with that name below the root."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, child, module)

@@ -4,7 +4,6 @@ A layer computes y = conv(Q(x), W_hat) + b with the per-tensor activation quanti
 timestep. A layer behind a skip concatenation has two of them, one for each part of its input.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from ...models.protocols import ModuleList
 from ..core.affine import BroadcastStep, dequantize, fake_quantize_shared
 from ..core.context import Timestep, TimestepContext
 from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
+from .derived import KeepsDerived
 from .quantizer import ActivationQuantizer
 
 
@@ -32,7 +32,7 @@ class SharedStep(NamedTuple):
     bias: torch.Tensor | None
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(KeepsDerived):
     """A deployed layer: nothing but plain buffers.
 
     qweight uint8 (O, I, ...) codes 0..2^bits-1, w_scale float32 (O,), w_zero_point uint8 (O,),
@@ -79,7 +79,7 @@ class QuantLayer(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Of a linear layer, which pipelines of diffusers ask for."""
+        """Input features of a linear layer, which pipelines of diffusers ask for."""
         return self.op.in_features
 
     def weight(self) -> torch.Tensor:
@@ -154,14 +154,6 @@ class QuantLayer(nn.Module):
             known = SharedStep(BroadcastStep(multiplier, None, low, high), scale, factor, bias)
         self._steps[index] = known
         return known
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
 
     def _forget(self) -> None:
         self._weight = None
@@ -247,7 +239,7 @@ class QuantMatMul(nn.Module):
         return attention_product(self.left, self.right, self.by_row, index, (left, right))
 
     def _scales_after(self) -> bool:
-        """Without a hook that wants to see the quantizers called."""
+        """Whether scales may multiply the product: no hook wants to see the quantizers called."""
         return not self.left._forward_pre_hooks
 
     def after_softmax(
@@ -263,7 +255,7 @@ class QuantMatMul(nn.Module):
     def _scaled_after(
         self, left: torch.Tensor, right: torch.Tensor, index: int, inplace: bool = False
     ) -> torch.Tensor:
-        """With one common timestep: the scales multiply the product. inplace: left may be
+        """The product with one common timestep, whose scales multiply it. inplace: left may be
         overwritten."""
         left, top = self.left_operand(left, inplace)
         q, scale = self.left.shared(left, index, inplace=inplace or self.by_row)
@@ -271,10 +263,3 @@ class QuantMatMul(nn.Module):
         nothing = q.new_empty(1)  # multiplied by beta = 0
         out = torch.baddbmm(nothing, q, k, beta=0, alpha=scale * right_scale)
         return out if top is None else out.mul_(top)
-
-
-def layers_of(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """(name, layer) of every quantized layer of a deployed model, in the order of registration."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            yield name, module

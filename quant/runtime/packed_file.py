@@ -40,7 +40,7 @@ from .quantizer import ActivationQuantizer
 
 FORMAT = "tinydm-quantized"
 VERSION = "2"
-ANY = "any"  # train_timesteps where timesteps are any real numbers
+ANY_TIMESTEP = "any"  # train_timesteps where timesteps are any real numbers
 BESIDE = "beside."
 LEAST_SHARED = 4096  # bytes of a tensor that is worth a line in `same`
 MOST_TRAIN_TIMESTEPS, MOST_CALIBRATED = 100_000, 255  # as the configuration allows them
@@ -156,7 +156,7 @@ def to_bytes(
         "architecture": architecture_hash(shapes),
         "layers": json.dumps(layer_table(model), separators=(",", ":")),
         "timesteps": json.dumps(model.context.timesteps, separators=(",", ":")),
-        "train_timesteps": ANY if limit is None else str(limit),
+        "train_timesteps": ANY_TIMESTEP if limit is None else str(limit),
     }
     if copies := _copies(tensors):
         metadata["same"] = json.dumps(copies, separators=(",", ":"))
@@ -238,7 +238,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         metadata["timesteps"] = [plain_timestep(t) for t in json.loads(metadata["timesteps"])]
         if not all(map(math.isfinite, metadata["timesteps"])):
             raise ValueError("a timestep is not finite")
-        any_number = metadata["train_timesteps"] == ANY
+        any_number = metadata["train_timesteps"] == ANY_TIMESTEP
         limit = None if any_number else int(metadata["train_timesteps"])
         metadata["train_timesteps"] = limit
         if limit is not None and not 1 <= limit <= MOST_TRAIN_TIMESTEPS:

@@ -116,6 +116,7 @@ class ModelBuilder:
         )
 
     def build(self, table: list[dict[str, Any]]) -> QuantDenoiser:
+        """The model of a table of layers. Raises ValueError where the file does not fit it."""
         rest = dict(self.denoiser.state_dict())
         for entry in table:
             name = entry["name"]

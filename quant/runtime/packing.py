@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-CHUNK = 1 << 20  # codes handled at a time when packing, a multiple of 8
+CODES_AT_ONCE = 1 << 20  # codes handled at a time when packing, a multiple of 8
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -12,8 +12,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return torch.from_numpy(flat.copy())
     parts = [
-        np.packbits(np.unpackbits(flat[i : i + CHUNK, None], axis=1)[:, 8 - bits :])
-        for i in range(0, len(flat), CHUNK)
+        np.packbits(np.unpackbits(flat[i : i + CODES_AT_ONCE, None], axis=1)[:, 8 - bits :])
+        for i in range(0, len(flat), CODES_AT_ONCE)
     ]
     return torch.from_numpy(np.concatenate(parts))
 
@@ -32,9 +32,11 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             np.right_shift(flat[: len(place)], 8 - bits * (i + 1), out=place)
             place &= mask
         return torch.from_numpy(out)
-    step = CHUNK * bits // 8
+    step = CODES_AT_ONCE * bits // 8
     for i, start in enumerate(range(0, len(flat), step)):
-        n = min(CHUNK, count - i * CHUNK)
+        n = min(CODES_AT_ONCE, count - i * CODES_AT_ONCE)
         rows = np.unpackbits(flat[start : start + step], count=n * bits).reshape(n, bits)
-        out[i * CHUNK : i * CHUNK + n] = np.packbits(rows, axis=1)[:, 0] >> (8 - bits)
+        out[i * CODES_AT_ONCE : i * CODES_AT_ONCE + n] = np.packbits(rows, axis=1)[:, 0] >> (
+            8 - bits
+        )
     return torch.from_numpy(out)

@@ -3,17 +3,17 @@
 Legend: B batch, G groups of timesteps, S calibrated timesteps.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from ..core.affine import BroadcastStep, QuantizerStep, fake_quantize, fake_quantize_shared
 from ..core.context import TimestepContext
+from .derived import KeepsDerived
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(KeepsDerived):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
     bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_timestep
@@ -59,14 +59,6 @@ class ActivationQuantizer(nn.Module):
             tensors = zip(inverses, *ends, strict=True)
             self._unscaled = [BroadcastStep(v, None, low, high) for v, low, high in tensors]
         return self._steps[self._groups[index]]
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "ActivationQuantizer":
-        self._forget()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args)
 
     def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""

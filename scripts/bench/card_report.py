@@ -19,7 +19,7 @@ def milliseconds(row: Row) -> float:
 
 
 def hours(row: Row) -> float:
-    """Of 50,000 images, the denoiser alone."""
+    """Hours that the denoiser alone takes for 50,000 images."""
     return milliseconds(row) / 3.6e6 * row["calls"] * IMAGES / row["batch"]
 
 

@@ -107,8 +107,8 @@ class Bench:
         }
 
     def rows(self, cell: Cell, transfers: list[Sampler], noises: list[int]) -> list[Row]:
-        """With the calibrated sampler and with each of `transfers`, one row for each of `noises`,
-        the seeds of the images."""
+        """The rows of a cell: of the calibrated sampler and each of `transfers`, one for each of
+        `noises`, the seeds of the images."""
         config, digest = self.plan.config(cell), self.digest(cell)
         folder = self._folder(cell)
         record = Record(folder / "cell.json")

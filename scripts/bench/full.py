@@ -84,7 +84,10 @@ class FullPrecision:
         return self._load_or_make(f"fresh-{trajectories}", make)[0]
 
     def trajectories(self, config: Config) -> int:
-        """That a cell of this configuration is calibrated on. Raises ConfigError."""
+        """Number of trajectories that a cell of this configuration is calibrated on.
+
+        Raises ConfigError.
+        """
         size = config.sampling.micro_batch
         return trajectories_of(config.calibration, len(self.calls), self.guided, size)
 

@@ -50,7 +50,7 @@ def _mean_gain(own: Line, other: Line) -> tuple[float, Interval]:
 
 
 def _part(ours: np.ndarray | None, theirs: np.ndarray | None) -> tuple[float, Interval] | None:
-    """Of errors (seeds, n)."""
+    """The part that the mean of our errors (seeds, n) is of theirs, with its interval."""
     if ours is None or theirs is None:
         return None
     return paired(lambda a, b: a.mean(-1) / b.mean(-1), ours, theirs)

@@ -82,6 +82,7 @@ def mean_psnr(errors: np.ndarray) -> float:
 
 
 def median_psnr(errors: np.ndarray) -> float:
+    """errors (seeds, images) -> dB, the median image of each seed, mean over seeds."""
     return float(np.median(psnr(errors), axis=1).mean())
 
 

@@ -184,7 +184,7 @@ def summary(line: tables.Line) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
+    """A value of JSON with None for the numbers that JSON does not have."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The two tables of the paper: every row and column is there, measured or empty.
+"""The paper's tables and that of DiT-XL/2: every row and column is there, measured or empty.
 
 Published numbers stand in tables of their own, each with its source.
 """
@@ -17,11 +17,12 @@ PUBLISHED = Path(__file__).with_name("published.json")
 TITLES = {
     "lsun_bedroom": "LSUN-Bedrooms 256x256, unconditional, LDM-4",
     "imagenet256": "ImageNet 256x256, class-conditional, LDM-4",
-}  # in the order of the paper; keys are the configurations' names
+    "dit_xl2": "ImageNet 256x256, class-conditional, DiT-XL/2",
+}  # keys are the configurations' names
 STEPS = (250, 50)
 QUANTIZED_BITS = ((8, 8), (4, 8))
 METHODS = ("qdiffusion", "ptqd", "ptq4dm", "tinydm")
-SAMPLERS = ("ddim", "ldm_ddim")
+SAMPLERS = ("ddim", "ldm_ddim", "scheduler")
 MEASURED_COLUMNS = COLUMNS[:8]
 PUBLISHED_COLUMNS = (*COLUMNS[:8], "Source")
 # Digits as the measured benchmark shows them, but for precision, which is a fraction.

@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """Of its table: BENCHMARK, ABLATION or a study."""
+        """Kind of its table: BENCHMARK, ABLATION or a study."""
         if self.table == BENCHMARK:
             return BENCHMARK
         study, of, _ = self.table.partition(OF)
@@ -125,7 +125,7 @@ class Plan:
     def config(
         self, cell: Cell, sampler: Sampler | None = None, noise: int | None = None
     ) -> Config:
-        """With `sampler` or `noise` (a seed), the same but for how images are sampled."""
+        """The configuration of a cell. sampler, noise (a seed): of its images, if not its own."""
         coordinates = [
             f"quant.method={cell.method}",
             f"quant.weight.bits={cell.bits[0]}",

@@ -105,7 +105,8 @@ def random_deployed(config: Config, policy: BitPolicy, context: TimestepContext)
 
 
 def deployed_of(config: Config, settings: QuantSettings) -> QuantDenoiser:
-    """The same with the bits, groups and timesteps that `settings` and `config` ask for."""
+    """A deployed model of random weights with the bits, groups and timesteps of `settings` and
+    `config`."""
     sampler, schedule = config.sampler, config.schedule
     steps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(schedule))
     steps = calibrated_timesteps(steps, config.calibration.calibrated_timesteps)

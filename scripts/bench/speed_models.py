@@ -276,9 +276,11 @@ class Models:
         return run
 
     def first_call(self, variant: Variant, batch: int) -> dict[str, float | None]:
-        """Of a fresh process that loads the variant and calls it once, with one thread: its memory
-        in bytes before, at its peak and at the end; seconds to load, of that first call, and of CPU
-        time."""
+        """What a fresh process takes that loads the variant and calls it once, with one thread.
+
+        Its memory in bytes before, at its peak and at the end; seconds to load, of that first call,
+        and of CPU time.
+        """
         if variant.bits is not None:
             self.file(variant.bits)  # is not part of it
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -35,19 +35,22 @@ class Line:
 
     @property
     def seeds(self) -> list[int]:
-        """Of calibration."""
+        """Seeds of the calibration, each once."""
         return list(dict.fromkeys(row["cell"]["seed"] for row in self.rows))
 
     @property
     def cell(self) -> Cell:
+        """The cell with the first of the seeds."""
         return Cell.from_plain(self.rows[0]["cell"])
 
     @property
     def sampler(self) -> tuple[str, int]:
+        """Name and steps of the sampler of the images."""
         return self.rows[0]["sampler"]["name"], self.rows[0]["sampler"]["steps"]
 
     @property
     def transferred(self) -> bool:
+        """Whether the images have another sampler than the calibration had."""
         return self.sampler != tuple(self.rows[0]["calibrated"].values())
 
     @property
@@ -64,27 +67,33 @@ class Line:
         return np.array([np.concatenate([of[n] for n in common]) for of in of_seeds.values()])
 
     @property
-    def eps_mse(self) -> np.ndarray | None:  # (seeds, trajectories)
+    def eps_mse(self) -> np.ndarray | None:
+        """(seeds, trajectories): mean squared error of the predicted noise."""
         return self._of_seeds("eps_mse_of_trajectories")
 
     @property
-    def eps_weighted(self) -> np.ndarray | None:  # (seeds, trajectories)
+    def eps_weighted(self) -> np.ndarray | None:
+        """(seeds, trajectories): the same with each step weighted by its importance."""
         return self._of_seeds("eps_weighted_of_trajectories")
 
     def psnr(self) -> tuple[float, Interval] | None:
+        """PSNR pooled over the images, mean over seeds, with its interval."""
         errors = self.image_mse
         if errors is None:
             return None
         return measure.pooled_psnr(errors), measure.interval(measure.psnr_of_means, errors)
 
     def mean_psnr(self) -> float | None:
+        """Mean of each image's own PSNR."""
         errors = self.image_mse
         return None if errors is None else measure.mean_psnr(errors)
 
     def eps(self) -> tuple[float, Interval] | None:
+        """Mean of eps_mse with its interval."""
         return mean_with_interval(self.eps_mse)
 
     def weighted(self) -> tuple[float, Interval] | None:
+        """Mean of eps_weighted with its interval."""
         return mean_with_interval(self.eps_weighted)
 
     def spread(self) -> float | None:
@@ -95,9 +104,11 @@ class Line:
         return float(np.std([measure.pooled_psnr(row[None]) for row in errors], ddof=1))
 
     def average(self, name: str) -> float | None:
+        """Mean of a value over the rows, None where a row has none."""
         return self._average([row.get(name) for row in self.rows])
 
     def score(self, name: str) -> float | None:
+        """Mean of a score over the rows, None where a row has none."""
         return self._average([(row.get("scores") or {}).get(name) for row in self.rows])
 
     @staticmethod

@@ -45,6 +45,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array's values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -24,8 +25,10 @@ def _host() -> str:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
+
+    make_folder: make the folder if it is not there.
 
     The temporary does not end in the suffix of `path`, so that nobody takes it for an image.
     An OSError without a file name (a full disk) gets that of `path`. Raises ConfigError for the
@@ -33,7 +36,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_output(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -82,23 +86,34 @@ def _is_other_process(pid: int) -> bool:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """In UTF-8; what stands for a byte of a path that is not UTF-8 is written as an escape."""
+    """Writes text in UTF-8; bytes of a path that is not UTF-8 are written as escapes."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """To a log, encoded as by write_text."""
+    """Adds lines to a log, encoded as by write_text."""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as JSON. Raises ValueError for numbers that are not finite."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def digest_of_file(path: str | Path, kind: str = "sha256") -> str:
+    """The digest of a file in hexadecimal, read in parts. kind: a name of hashlib."""
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Output:
@@ -156,9 +171,15 @@ def check_output(path: str | Path) -> str:
     """The name of a file that is to be written. Raises ConfigError where none can be."""
     if not Path(path).name:
         raise ConfigError(f"'{path}' is no name of a file")
-    if os.path.lexists(path) and not os.path.isfile(path):
+    if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
     return str(path)
+
+
+def _is_of_the_system(path: str | Path) -> bool:
+    """/dev/stdout is a file where the output goes to one; renaming would replace the device."""
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    return folder == "/dev" or folder.startswith("/proc/")
 
 
 def check_folder(path: str | Path) -> str:

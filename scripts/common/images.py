@@ -2,7 +2,6 @@
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -13,18 +12,26 @@ from PIL import Image
 from .arrays import LIKELY_INFLATED, SMALL, check_images, first_line, opened
 from .errors import ImageError
 from .files import atomic
+from .quiet_pillow import quiet_pillow
 
 # What pytorch-fid counts as an image; here in capitals too, as ImageNet has them.
 ENDINGS = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # What may stand under these names. Others, such as EPS, would start programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PACKED = ("BGR;16", "RGB;16")  # 5 or 6 bits a channel, in 16 together
 LARGEST_PICTURE = 2**26  # pixels, 8192 x 8192: decoded it takes 200 MB
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by LARGEST_PICTURE
+quiet_pillow()  # what it would warn of is refused
 
 
 def is_picture(path: Path) -> bool:
-    """By its name."""
+    """Whether a file is an image, by its name."""
     return path.suffix.lower() in ENDINGS
+
+
+def is_other_picture(path: Path) -> bool:
+    """A picture by its name, of a kind that is not read: pytorch-fid reads none of them either."""
+    ending = path.suffix.lower()
+    return ending in Image.registered_extensions() and ending not in ENDINGS
 
 
 LAST_CHUNK = b"\0\0\0\0IEND\xaeB`\x82"  # of every PNG
@@ -124,7 +131,8 @@ def _is_deep(image: Image.Image) -> bool:
         return True
     for decoder, _, _, arguments in image.tile:
         parts = arguments if isinstance(arguments, tuple) else (arguments,)
-        if any(isinstance(part, str) and ";16" in part for part in parts):
+        texts = [part for part in parts if isinstance(part, str) and part not in PACKED]
+        if any(";16" in text for text in texts):
             return True
         largest = [part for part in parts if isinstance(part, int)]
         if decoder.startswith("ppm") and max(largest, default=0) > 255:
@@ -158,10 +166,13 @@ def to_uint8(x: torch.Tensor, truncate: bool = False) -> torch.Tensor:
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
-    """image (H, W, 3) or (H, W, 1) uint8. Raises ImageError for other channels."""
+    """Writes an image (H, W, 3) or (H, W, 1), uint8, into a folder that is there.
+
+    Raises ImageError for other channels.
+    """
     if image.shape[-1] not in (1, 3):
         raise ImageError(f"{path}: {image.shape[-1]} channels are no picture")
-    with atomic(path) as temporary:
+    with atomic(path, make_folder=False) as temporary:
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 

@@ -42,7 +42,7 @@ def resident(kind: str) -> float | None:
 
 
 def forget_peak() -> bool:
-    """From here on VmHWM counts anew; False where the system cannot do that."""
+    """Lets VmHWM, the peak of the memory, count anew; False where the system cannot do that."""
     return_freed_memory()
     try:
         CLEAR_REFS.write_text("5", encoding="ascii")  # see proc_pid_clear_refs(5)

@@ -307,8 +307,8 @@ def _or_no_tower(make: Callable[[], Any]) -> Any:
 def _found_scale_factor(
     config: Config, files: "_Files", state: State, source: Path, quantized: str | Path | None
 ) -> float:
-    """Of the first stage's file, else of the denoiser's (a first stage with a file of its own has
-    none), whose quantized file remembers it; else 1."""
+    """The scale factor of the latents: of the first stage's file, else of the denoiser's (a first
+    stage with a file of its own has none), whose quantized file remembers it; else 1."""
     if "scale_factor" in state:
         return _scale_factor(state["scale_factor"], source)
     if config.model.first_stage.checkpoint is None:

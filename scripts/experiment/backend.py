@@ -87,9 +87,11 @@ def compiled_code(speak: bool) -> Compiled | None:
 
 
 def simulated_note(denoiser: object) -> str | None:
-    """A line that names the layers which the backend on CUDA left simulated, and says why."""
-    simulated: dict[str, str] = getattr(denoiser, "simulated", {})
-    if not simulated:
+    """A line that names the layers which the int8 backend left simulated, and says why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in getattr(denoiser, "simulated", {}).items():
+        by_reason.setdefault(reason, []).append(name)
+    if not by_reason:
         return None
-    names = "; ".join(f"{name}: {reason}" for name, reason in simulated.items())
-    return f"note: layers that stay simulated, so that there is no CUDA graph: {names}"
+    told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    return f"note: layers that stay simulated: {told}"

@@ -33,8 +33,10 @@ def halved(prefix: str, state: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def bundle_of(pipeline: Any, conditioning: nn.Module | None) -> Tensors:
-    """For `to_bytes`. pipeline: of full precision; conditioning: the class embedder or text tower
-    of latent diffusion."""
+    """What a quantized file carries beside the denoiser, for `to_bytes`.
+
+    pipeline: of full precision; conditioning: the class embedder or text tower of latent diffusion.
+    """
     if isinstance(pipeline, DiffusersPipeline):
         with tempfile.TemporaryDirectory() as folder:
             pipeline.write_parts(Path(folder))

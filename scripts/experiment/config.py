@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ...models.pipeline import DIFFUSERS
-from ...quant.core.settings import METHODS, WeightSettings, preset
+from ...quant.core.settings import METHODS, QUALITIES, QuantSettings, WeightSettings, preset
 from ..common.errors import ConfigError
 from ..common.files import read_text
 from ..common.paths import ROOT
@@ -99,7 +99,7 @@ def parse_config(
     if method != written and not told and not has_steps:
         tree.drop(END_TO_END)  # what the file says is for methods with such steps
     _translate_old_keys(tree)
-    quant, calibration = preset(method, _weight_bits(tree))
+    quant, calibration = preset(method, _weight_bits(tree), _quality(tree))
     defaults = {"quant": quant, "calibration": calibration}
     device_defaults.resolve(tree, memory, quant)
     model = tree.values.get("model")
@@ -180,10 +180,14 @@ def _checked_method(tree: Tree) -> str:
 
 def _weight_bits(tree: Tree) -> int:
     """quant.weight.bits, which some presets depend on; its default where it is not valid."""
-    bits: Any = tree.values
-    for key in ("quant", "weight", "bits"):
-        bits = bits.get(key) if isinstance(bits, dict) else None
+    bits = tree.value(("quant", "weight", "bits"))
     return bits if type(bits) is int else WeightSettings.bits
+
+
+def _quality(tree: Tree) -> str:
+    """quant.quality, likewise."""
+    quality = tree.value(("quant", "quality"))
+    return quality if quality in QUALITIES else QuantSettings.quality
 
 
 def _lists(value: Any) -> Any:

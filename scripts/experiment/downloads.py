@@ -7,7 +7,6 @@ What has arrived lies beside the file as .NAME.part. Proxies are those of the en
 (https_proxy, no_proxy). Only http and https are followed.
 """
 
-import hashlib
 import http.client
 import re
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from ...models.checkpoint_files import CheckpointError
 from ..common.errors import ConfigError
-from ..common.files import write_text
+from ..common.files import digest_of_file, write_text
 from ..common.schema import printable
 from .runs import locked
 
@@ -31,7 +30,7 @@ TIMEOUT = 30  # seconds without an answer
 ATTEMPTS = 5
 WAIT = 2.0  # seconds before the second attempt, twice as long before each further one
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be other ones soon
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 DIGESTS = {"sha256": 64, "md5": 32}  # kind -> hexadecimal digits
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 OF_FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip", ".gguf", ".yaml", ".npz")
@@ -51,14 +50,22 @@ class _WebPageError(ValueError):
 
 def check_scheme(url: str) -> None:
     """Raises ConfigError unless the address is one of the web."""
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+    if _scheme(url) not in ("http", "https"):
         raise ConfigError(f"model.url {printable(url, 300)}: only http and https are fetched")
+
+
+def _scheme(url: str) -> str:
+    try:
+        return urllib.parse.urlsplit(url).scheme
+    except ValueError as error:  # brackets of an address that are not closed, for example
+        raise ConfigError(f"model.url {printable(url, 300)}: is no address ({error})") from error
 
 
 def check_digest(text: str | None) -> None:
     """sha256:HEX or md5:HEX. Raises ConfigError."""
     kind, _, digits = (text or "").partition(":")
-    if text is not None and not re.fullmatch(f"[0-9a-f]{{{DIGESTS.get(kind, 0)}}}", digits):
+    known = kind in DIGESTS and re.fullmatch(f"[0-9a-f]{{{DIGESTS[kind]}}}", digits)
+    if text is not None and not known:
         raise ConfigError(f"model.digest {printable(text)}: must be sha256:HEX or md5:HEX")
 
 
@@ -90,7 +97,7 @@ def fetch(url: str, path: Path, by_hand: str, digest: str | None = None) -> str:
                         f"cannot download {url} ({reason}); download it by hand and {by_hand}"
                     ) from error
                 time.sleep(WAIT * 2**attempt)
-        found = {kind: _digest_of(part, kind) for kind in DIGESTS}
+        found = {kind: digest_of_file(part, kind) for kind in DIGESTS}
         kind, _, digits = (digest or "").partition(":")
         if digest is not None and found[kind] != digits:
             _forget(part)
@@ -133,6 +140,9 @@ def _receive(url: str, part: Path, name: str) -> None:
     with opened as answer:
         if answer.status != 206:  # the whole, from its start
             start = 0
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            _forget(part)
+            raise urllib.error.ContentTooShortError("another part of the file came", b"")
         version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
@@ -158,7 +168,7 @@ def _blocks(answer: Any) -> Iterator[bytes]:
     """What arrives, block by block. Raises URLError, so that a full disk is told from it."""
     while True:
         try:
-            block = answer.read(BLOCK)
+            block = answer.read(BLOCK_BYTES)
         except OSError as error:
             raise urllib.error.URLError(error) from error
         if not block:
@@ -168,6 +178,8 @@ def _blocks(answer: Any) -> Iterator[bytes]:
 
 def _continued(url: str, part: Path) -> tuple[int, str]:
     """Bytes that are there already of a version that can be asked for again, and that version."""
+    if part.is_symlink():  # writing would go elsewhere
+        _forget(part)
     with suppress(OSError, ValueError):
         of, version = _note(part).read_text(encoding="utf-8").split("\n")[:2]
         if of == url and version and not version.startswith("W/"):
@@ -196,11 +208,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in PASSING
     return not isinstance(error, ValueError)
-
-
-def _digest_of(path: Path, kind: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # ---- the Hugging Face hub ----

@@ -41,9 +41,11 @@ ROWS = 16  # of a call where the denoiser sees little
 
 
 def config_of_folder(overrides: Sequence[str | Override], memory: float | None = None) -> Config:
-    """From the overrides of a command line, --ckpt FOLDER among them. memory: GiB of a GPU, None
-    for a CPU. Raises ConfigError where that is missing or not a folder of diffusers, and
-    CheckpointError for one that cannot be used."""
+    """The configuration of a folder of diffusers, from the overrides of a command line.
+
+    --ckpt FOLDER is among them. memory: GiB of a GPU, None for a CPU. Raises ConfigError
+    where FOLDER is missing or none of diffusers, and CheckpointError for one that cannot be used.
+    """
     given = [Override.parse(o) if isinstance(o, str) else o for o in overrides]
     named = [o for o in given if o.key == "model.checkpoint"]
     if not named:

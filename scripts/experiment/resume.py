@@ -18,6 +18,7 @@ from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
 from ..common.files import load_tensors, save_tensors
 from .config import Config
+from .devices import device_name
 from .runs import digest_of
 
 STATE = "calibration.pt"
@@ -64,7 +65,9 @@ def save_state(
     state: RunState,
     states: CalibrationStates,
 ) -> None:
+    """Writes what an interrupted calibration continues from."""
     value = {
+        "device": device_name(torch.device(states.device)),
         "identity": identity_of_start(config, sources),
         "settings": settings_of_phases(config),
         "state": state.to_plain(),
@@ -82,7 +85,8 @@ def load_state(
 ) -> tuple[RunState, CalibrationStates] | None:
     """The interrupted run of this folder, if it is to be continued. Raises RunError.
 
-    device: of this run, which may be another than that of the interrupted one.
+    device: of this run. A run does not change its kind of device on the way: another one rounds
+    otherwise, and the result would be that of neither.
     With other settings of the phase that was interrupted it stands at that phase's start.
     """
     path = folder / STATE
@@ -90,7 +94,7 @@ def load_state(
         return None
     try:
         value = load_tensors(path)
-        if not value.keys() >= {"identity", "settings", "state", "states"}:
+        if not value.keys() >= {"device", "identity", "settings", "state", "states"}:
             raise ValueError("it is not whole")
     except Exception as error:  # torch has many exceptions for a damaged file
         if reason := unreadable_now(error, path):
@@ -101,6 +105,11 @@ def load_state(
         raise RunError(foreign)
     if not resume:
         raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
+    if value["device"] != (name := device_name(torch.device(device))):
+        raise RunError(
+            f"{path}: was begun on another device, {value['device']}; this one is {name}: choose "
+            "with --device, or start anew with --overwrite"
+        )
     state = RunState.from_plain(value["state"])
     now, saved = settings_of_phases(config), value["settings"]
     changed = {name for name in {*now, *saved} if now.get(name) != saved.get(name)}

@@ -93,6 +93,7 @@ def digest_of(values: Mapping[str, Any]) -> str:
 
 
 def png_name(index: int) -> str:
+    """The file of the image with that number."""
     return f"{index:06d}.png"
 
 

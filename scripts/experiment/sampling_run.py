@@ -129,9 +129,12 @@ def check_folder(folder: Path) -> None:
 
 
 def write_image(folder: Path, index: int, image: np.ndarray) -> None:
-    """Raises RunError where the folder is gone: writing would make it again."""
-    check_folder(folder)
-    write_png(folder / png_name(index), image)
+    """Raises RunError where the folder is gone. It is not made again, without its identity."""
+    try:
+        write_png(folder / png_name(index), image)
+    except FileNotFoundError:
+        check_folder(folder)
+        raise
 
 
 def check_there(run: SamplingRun, indices: list[int]) -> None:
@@ -156,6 +159,7 @@ def write_grid(folder: Path, count: int, file: str) -> None:
     if len({image.shape for image in images}) > 1:
         raise ImageError(f"{folder}: its images are not all of one size; remove those of others")
     if images:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         write_png(file, grid(np.stack(images), GRID_COLUMNS))
 
 

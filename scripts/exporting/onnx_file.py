@@ -21,7 +21,7 @@ from .runtimes import not_installed, quiet
 
 OPSET = 21  # the first one with codes of 4 bits
 PACKAGES = ("onnx", "onnxscript")
-LARGEST = 1 << 30  # bytes in one file; above, the tensors lie beside it in NAME.data
+LARGEST_SINGLE_FILE = 1 << 30  # bytes in one file; above, the tensors lie beside it in NAME.data
 
 
 class Written(NamedTuple):
@@ -65,7 +65,7 @@ def write_onnx(graph: GraphDenoiser, call: Call, path: Path) -> Written:
     size = sum(t.const_value.nbytes for t in program.model.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        program.save(Path(folder) / path.name, external_data=size > LARGEST)
+        program.save(Path(folder) / path.name, external_data=size > LARGEST_SINGLE_FILE)
         files = sorted(Path(folder).iterdir(), key=lambda f: f.name == path.name)
         written = sum(file.stat().st_size for file in files)
         for file in files:  # what lies beside it first

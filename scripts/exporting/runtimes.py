@@ -66,7 +66,7 @@ def _openvino_run(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and progress messages of exporters and quantizers."""
+    """Silences the warnings and progress messages of exporters and quantizers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

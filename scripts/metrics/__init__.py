@@ -26,7 +26,7 @@ from .inputs import Source, Statistics, list_images, open_source, read_image, sa
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 LEAST = {"fid": 2, "sfid": 2, "is": 1, "precision": 4, "recall": 4}  # images that each needs
-FEW = 10_000  # with fewer images FID is so biased and noisy that it must be said
+FEW_IMAGES = 10_000  # with fewer images FID is so biased and noisy that it must be said
 
 
 class Pass:
@@ -272,8 +272,8 @@ def notes(
     """Remarks that a reader of the scores needs, one line each."""
     found = []
     for side, n in counts.items():
-        if n is not None and n < FEW and {"fid", "sfid"} & set(metrics):
-            found.append(f"{side}: {n} images; below {FEW} FID is biased upwards and noisy")
+        if n is not None and n < FEW_IMAGES and {"fid", "sfid"} & set(metrics):
+            found.append(f"{side}: {n} images; below {FEW_IMAGES} FID is biased upwards and noisy")
     for side, source in sides.items():
         stored = source.statistics
         if source.images is not None:

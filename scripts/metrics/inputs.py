@@ -23,7 +23,14 @@ import torch
 from ..common.arrays import Archive, check_images, opened
 from ..common.errors import ImageError, MetricError
 from ..common.files import atomic
-from ..common.images import ENDINGS, LARGEST_PICTURE, is_picture, picture_size, read_rgb
+from ..common.images import (
+    ENDINGS,
+    LARGEST_PICTURE,
+    is_other_picture,
+    is_picture,
+    picture_size,
+    read_rgb,
+)
 
 ARRAY_KEYS = ("x", "arr_0")
 LARGEST_STATISTIC = 1e100  # of a mean or a covariance, so that its distances are finite too
@@ -151,6 +158,11 @@ def _listed(folder: Path) -> tuple[list[Path], list[str]]:
         files = below
     elif below:
         notes.append(f"{len(below)} more images in sub-folders are not counted")
+    others = [f for f in entries if is_other_picture(f) and not f.is_dir()]
+    if others:
+        notes.append(
+            f"{len(others)} files are not counted for their endings, such as {others[0].name}"
+        )
     capital = [f for f in files if f.suffix not in ENDINGS]
     if capital:
         such = f"endings in capitals ({capital[0].name})"

@@ -15,16 +15,20 @@ class Html(str):
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page: its anchor, its heading and its HTML."""
+
     name: str  # of its anchor
     title: str
     body: str
 
 
 def text(value: Any) -> str:
+    """Text as HTML shows it."""
     return value if isinstance(value, Html) else escape(str(value))
 
 
 def paragraph(value: Any, kind: str = "") -> str:
+    """A paragraph of text."""
     style = f' class="{kind}"' if kind else ""
     return f"<p{style}>{text(value)}</p>"
 
@@ -35,6 +39,7 @@ def missing(what: str, remedy: str = "") -> str:
 
 
 def picture(uri: str, description: str, kind: str = "plot") -> str:
+    """An image inside the page."""
     words = escape(description)
     image = f'<img class="{kind}" src="{uri}" alt="{words}">'
     return f"<figure>{image}<figcaption>{words}</figcaption></figure>"

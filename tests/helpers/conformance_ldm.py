@@ -20,7 +20,6 @@ from tinydm.models.autoencoder import (
     KLAutoencoder,
     VQAutoencoder,
     decode_first_stage,
-    first_stage_encoding,
     first_stage_from_upstream,
 )
 from tinydm.models.checkpoint import load_into, load_state_dict, select
@@ -200,7 +199,7 @@ def vq_outputs(model: VQAutoencoder, golden: dict[str, torch.Tensor]) -> dict[st
 def kl_outputs(model: KLAutoencoder, golden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     posterior = model.encode(golden["image"])
     return {
-        "moments": model.moments(golden["image"]),
+        "moments": model.quant_conv(model.encoder(golden["image"])),
         "mean": posterior.mean,
         "logvar": posterior.logvar,
         "mode": posterior.mode(),
@@ -218,8 +217,7 @@ def first_stage(entry: dict, kit: Path) -> None:
         scale = scale_factor_of(entry, kit)
         assert scale == pytest.approx(entry["meta"]["scale_factor"], rel=1e-6)
         outputs["decode_first_stage"] = decode_first_stage(model, golden["z"], scale)
-        encoding = first_stage_encoding(model, golden["image"], scale)
-        outputs["first_stage_encoding_mode"] = encoding
+        outputs["first_stage_encoding_mode"] = scale * model.latent(golden["image"])
     assert set(golden) - set(outputs) <= {"image", "z", "indices", "sample_noise"}
     for name, value in outputs.items():
         kits.assert_close(name, value, golden[name], entry["rtol"])

@@ -2,13 +2,13 @@
 
     python -m pytest tests/test_conformance.py                           # the committed subset
     TINYDM_KIT=path/to/kit python -m pytest tests/test_conformance.py    # any kit of this format
-    python -m tests.kit SOURCE TARGET PREFIX...                          # make or extend a subset
+    python -m tests.helpers.kit SOURCE TARGET PREFIX...                  # make or extend a subset
 
 A kit is a folder with an `index.json`: one entry per file, with a family, a role and, where the
 file holds goldens, the tolerance `rtol`. A check is a function (entry, kit) that raises
 AssertionError (or skips itself with `pytest.skip`); it is registered for a family and a role, and
 `tests/test_conformance.py` runs every check on every entry that it fits. Always import this module
-as `tests.kit`, so that there is one registry.
+as `tests.helpers.kit`, so that there is one registry.
 """
 
 import json
@@ -149,6 +149,6 @@ def copy_subset(source: Path, target: Path, prefixes: Iterable[str]) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:
-        sys.exit("usage: python -m tests.kit SOURCE TARGET PREFIX...")
+        sys.exit("usage: python -m tests.helpers.kit SOURCE TARGET PREFIX...")
     size = copy_subset(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     print(f"{sys.argv[2]}: {size / 1e6:.2f} MB")

@@ -1,8 +1,12 @@
-"""A small network with every kind of layer."""
+"""A small network with every kind of layer, and what a quantized one consists of."""
+
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.quant.runtime.layers import QuantLayer
 
 
 def narrow_unet(seed: int = 0) -> DDIMUNet:
@@ -16,6 +20,13 @@ def narrow_unet(seed: int = 0) -> DDIMUNet:
         image_size=16,
         norm_groups=4,
     ).eval()
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """(name, layer) of every quantized layer of a deployed model, in the order of registration."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield name, module
 
 
 def levels(weight: torch.Tensor) -> int:

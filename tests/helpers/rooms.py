@@ -37,3 +37,8 @@ def write_room(folder: Path) -> Path:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names_below(folder: Path) -> set[str]:
+    """Names of everything in a folder and those below it."""
+    return {path.name for path in folder.rglob("*")}

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 
 class Web:
     """files: path -> content. breaks: bytes after which each next answer ends. busy: answers of 503
-    to come. asked: the headers of each request."""
+    to come. wrong_parts: answers to come that give the whole for a part. asked: the headers of each
+    request."""
 
     def __init__(self, port: int):
         self.port = port
         self.files: dict[str, bytes] = {}
         self.redirects: dict[str, str] = {}
         self.breaks: list[int] = []
-        self.busy = 0
+        self.busy = self.wrong_parts = 0
         self.asked: list[dict[str, str]] = []
 
     def url(self, path: str) -> str:
@@ -50,6 +51,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(content)}")
             return self.end_headers()
         self.send_response(206 if start else 200)
+        if start and web.wrong_parts:
+            web.wrong_parts, start = web.wrong_parts - 1, 0
+        if "Range" in self.headers:
+            last = len(content) - 1
+            self.send_header("Content-Range", f"bytes {start}-{last}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", tag)
         self.end_headers()

@@ -26,6 +26,7 @@ Run = Callable[[nn.Module, OnOutput], None]
 
 
 def correction(job: Job) -> dict[str, Any] | None:
+    """Fits the correction of the output that the settings name, and gives it to the model."""
     kind = job.settings.correction
     if kind == "none":
         return None

@@ -34,6 +34,7 @@ def _apart(job: Job) -> list[str]:
 
 
 def reconstruct(job: Job) -> dict[str, Any] | None:
+    """Rounding and activation scales of the units learn, one after the other (AdaRound)."""
     if job.settings.weight.rounding != "adaround" or job.settings.reconstruct.iterations == 0:
         return None
     apart, roles = _apart(job), roles_of(job.denoiser)
@@ -84,6 +85,7 @@ def _learn_units(
 
 
 def finetune(job: Job) -> dict[str, Any] | None:
+    """Weights and scales learn together from the eps error; goes on behind the last checkpoint."""
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None

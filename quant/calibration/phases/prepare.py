@@ -33,6 +33,7 @@ def _probes(job: Job, most: int = MOST_PROBES) -> torch.Tensor:
 
 
 def equivalent(job: Job) -> dict[str, Any] | None:
+    """Scales the input channels of layers whose output error falls by it."""
     if not job.settings.equivalent_scaling:
         return None
     size = job.calibration.batch_size
@@ -46,6 +47,7 @@ def equivalent(job: Job) -> dict[str, Any] | None:
 
 
 def mixed_bits(job: Job) -> dict[str, Any] | None:
+    """Gives each layer its bits under the budget of the settings."""
     weight = job.settings.weight
     if weight.average_bits == 0:
         return None
@@ -73,7 +75,10 @@ def mixed_bits(job: Job) -> dict[str, Any] | None:
 
 
 def ranges(job: Job) -> dict[str, Any]:
-    """Methods without groups see what their own calibration samples see, the others all steps."""
+    """Collects activation statistics and sets ranges and groups.
+
+    Methods without groups see what their own calibration samples see, the others all steps.
+    """
     activation = job.settings.activation
     quantizers = list(activation_quantizers(job.model))
     if activation.search == "none":
@@ -122,7 +127,7 @@ def _contributions(job: Job, errors: torch.Tensor) -> torch.Tensor:
 
 
 def _importance(job: Job) -> torch.Tensor:
-    """Of the sampling steps (S,), or all alike where the method does not weigh them."""
+    """Weights of the sampling steps (S,); all alike where the method does not weigh them."""
     weigh = job.settings.reconstruct.weigh_steps
     return job.importance if weigh else torch.ones_like(job.importance)
 
@@ -158,6 +163,7 @@ def statistics_of(job: Job) -> dict[str, Statistics]:
 
 
 def rounding(job: Job) -> dict[str, Any] | None:
+    """Second-order rounding of the weights; a part of the trajectories judges the choice."""
     if job.settings.weight.rounding != "gptq":
         return None
     job.progress.begin("weight rounding", len(gptq.compensated_layers(job.model)))
@@ -189,7 +195,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
     if calibration.timesteps == "active" and result is not None:
         tuples, draw = timesteps.spread(result.tuples, samples), result.selector.pick
     elif calibration.timesteps == "uniform":
-        draw = partial(timesteps.uniform_steps, count=count, spaced=distinct.UNIFORM_STEPS)
+        draw = partial(timesteps.uniform_steps, count=count)
     elif calibration.timesteps == "normal":
         draw = partial(timesteps.normal_steps, count=count, generator=generator)
     else:
@@ -201,7 +207,7 @@ def _select(job: Job, result: SearchResult | None) -> None:
 
 
 def search(job: Job) -> dict[str, Any] | None:
-    """Also chooses the calibration tuples, since active selection is part of the search."""
+    """Learns the groups, and chooses the calibration tuples: active selection is part of it."""
     settings, activation = job.settings.search, job.settings.activation
     if activation.search == "none":
         return None  # chosen already, for the ranges
