@@ -7,6 +7,7 @@ tested by this.
 python -m pytest tests/test_cuda.py
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 
 from tests.helpers.fake_cuda import CUDA, CudaTensor, fake_cuda
 from tests.helpers.rooms import CONFIG, RESULT
+from tests.helpers.teams import Member
 from tinydm.models.autoencoder import first_stage_from_upstream
 from tinydm.models.conditioning import ClassEmbedder
 from tinydm.models.noise import drawn_ahead
@@ -23,7 +25,7 @@ from tinydm.models.pipeline import build_denoiser
 from tinydm.quant.calibration.run_state import RunState
 from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.scripts.common.errors import ConfigError, RunError
-from tinydm.scripts.experiment import resume, shared_statistics
+from tinydm.scripts.experiment import resume
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.calibration_run import (
     CalibrationRun,
@@ -33,8 +35,10 @@ from tinydm.scripts.experiment.calibration_run import (
 )
 from tinydm.scripts.experiment.config import Config, load_config
 from tinydm.scripts.experiment.devices import resolve_device
+from tinydm.scripts.experiment.processes import Team, _packed, _unpacked
 from tinydm.scripts.experiment.runs import claim
 from tinydm.scripts.experiment.sampling_run import SamplingRun, make_images
+from tinydm.scripts.experiment.trajectories import _to_tensors, shared_states
 
 QUICK = (
     "calibration.samples=12",
@@ -96,10 +100,11 @@ def test_the_device_is_strict() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "keys"),
+    ("method", "keys", "team"),
     [
-        ("tinydm", []),
-        ("ptqd", ["quant.reconstruct.iterations=2", "quant.time_embedding=reconstructed"]),
+        ("tinydm", [], Team()),
+        ("tinydm", [], Member(0, 2)),
+        ("ptqd", ["quant.reconstruct.iterations=2", "quant.time_embedding=reconstructed"], Team()),
     ],
 )
 def test_every_phase_of_calibration(
@@ -107,27 +112,34 @@ def test_every_phase_of_calibration(
     tmp_path: Path,
     method: str,
     keys: list[str],
+    team: Team,
 ) -> None:
-    """From the trajectories to the file."""
+    """From the trajectories to the file, by one process or shared with another one."""
     config = config_of(room, f"quant.method={method}", *keys)
     cpu = torch.device("cpu")
     calibrate_run(CalibrationRun(config, assemble(config), tmp_path / "cpu", cpu))
     with fake_cuda() as mode:
         assembly = assemble(config, device=CUDA)
         assert all(p.device == CUDA for p in assembly.denoiser.parameters())
-        calibrate_run(CalibrationRun(config, assembly, tmp_path / "cuda", CUDA))
+        calibrate_run(CalibrationRun(config, assembly, tmp_path / "cuda", CUDA, team))
     assert mode.calls > 100
     files = [(tmp_path / name / RESULT).read_bytes() for name in ("cpu", "cuda")]
     assert files[0] == files[1]
 
 
-def test_another_rank_gets_batches_on_its_device() -> None:
-    batches = [(torch.randn(2, 3, 4, 4), 5, {"context": torch.randn(2, 1, 6)})]
-    values = shared_statistics._to_tensors(batches)
+def test_another_rank_gets_samples_on_its_device() -> None:
+    x = torch.randn(2, 3, 3, 4, 4)
+    states = CalibrationStates(x, 2 * x, [5, 2.5], {"context": torch.randn(3, 1, 6)})
+
+    class Second(Member):
+        def share(self, count: int, make: Callable) -> Iterator:
+            yield _unpacked(_packed(_to_tensors(states)))
+
     with fake_cuda():
-        ((x, t, conditioning),) = shared_statistics._from_tensors(values, CUDA)
-        assert (x.device, t, conditioning["context"].device) == (CUDA, 5, CUDA)
-        assert torch.equal(x.cpu(), batches[0][0])
+        found = shared_states(Second(1, 2), None, CUDA)
+        given, t, eps, conditioning = found.gather(torch.tensor([[1, 2]]))
+        assert given.device == eps.device == conditioning["context"].device == CUDA
+        assert torch.equal(given.cpu(), x[1:, 2]) and t.tolist() == [2.5]
 
 
 @pytest.mark.slow

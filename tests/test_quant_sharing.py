@@ -5,30 +5,17 @@ The processes themselves are in test_processes.py; here one process does what ea
 python -m pytest tests/test_quant_sharing.py
 """
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.teams import Member
 from tests.helpers.toy import Toy
 from tinydm.quant.calibration.gptq import _dealt, compensated_layers
 from tinydm.quant.calibration.sharing import Alone, SharedRows, Tensors, add_gradients
 from tinydm.quant.calibration.wrapping import BitPolicy, quantize
 from tinydm.quant.core.context import TimestepContext
 from tinydm.scripts.experiment.processes import _packed, _unpacked
-
-
-class Member:
-    """A process of `world`, which gets what the others make as they would send it."""
-
-    def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
-
-    def share(self, count: int, make: Callable[[int], Tensors]) -> Iterator[Tensors]:
-        for i in range(count):
-            value = make(i)
-            yield value if i % self.world == self.rank else _unpacked(_packed(value))
 
 
 @pytest.fixture

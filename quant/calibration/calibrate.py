@@ -82,7 +82,7 @@ def _agree(job: Job) -> None:
 
     def make(number: int) -> Tensors:
         file = io.BytesIO()
-        tensors = {name: value.detach() for name, value in job.model.state_dict().items()}
+        tensors = {name: value.detach().cpu() for name, value in job.model.state_dict().items()}
         torch.save(state.to_plain() | {"tensors": tensors, "before": {}}, file)
         return {"state": torch.frombuffer(file.getbuffer(), dtype=torch.uint8)}
 

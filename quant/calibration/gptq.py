@@ -128,7 +128,7 @@ def compensate(
                 on_layer(name)
             return values
 
-        for number, values in enumerate(team.share(len(hands), make)):
+        for number, values in enumerate(list(team.share(len(hands), make))):
             for name in hands[number]:
                 gains[name] = float(values[f"{name} gain"])
                 codes = values.get(f"{name} codes")

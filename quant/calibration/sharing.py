@@ -59,20 +59,22 @@ def add_gradients(
         for p in parameters:
             p.grad = None
         values = backward(i)
-        gradients = {f"{k}": p.grad for k, p in enumerate(parameters) if p.grad is not None}
-        return values | gradients
+        given = [p.grad is not None for p in parameters]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.reshape(-1) for part in parts])  # one tensor: quicker to send
+        return values | {"gradients": flat, "given": torch.tensor(given)}
 
-    found: list[Tensors] = []
-    total: dict[int, torch.Tensor] = {}
+    found = list[Tensors]()
+    total, anywhere = torch.zeros(0), torch.zeros(len(parameters), dtype=torch.bool)
     for values in team.share(count, make):
-        for k, p in enumerate(parameters):
-            gradient = values.pop(f"{k}", None)
-            if gradient is not None:
-                gradient = gradient.to(p.device)
-                total[k] = gradient if k not in total else total[k].add_(gradient)
+        flat = values.pop("gradients").to(parameters[0].device)
+        total = total.add_(flat) if found else flat
+        anywhere |= values.pop("given")
         found.append(values)
-    for k, p in enumerate(parameters):  # the optimizer wants them laid out as the parameters are
-        p.grad = torch.empty_like(p).copy_(total[k]) if k in total else None
+    sums = total.split([p.numel() for p in parameters])
+    for p, flat, given in zip(parameters, sums, anywhere.tolist(), strict=True):
+        # The optimizer wants it laid out as the parameter is.
+        p.grad = torch.empty_like(p).copy_(flat.view(p.shape)) if given else None
     return found
 
 
