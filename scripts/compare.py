@@ -42,6 +42,7 @@ def picture(full: Path, quantized: Path, columns: int) -> np.ndarray:
     names = names[: len(names) // columns * columns] or names
     if not names:
         raise ImageError(f"{full} and {quantized}: no image of the same name in both")
+    columns = min(columns, len(names))
     sides, size = [], picture_size(full / names[0])
     for folder, title in ((full, "full precision"), (quantized, "quantized")):
         images = np.stack([np.asarray(read_rgb(folder / n, size=size)) for n in names])

@@ -100,6 +100,9 @@ def fetch_cifar10_reference(path: Path) -> None:
     """The 50,000 training images of CIFAR-10 as array x of a .npz, through torchvision."""
     from torchvision.datasets import CIFAR10
 
+    if path.exists():
+        print(f"{path}: is there")
+        return
     folder = path.parent / "cifar10-download"
     by_hand = (
         f"put the images at {path} (array x, uint8, N x 32 x 32 x 3), or name statistics with "

@@ -37,7 +37,7 @@ from tinydm.scripts.experiment.cli import (
     make_parser,
     output_file,
 )
-from tinydm.scripts.experiment.config import Config, load_config, parse_config
+from tinydm.scripts.experiment.config import Config, checkpoints_of, load_config, parse_config
 from tinydm.scripts.experiment.folder_config import config_of_folder
 from tinydm.scripts.exporting.calls import Call, decibels, few_steps, record_calls
 from tinydm.scripts.exporting.onnx_file import OPSET, check_packages, write_onnx
@@ -114,10 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(args.run)
     file = source / RESULT if source.is_dir() else source
     out = file.with_suffix(".onnx") if args.out is None else Path(args.out)
-    refuse_overwriting("--out", out, file)
+    refuse_overwriting("--out", out, file, args.config)
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder, not a file")
     config = few_steps(read_config(args, file))
+    refuse_overwriting("--out", out, *checkpoints_of(config))
     assembly = assemble(config, file)
     calls = record_calls(assembly, config.sampling.classes, one=not args.check)
     written = write_onnx(as_graph(assembly.denoiser), calls[0], out)

@@ -344,6 +344,13 @@ def test_a_model_of_the_hub_is_fetched(tmp_path: Path, monkeypatch, capsys) -> N
     assert asked == [downloads.HUB_FILES, downloads.HUB_FILES_OF_TORCH]
 
 
+def test_reference_images_that_are_there_stay(tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    download.main(["--cifar10-reference", str(tmp_path / "mine.npz")])
+    assert "mine.npz: is there" in capsys.readouterr().out
+    assert (tmp_path / "mine.npz").read_bytes() == b"mine"
+
+
 def test_help_holds_what_the_command_uses(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         download.main(["--help"])

@@ -146,6 +146,9 @@ def test_what_is_missing_is_one_line(
         export.main([str(bare)])
     with pytest.raises(ConfigError, match="would overwrite what is read"):
         export.main([str(bare), "--out", str(bare)])
+    weights = run / "tiny.pt"
+    with pytest.raises(ConfigError, match=r"tiny\.pt: would overwrite what is read"):
+        export.main([str(run), "--out", str(weights)])
     monkeypatch.undo()
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install onnx onnxscript"):

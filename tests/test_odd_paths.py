@@ -71,6 +71,13 @@ def test_what_is_no_file_is_neither_written_nor_replaced(tmp_path: Path, make: M
         assert f"argument {option}: {tmp_path / name}: there is something else" in line
 
 
+def test_a_file_in_place_of_a_folder_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for option, name in (("--json", "file/x.json"), ("--save-stats", "file/below/x.npz")):
+        line = only_line(run(evaluate.main, "no images", option, tmp_path / name))
+        assert f"{tmp_path / 'file'} is no folder" in line
+
+
 @pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_the_name_of_the_output_is_not_replaced(tmp_path: Path, path: str) -> None:
     """It is a file where the output goes to one; root could rename another over it."""

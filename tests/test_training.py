@@ -88,7 +88,8 @@ def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values",
     [{"iterations": 0}, {"minutes": 0.0}, {"save_every": 0}, {"grid_every": -1}, {"lr": 0.0}]
-    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}],
+    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}]
+    + [{"batch_size": 10**20}, {"seed": 2**64}, {"seed": -(2**64)}],
 )
 def test_settings_of_no_training_are_refused(values: dict) -> None:
     with pytest.raises(ConfigError, match="--") as caught:

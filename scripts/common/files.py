@@ -173,6 +173,7 @@ def check_output(path: str | Path) -> str:
         raise ConfigError(f"'{path}' is no name of a file")
     if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
+    _check_folders(path, Path(path).parents)
     return str(path)
 
 
@@ -186,12 +187,15 @@ def check_folder(path: str | Path) -> str:
     """The name of a folder that is to be written to. Raises ConfigError where none can be."""
     if not str(path):
         raise ConfigError("'' is no name of a folder")
-    for part in (Path(path), *Path(path).parents):
-        if os.path.lexists(part):
-            if not os.path.isdir(part):
-                raise ConfigError(f"{path}: {part} is no folder; give another name")
-            break
+    _check_folders(path, (Path(path), *Path(path).parents))
     return str(path)
+
+
+def _check_folders(path: str | Path, parts: Iterable[Path]) -> None:
+    """The first that is there, from the last one on, is a folder: the others can be made in it."""
+    first = next((part for part in parts if os.path.lexists(part)), None)
+    if first is not None and not os.path.isdir(first):
+        raise ConfigError(f"{path}: {first} is no folder; give another name")
 
 
 def refuse_overwriting(option: str, path: str | Path, *read: str | Path | None) -> None:

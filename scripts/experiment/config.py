@@ -141,6 +141,13 @@ def repository_path(text: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def checkpoints_of(config: Config) -> list[Path]:
+    """The files and folders of weights that a configuration names."""
+    stage = config.model.first_stage
+    names = [config.model.checkpoint, None if stage is None else stage.checkpoint]
+    return [repository_path(name) for name in names if name is not None]
+
+
 def _translate_old_keys(tree: Tree) -> None:
     """Takes the keys of earlier versions out of a file, since quantized files hold the
     configuration they were made with: removed ones at the value that switched them off, and renamed

@@ -29,9 +29,11 @@ from ...models.samplers import SamplingError
 from ..common.errors import ConfigError, RunError
 from ..common.files import load_tensors, remove_stale, save_tensors, write_json
 from ..common.images import is_whole_png, write_png
+from ..common.schema import LARGEST_WHOLE
 from ..experiment.cli import spellings
 from ..experiment.runs import locked
 
+LARGEST_BATCH = 65536
 # (generator of all draws) -> loss of one fresh batch
 Loss = Callable[[torch.Generator], torch.Tensor]
 Grid = Callable[[State], np.ndarray]  # averaged weights -> picture (H, W, 3) uint8
@@ -55,6 +57,9 @@ class LoopSettings:
         for name in ("iterations", "batch_size", "save_every", "grid_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_option(name)}: must be at least 1, is {getattr(self, name)}")
+        for name, most in {"batch_size": LARGEST_BATCH, "seed": LARGEST_WHOLE - 1}.items():
+            if abs(getattr(self, name)) > most:
+                raise ConfigError(f"{_option(name)}: must be at most {most}")
         if self.minutes is not None and not self.minutes > 0:
             raise ConfigError(f"--minutes: must be above 0, is {self.minutes}")
         if not (self.lr > 0 and math.isfinite(self.lr)) or not 0 <= self.ema < 1:
