@@ -55,20 +55,23 @@ def test_tinydm_beats_the_naive_floor() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "parts"), [("tinydm", 2), ("ptqd", 4)])
+@pytest.mark.parametrize(
+    ("method", "parts", "weight"),
+    [("tinydm", 2, {}), ("tinydm", 2, {"average_bits": 4.0}), ("ptqd", 4, {})],
+)
 def test_calibration_resumed_anywhere_gives_the_same_bytes(
-    method: str, parts: int, monkeypatch: pytest.MonkeyPatch
+    method: str, parts: int, weight: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any phase, after each block, between end-to-end steps."""
     monkeypatch.setattr("tinydm.quant.calibration.phases.learn.STEPS_PER_CHECKPOINT", 12)
     denoiser = Toy()
     limits = {"memory_gb": 1e-6}  # a block a chunk
-    model, _, _, saved = run(denoiser, method, **limits)
+    model, _, _, saved = run(denoiser, method, weight=weight, **limits)
     whole = to_bytes(model, {})
     assert sum(plain["partial"] is not None for plain in saved) == parts
     for plain in saved:
         state = RunState.from_plain(copy.deepcopy(plain))
-        resumed, report, progress, _ = run(denoiser, method, state, **limits)
+        resumed, report, progress, _ = run(denoiser, method, state, weight=weight, **limits)
         assert all(announced == done for announced, done in progress.phases.values())
         assert to_bytes(resumed, {}) == whole, f"after {plain['done'][-1]}"
         assert report["tuples_per_step"]

@@ -20,7 +20,7 @@ from .phases import PHASES
 from .run_state import RunState, restore
 from .sharing import Tensors
 from .task import Job, Task
-from .wrapping import BitPolicy, count_layers, deploy, quantize
+from .wrapping import BitPolicy, count_layers, deploy, quantize, weight_layers
 
 
 def calibrated_timesteps(sampling: list[Timestep], limit: int) -> list[Timestep]:
@@ -50,6 +50,8 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     progress.end()
     if state.tensors:
         _restore(model, state)
+    for _, layer in weight_layers(model):
+        layer.quantizer.scale_search = task.settings.weight.scale  # of scales yet to be found
     job = Job(task, model)
     _agree(job)
     for phase in PHASES:
