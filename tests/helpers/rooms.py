@@ -42,3 +42,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def names_below(folder: Path) -> set[str]:
     """Names of everything in a folder and those below it."""
     return {path.name for path in folder.rglob("*")}
+
+
+def flip(path: Path, at: int) -> None:
+    """Changes a bit of the byte at this place of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
