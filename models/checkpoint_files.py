@@ -231,7 +231,8 @@ def _check_zip(path: Path, size: int) -> None:
             raise failure(path, "a zip archive, not a checkpoint", f"unpack {listing(names)}")
         if any(name.endswith("constants.pkl") for name in names):
             raise failure(path, "a TorchScript program", "use a file that holds tensors only")
-        if sum(m.file_size for m in members) > size:
+        stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+        if not stored or sum(m.file_size for m in members) > size:
             raise failure(path, "a checkpoint with compressed members", "use the original file")
         # torch can be told to write no checksums; then all of them are zero.
         if any(m.CRC for m in members):

@@ -241,4 +241,4 @@ def counted(words: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command begins anew", less=None)

@@ -71,9 +71,13 @@ def test_archives_are_refused(tmp_path: Path) -> None:
     bomb = write(tmp_path / "big.ckpt", {"w": torch.zeros(1 << 20)})
     with zipfile.ZipFile(bomb) as archive:
         members = {m: archive.read(m) for m in archive.namelist()}
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    for how in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(bomb, "w", how) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        assert "compressed" in refused(bomb)
+    with zipfile.ZipFile(bomb, "a") as archive:  # small members may unfold to anything as well
+        archive.writestr("padding", bytes(2**23))
     assert "compressed" in refused(bomb)
 
 

@@ -3,7 +3,9 @@
 python -m pytest tests/test_signals.py
 """
 
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +81,22 @@ def test_every_command_watches_first(command: str) -> None:
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     assert imports[0].startswith("from tinydm.scripts.start import run")
     assert any(line.startswith("    run(") for line in lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_advice_for_less_memory_names_an_option_of_the_command(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
+    words = (ROOT / command).read_text(encoding="utf-8").rpartition("    run(main")[2]
+    if "less=None" in words:
+        return
+    given = re.search(r'less="(\S+)', words.partition("\n")[0])
+    option = given[1].rstrip('")') if given else "--set"
+    module = command.removesuffix(".py").replace("/", ".")
+    main = importlib.import_module(f"tinydm.{module}" if "." in module else module).main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert option in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -257,6 +257,26 @@ def test_archives_that_inflate_are_refused_by_member(tmp_path: Path, bounded: No
         train_ldm.read_labels(str(labels), 12, 3)
 
 
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_without_bounds_is_refused(tmp_path: Path, bounded: None, how: int) -> None:
+    """A header of 128 bytes, behind which 4 kB of bzip2 stand for 700 MB."""
+    header = io.BytesIO()
+    form = {"descr": "|u1", "fortran_order": False, "shape": (2, 8, 8, 3)}
+    np.lib.format.write_array_header_1_0(header, form)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", how) as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(2**22))
+    for read in (inputs.open_source, lambda path: load_images(path, 8)):
+        with pytest.raises(
+            (MetricError, ImageError), match=r"x\.npy is compressed as NumPy"
+        ) as error:
+            read(tmp_path / "x.npz")
+        one_line(error)
+    empty = tmp_path / "empty.npz"
+    zipfile.ZipFile(empty, "w").close()
+    with pytest.raises(ImageError, match="the file holds nothing"):
+        load_images(empty, 8)
+
+
 def test_archives_that_are_none_are_named_alike(tmp_path: Path) -> None:
     np.save(tmp_path / "plain.npy", np.zeros((2, 8, 8, 3), np.uint8))
     (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")

@@ -22,6 +22,8 @@ MOST_INFLATED = 1100  # bytes that a byte of an archive can stand for, a little 
 LIKELY_INFLATED = 200  # of images: flat drawings are at 30
 SMALL = 64 * 2**20  # bytes that may be inflated from whatever there is
 LARGEST_HEADER = 10_000
+# Of bzip2 and LZMA zipfile inflates 4 kB at once, whatever they stand for.
+COMPRESSED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 DAMAGE = (
     OSError,
     ValueError,
@@ -71,8 +73,11 @@ class Archive:
     def open(self, name: str) -> Iterator[tuple[IO[bytes], Header]]:
         """A stream that stands at the first value, and the header before it."""
         if name not in self._members:
-            self.refuse(name, f"is missing; the file holds {', '.join(sorted(self.names)[:8])}")
+            there = ", ".join(sorted(self.names)[:8]) or "nothing"
+            self.refuse(name, f"is missing; the file holds {there}")
         info = self.file.getinfo(self._members[name])
+        if info.compress_type not in COMPRESSED:
+            self.refuse(name, "is compressed as NumPy compresses none; save it with numpy.savez")
         with self.file.open(info) as stream:
             yield stream, self._header(name, stream, info)
 
