@@ -202,6 +202,16 @@ def read_file(path: Path) -> object:
     return _read_torch(path)
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raises CheckpointError for a file that is known by its first bytes and holds no checkpoint,
+    whatever a configuration would say about it."""
+    size = size_of(path)
+    with open_file(path) as file:
+        head = file.read(512)
+    if not _looks_like_safetensors(head, size):
+        _refuse_foreign(path, head)
+
+
 def _looks_like_safetensors(head: bytes, size: int) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 

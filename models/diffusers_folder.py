@@ -63,9 +63,9 @@ DIFFUSERS_NAMES = (
 
 
 SUPPORTED = (
-    "this architecture reads those of a UNet2DModel of the DDPM kind; all others are read by the "
-    "diffusers library (--ckpt FOLDER without --config, or model.arch: diffusers), Stable "
-    "Diffusion also as its original .ckpt (configs/sd_v1.yaml)"
+    "this architecture reads those of a UNet2DModel of the DDPM kind; other pipelines, where "
+    "they are supported, by the diffusers library (--ckpt FOLDER without --config, or model.arch: "
+    "diffusers), Stable Diffusion also as its original .ckpt (configs/sd_v1.yaml)"
 )
 WEIGHT_FILES = tuple(
     f"diffusion_pytorch_model.{name}"
@@ -110,7 +110,11 @@ def _class_name(path: Path) -> str | None:
     if not path.is_file():
         return None
     config = guarded(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-    return printable(config.get("_class_name") if isinstance(config, dict) else config, 60)
+    if not isinstance(config, dict):
+        return "JSON that is no object"
+    other = config.get("architectures") or config.get("model_type")  # of transformers
+    named = config.get("_class_name") or (f"model of {other}" if other else "model of no class")
+    return printable(named, 60)
 
 
 def read_diffusers(folder: Path) -> State:

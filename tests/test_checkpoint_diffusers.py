@@ -23,9 +23,11 @@ from tinydm.models.checkpoint import load_into, load_state_dict, sha256_of
 from tinydm.models.checkpoint_files import CheckpointError
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.diffusers_folder import diffusers_params, scheduler_says
+from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.downloads import HUB_FILES
+from tinydm.scripts.experiment.folder_config import config_of_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,6 +179,30 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(CheckpointError, match="describes a list"):
         load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "holds a model of ['BertModel']"),
+        ({}, "holds a model of no class"),
+        ([1, 2], "holds a JSON that is no object"),
+        ({"_class_name": "SD3Transformer2DModel"}, "holds a SD3Transformer2DModel"),
+    ],
+)
+def test_other_folders_are_called_what_they_are(tmp_path: Path, config: object, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refused(tmp_path)
+    assert words in line and "where they are supported" in line
+
+
+def test_a_foreign_file_is_told_before_a_configuration_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    write(tmp_path / "model.pt", small_state())
+    with pytest.raises(CheckpointError, match="a GGUF file"):
+        config_of_folder([f"model.checkpoint={tmp_path / 'model.gguf'}"])
+    with pytest.raises(ConfigError, match="a file needs --config FILE"):
+        config_of_folder([f"model.checkpoint={tmp_path / 'model.pt'}"])
 
 
 # ---- what is recognised ----

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ...models.checkpoint_files import refuse_foreign
 from ...models.diffusers_denoiser import read_json
 from ...models.diffusers_loading import DiffusersFolder
 from ..common.errors import ConfigError
@@ -52,6 +53,7 @@ def config_of_folder(overrides: Sequence[str | Override], memory: float | None =
         raise ConfigError("give --config FILE, or --ckpt FOLDER with a folder of diffusers")
     checkpoint = read_value(named[-1].text, named[-1].label)
     if Path(str(checkpoint)).is_file():
+        refuse_foreign(Path(str(checkpoint)))
         raise ConfigError(f"{checkpoint}: a file needs --config FILE, which says what is in it")
     folder = DiffusersFolder.open(str(checkpoint))
     text = yaml.safe_dump(values_of(folder), sort_keys=False)
