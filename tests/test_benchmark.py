@@ -224,8 +224,10 @@ def test_rates_are_chosen_on_seeds_that_no_table_uses(room: Path) -> None:
     assert [row["Method"] for row in rows] == ["PTQ4DM"] * 2 + ["E2E, no correction"] * 3
     assert rows[2]["Choice"] == "quant.reconstruct.lr_scale=0.001"
     for of_method in (rows[:2], rows[2:]):
-        best = min(of_method, key=lambda row: float(row["eps weighted"].split()[0]))
-        assert [row["chosen"] for row in of_method].count("yes") == 1 and best["chosen"] == "yes"
+        errors = [float(row["eps weighted"].split()[0]) for row in of_method]
+        chosen = [row["chosen"] == "yes" for row in of_method]
+        # Two rates may have the same error in three digits.
+        assert sum(chosen) == 1 and errors[chosen.index(True)] == min(errors)
     assert not (room / "tuning" / "results.md").exists()
 
 

@@ -186,7 +186,8 @@ def test_a_damaged_state_is_refused(room: Path) -> None:
     for value in ([1, 2], {"identity": "x", "state": {}}):
         torch.save(value, folder / "calibration.pt")
         assert "damaged" in refused(room, "damaged", "--resume")
-    value = {"identity": "x", "settings": {}, "state": {}, "states": torch.ones(99)}
+    value = {"device": "cpu", "identity": "x", "settings": {}, "state": {}}
+    value["states"] = torch.ones(99)
     torch.save(value, folder / "calibration.pt")
     assert "another configuration" in refused(room, "damaged", "--resume")
     content = bytearray((folder / "calibration.pt").read_bytes())

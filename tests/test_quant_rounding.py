@@ -19,7 +19,7 @@ from tests.helpers.packed import TIMESTEPS, meta, quantized
 from tests.helpers.toy import Toy, eps_error, toy_model, toy_states
 from tinydm.models.ops import after_norm_silu
 from tinydm.models.roles import LayerRoles
-from tinydm.quant.calibration import end_to_end, gptq
+from tinydm.quant.calibration import gptq
 from tinydm.quant.calibration.equivalent import (
     candidate,
     scale_equivalently,
@@ -39,7 +39,6 @@ from tinydm.quant.calibration.grouping import assign
 from tinydm.quant.calibration.layers import CalibLayer
 from tinydm.quant.calibration.statistics import collect
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
-from tinydm.quant.calibration.weights import WeightQuantizer
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers, deploy, quantize
 from tinydm.quant.core import affine
 from tinydm.quant.core.context import TimestepContext
@@ -227,30 +226,6 @@ def test_scaling_helps_uneven_channels_and_never_hurts_by_its_own_measure() -> N
             assign(quantizer, stats[name], 2, "kmeans", "mse")
         errors.append(eps_error(model, fresh))
     assert errors[1] < 0.8 * errors[0]
-
-
-def test_factors_of_the_channels_learn_with_the_end_to_end_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The error ends lower than with factors that stay, and they stay exact in float16."""
-    denoiser, errors = Uneven(), []
-    states, fresh = toy_states(denoiser, 12), toy_states(denoiser, 12, seed=9)
-    tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
-    for rate in (0.0, end_to_end.LR_CHANNEL):
-        monkeypatch.setattr(end_to_end, "LR_CHANNEL", rate)
-        model = toy_model(denoiser, states, 1, BitPolicy(weight=8, activation=4))
-        layer = scaled_layers(model)["second"]
-        start = torch.tensor([1.0, 2.0]).repeat(layer.weight.shape[1] // 2)
-        weight = unscaled_weight(layer.weight, start)
-        layer.set_channel_scale(start, weight, WeightQuantizer(weight, 8, "mse"))
-        generator = torch.Generator().manual_seed(1)
-        end_to_end.finetune(model, states, tuples, 60, 8, 5e-3, generator)
-        r = layer.channel_scale
-        assert r is not None and torch.equal(r, r.half().float())
-        assert torch.equal(r, start) == (rate == 0.0) and layer.log_channel_gain is None
-        errors.append(eps_error(deploy(model), fresh))
-        assert errors[-1] == pytest.approx(eps_error(model, fresh), rel=1e-3)
-    assert errors[1] < errors[0]
 
 
 def test_channel_scales_survive_the_file(tmp_path: Path) -> None:

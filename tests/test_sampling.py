@@ -188,6 +188,7 @@ def test_another_run_is_refused_and_overwritten(
     assert files_of(out) == before
     assert sample(*config, "-n", 2, "--steps", 4, "--overwrite") == 0
     assert set(files_of(out)) == names(2)
+    capsys.readouterr()  # its bar
     beside(out, "identity.json").unlink()
     assert sample(*config, "-n", 2, "--steps", 4) == 2
     assert "unknown run" in one_line(capsys)

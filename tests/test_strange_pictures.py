@@ -196,7 +196,7 @@ def test_pictures_of_two_sizes_give_one_line(tmp_path: Path) -> None:
 
 def test_more_columns_than_images_make_no_empty_ones(tmp_path: Path, bounded: None) -> None:
     folder = write_images(tmp_path / "a", 2, 0)
-    wide, fitting = (compare.picture(folder, folder, 64, columns) for columns in (10**6, 2))
+    wide, fitting = (compare.picture(folder, folder, columns) for columns in (10**6, 2))
     assert np.array_equal(wide, fitting)
 
 
