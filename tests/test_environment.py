@@ -37,7 +37,8 @@ def test_a_venv_of_a_removed_python_is_made_anew(copy: Path) -> None:
     binaries.mkdir(parents=True)
     for name in ("python", "python3"):
         (binaries / name).symlink_to("/nowhere/bin/python3.10")
-    done = prepared(copy, getattr(sys, "_base_executable", sys.executable))
+    # The Python behind this environment, which has no packages.
+    done = prepared(copy, os.path.join(sys.base_prefix, "bin", "python3"))
     assert done.returncode == 2 and "pip could not install" in done.stderr  # there is no index
     subprocess.run([binaries / "python", "-m", "pip", "--version"], check=True, timeout=60)
 
