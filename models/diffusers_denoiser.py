@@ -122,6 +122,7 @@ class DiffusersDenoiser(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        t = t.to(x.device, non_blocking=True)
         return self.model(x, t, return_dict=False, **nested(named))[0]
 
     @property
@@ -263,7 +264,6 @@ class LikeDiffusers(nn.Module):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         named = flat(self.original, args, kwargs)
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
-        t = t.to(x.device)
         t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
         assert self.call is not None  # given before the pipeline runs
         out = self.call(x, t, **named)
