@@ -62,8 +62,9 @@ class DiffusersPipeline:
 
     source: a folder, or a pipeline of diffusers that is loaded already and stays as it is.
     denoiser: whose place is in the pipeline; its weights are not used. prompts: texts, numbered
-    like classes; arguments: others of the pipeline's call. Raises CheckpointError for a folder that
-    cannot be loaded and ValueError for values that do not fit together.
+    like classes; decode_batch: see folder_pipe; arguments: others of the pipeline's call. Raises
+    CheckpointError for a folder that cannot be loaded and ValueError for values that do not fit
+    together.
     """
 
     scale_factor, first_stage = 1.0, None
@@ -78,6 +79,7 @@ class DiffusersPipeline:
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
         micro_batch: int = 4,
+        decode_batch: int = 1,
         arguments: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ):
@@ -88,7 +90,7 @@ class DiffusersPipeline:
         self._source = source
         if isinstance(source, DiffusersFolder):
             self.kind, self._scheduler = source.kind, scheduler_of(source)
-            self._pipe = folder_pipe(source, self._tap, self._scheduler)
+            self._pipe = folder_pipe(source, self._tap, self._scheduler, decode_batch)
         else:
             self.kind, self._scheduler = type(source).__name__, source.scheduler
             self._pipe = pipe_beside(source, self._tap)

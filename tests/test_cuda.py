@@ -34,6 +34,7 @@ from tinydm.scripts.experiment.calibration_run import (
     correct_run,
     make_states,
 )
+from tinydm.scripts.experiment.cli import explain
 from tinydm.scripts.experiment.config import Config, load_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import Team, _packed, _unpacked
@@ -316,6 +317,12 @@ def test_a_calibration_stays_on_its_kind_of_device(room: Path, tmp_path: Path) -
     assert resume.load_state(*given, torch.device("cpu")) is not None
     with pytest.raises(RunError, match="begun on another device, cpu; this one is cuda"):
         resume.load_state(*given, CUDA)
+
+
+def test_a_card_without_room_is_not_the_computer() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    line = explain(error, less="--set sampling.micro_batch=4")
+    assert line.startswith("the graphics card is out of memory: lower the batch size (--set")
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

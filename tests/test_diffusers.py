@@ -166,6 +166,18 @@ def test_noise_of_a_text_pipeline(tmp_path: Path) -> None:
     assert psnr(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
 
 
+def test_latents_are_decoded_together(tmp_path: Path) -> None:
+    """As many in a call whatever the batch, so that an image does not depend on it."""
+    folder = make_pipeline("dit", tmp_path, diffusers.DDIMScheduler())
+    expected = sampled(assembled(folder, "sampling.micro_batch=3"))
+    assembly = assembled(folder, "sampling.decode_batch=2", "sampling.micro_batch=3")
+    decoder = assembly.pipeline._pipe.vae.decoder
+    seen: list[int] = []
+    decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    found = sampled(assembly)
+    assert seen == [2, 2] and psnr(found, expected) > 100
+
+
 def test_an_image_depends_on_its_number_alone(tmp_path: Path) -> None:
     folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
     assembly = assembled(folder)
