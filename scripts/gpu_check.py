@@ -29,14 +29,21 @@ import torch
 
 from tinydm.models.checkpoint_files import is_out_of_memory
 from tinydm.scripts.bench import card_report
-from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, check_images, tiny_config
+from tinydm.scripts.bench.card_checks import (
+    CHECKS,
+    Card,
+    Verdict,
+    check_images,
+    tiny_config,
+    told,
+)
 from tinydm.scripts.bench.environment import environment
 from tinydm.scripts.bench.record import Record
 from tinydm.scripts.bench.speed import Bench, Plan, say
 from tinydm.scripts.bench.speed_models import VARIANTS, Models
 from tinydm.scripts.common.files import write_json, write_text
 from tinydm.scripts.common.paths import ROOT
-from tinydm.scripts.experiment.cli import add_out, explain, make_parser
+from tinydm.scripts.experiment.cli import add_out, make_parser
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.device_defaults import device_memory
 from tinydm.scripts.experiment.devices import device_name, resolve_device
@@ -67,11 +74,6 @@ def attempt(check: Callable[[Card], list[Verdict]], card: Card) -> list[Verdict]
     except Exception as error:
         name = check.__name__.removeprefix("check_")
         return [Verdict(name, False, told(error), {"traceback": traceback.format_exc()})]
-
-
-def told(error: Exception) -> str:
-    """One line."""
-    return explain(error) or f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def rows_of(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
