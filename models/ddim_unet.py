@@ -201,7 +201,8 @@ class DDIMUNet(nn.Module):
         self.conv_out = nn.Conv2d(c, out_ch, 3, padding=1)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        temb = timestep_embedding(t.to(x.device), self.ch)
+        t = t.to(x.device, non_blocking=True)  # else the host would wait for all asked before
+        temb = timestep_embedding(t, self.ch)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
         temb = F.silu(temb)  # every block applies it; once is enough. (B, E)
 

@@ -9,6 +9,7 @@ nothing that a folder names is run.
 Shapes: B batch, C x H x W what the denoiser sees, h heads.
 """
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -122,6 +123,7 @@ class DiffusersDenoiser(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        t = t.to(x.device, non_blocking=True)
         return self.model(x, t, return_dict=False, **nested(named))[0]
 
     @property
@@ -202,7 +204,7 @@ def flat(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
 
     Raises CheckpointError for arguments that are neither tensors nor absent.
     """
-    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+    bound = _parameters(type(model)).bind(model, *args, **kwargs).arguments
     named = {n: v for n, v in bound.items() if n not in ("self", "return_dict") and v is not None}
     found = {"x": named.pop(DENOISERS[type(model).__name__][0]), "t": named.pop("timestep")}
     for name, value in named.items():
@@ -213,6 +215,11 @@ def flat(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
                 raise CheckpointError(f"{what}; this kind of pipeline is not supported")
             found[f"{name}{NESTED}{key}" if key else name] = tensor
     return found
+
+
+@functools.cache  # found once, not at each call
+def _parameters(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
 
 
 def nested(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -263,7 +270,6 @@ class LikeDiffusers(nn.Module):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         named = flat(self.original, args, kwargs)
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
-        t = t.to(x.device)
         t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
         assert self.call is not None  # given before the pipeline runs
         out = self.call(x, t, **named)

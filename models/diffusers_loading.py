@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from torch import nn
 from .checkpoint import sha256_of
 from .checkpoint_files import failure, printable
 from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
+from .pipeline import filled
 
 PIXELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 TEXT_GUIDED = (
@@ -236,8 +237,14 @@ def scheduler_of(folder: DiffusersFolder) -> Any:
         raise failure(folder.scheduler, f"{name}: {error}", "mend that field") from error
 
 
-def folder_pipe(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> Any:
-    """The pipeline with the tap as its denoiser, on its device. Raises CheckpointError."""
+def folder_pipe(
+    folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any, decode_batch: int = 1
+) -> Any:
+    """The pipeline with the tap as its denoiser, on its device. Raises CheckpointError.
+
+    decode_batch: latents that a KL decoder decodes together, always as many: all at once would need
+    much memory.
+    """
     if folder.kind in PIXELS:
         return PixelLoop(tap, scheduler)
     given: dict[str, Any] = {folder.part: tap.original, "scheduler": scheduler}
@@ -256,8 +263,22 @@ def folder_pipe(folder: DiffusersFolder, tap: LikeDiffusers, scheduler: Any) -> 
         if isinstance(part, nn.Module) and part is not tap:
             part.to(tap.device).eval().requires_grad_(False)
             if hasattr(part, "use_slicing"):
-                cast(Any, part).use_slicing = True  # one image after the other: less memory
+                decoder = cast(Any, part)
+                decoder.use_slicing = decode_batch == 1
+                if decode_batch > 1:
+                    decoder.decode = _in_parts(decoder.decode, decode_batch)
     return pipe
+
+
+def _in_parts(decode: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """decode() of diffusers, with `size` latents at a time."""
+
+    def decoded(z: torch.Tensor, return_dict: bool = True, **named: Any) -> Any:
+        parts = [decode(filled(part, size), return_dict=False)[0] for part in z.split(size)]
+        images = torch.cat(parts)[: len(z)]
+        return SimpleNamespace(sample=images) if return_dict else (images,)
+
+    return decoded
 
 
 def write_parts(folder: DiffusersFolder, pipe: Any, target: Path) -> None:

@@ -9,6 +9,7 @@ The images are those of diffusers' pipeline with `generator=[image_generator(see
 Shapes: B images, C x H x W what the denoiser sees.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from .diffusers_loading import (
     write_parts,
 )
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
-from .samplers import SamplingError
+from .samplers import FiniteCheck, SamplingError
 
 Eps = Callable[..., torch.Tensor]  # (x, t, **named) -> the output of the denoiser
 Numbers = Sequence[int]
@@ -61,8 +62,9 @@ class DiffusersPipeline:
 
     source: a folder, or a pipeline of diffusers that is loaded already and stays as it is.
     denoiser: whose place is in the pipeline; its weights are not used. prompts: texts, numbered
-    like classes; arguments: others of the pipeline's call. Raises CheckpointError for a folder that
-    cannot be loaded and ValueError for values that do not fit together.
+    like classes; decode_batch: see folder_pipe; arguments: others of the pipeline's call. Raises
+    CheckpointError for a folder that cannot be loaded and ValueError for values that do not fit
+    together.
     """
 
     scale_factor, first_stage = 1.0, None
@@ -77,16 +79,18 @@ class DiffusersPipeline:
         guidance_scale: float | None = None,
         prompts: Sequence[str] | None = None,
         micro_batch: int = 4,
+        decode_batch: int = 1,
         arguments: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ):
         self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
         self._output: torch.Tensor | None = None
+        self._timestep: torch.Tensor | None = None  # of the coming call, on the host
         self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
         self._source = source
         if isinstance(source, DiffusersFolder):
             self.kind, self._scheduler = source.kind, scheduler_of(source)
-            self._pipe = folder_pipe(source, self._tap, self._scheduler)
+            self._pipe = folder_pipe(source, self._tap, self._scheduler, decode_batch)
         else:
             self.kind, self._scheduler = type(source).__name__, source.scheduler
             self._pipe = pipe_beside(source, self._tap)
@@ -307,9 +311,12 @@ class DiffusersPipeline:
         return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
 
     def _kept(self, model: Eps) -> Eps:
-        """The model, whose last output is kept: some pipelines cut off a learned variance."""
+        """The model, whose last output is kept: some pipelines cut off a learned variance. Some put
+        t on the device, from where it would have to be fetched: then it is the scheduler's."""
 
         def call(x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+            if t.device.type != "cpu" and self._timestep is not None:
+                t = self._timestep.reshape(1).expand(len(x))
             self._output = model(x, t, **named)
             return self._output
 
@@ -330,10 +337,14 @@ class DiffusersPipeline:
         self, generators: list[torch.Generator], on_output: OnOutput | None, latent: bool
     ) -> Iterator[None]:
         """Every step of the scheduler draws from the images' own generators, and shows its output
-        to on_output; latent: the last one ends the sampling."""
-        step, done = self._scheduler.step, 0
+        to on_output; latent: the last one ends the sampling. Timesteps stay on the host, where the
+        scheduler looks at them without waiting for the device."""
+        scheduler, done, check = self._scheduler, 0, FiniteCheck()
+        step, scale = scheduler.step, scheduler.scale_model_input
+        set_timesteps = scheduler.set_timesteps
         draws = "generator" in inspect.signature(step).parameters
 
+        @functools.wraps(step)  # pipelines look whether it takes eta
         def own(output: Any, t: Any, x: Any, *args: Any, **named: Any) -> Any:
             nonlocal done
             if draws:
@@ -344,17 +355,30 @@ class DiffusersPipeline:
             wanted = named.pop("return_dict", True)
             result = step(output, t, x, *args, **named, return_dict=True)
             done += 1
-            if not torch.isfinite(result.prev_sample).all():
-                raise SamplingError(f"the sample is not finite after timestep {float(t):g}")
-            if latent and done == len(self._scheduler.timesteps):
+            check(result.prev_sample, float(t))
+            if latent and done == len(scheduler.timesteps):
+                check.end()
                 raise _LastStep(result.prev_sample)
             return result if wanted else tuple(result.values())
 
-        self._scheduler.step = own
+        @functools.wraps(scale)
+        def scaled(x: torch.Tensor, t: Any = None, *args: Any, **named: Any) -> torch.Tensor:
+            self._timestep = None if t is None else torch.as_tensor(t)
+            return scale(x, t, *args, **named)
+
+        @functools.wraps(set_timesteps)
+        def on_host(*args: Any, device: Any = None, **named: Any) -> None:
+            set_timesteps(*args, **named)
+
+        hooks = {"step": own, "scale_model_input": scaled, "set_timesteps": on_host}
+        scheduler.__dict__.update(hooks)
         try:
             yield
+            check.end()
         finally:
-            del self._scheduler.step
+            self._timestep = None
+            for name in hooks:
+                del scheduler.__dict__[name]
 
     def _shown(self, on_output: OnOutput, output: Any, t: Any, x: torch.Tensor) -> torch.Tensor:
         """on_output of the denoiser's channels; those that the step does not get are zero."""

@@ -252,7 +252,8 @@ class LDMUNet(nn.Module):
             raise ValueError("y is needed exactly by a class-conditional model")
         if (context is None) != (self.context_dim is None):
             raise ValueError("context is needed exactly by a model with context_dim")
-        emb = self.time_embed(timestep_embedding(t.to(x.device), self.model_channels))  # (B, E)
+        t = t.to(x.device, non_blocking=True)
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B, E)
         if y is not None:
             emb = emb + self.label_emb(y)
         h, skips = x, []

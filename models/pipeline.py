@@ -179,11 +179,11 @@ class FixedBatch:
 def _rows(value: torch.Tensor, start: int, size: int, pad: bool) -> torch.Tensor:
     """Rows start .. start + size; to pad, the last row is repeated where there are fewer."""
     rows = value[start : start + size]
-    rows = _filled(rows, size) if pad else rows
+    rows = filled(rows, size) if pad else rows
     return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
 
 
-def _filled(rows: torch.Tensor, size: int) -> torch.Tensor:
+def filled(rows: torch.Tensor, size: int) -> torch.Tensor:
     """At least `size` rows: the last one is repeated."""
     missing = size - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing > 0 else rows
@@ -270,7 +270,7 @@ class Pipeline:
             return x
         size = self.decode_batch
         parts = [
-            decode_first_stage(self.first_stage, _filled(z, size), self.scale_factor)
+            decode_first_stage(self.first_stage, filled(z, size), self.scale_factor)
             for z in x.split(size)
         ]
         images = torch.cat(parts)[: len(x)]

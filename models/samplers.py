@@ -52,32 +52,27 @@ class FiniteCheck:
     """Finds the first step after which a sample is not finite.
 
     On the CPU that ends the run at once. On other devices a look at the values would wait for all
-    that was asked of the device, so that one flag stays there until `end`.
+    that was asked of the device, so that the flags of the steps stay there until `end`.
     """
 
     def __init__(self) -> None:
-        self._first: torch.Tensor | None = None  # its timestep, or -1
+        self._timesteps: list[float] = []
+        self._finite: list[torch.Tensor] = []  # bool ()
 
-    def __call__(self, x: torch.Tensor, t: int) -> None:
+    def __call__(self, x: torch.Tensor, t: float) -> None:
         """After the step from timestep t. Raises SamplingError."""
-        finite = torch.isfinite(x).all()
+        self._timesteps.append(t)
+        self._finite.append(torch.isfinite(x).all())
         if x.device.type == "cpu":
-            self._refuse(-1 if finite else t)
-            return
-        step = torch.where(finite, -1, t)
-        self._first = (
-            step if self._first is None else torch.where(self._first < 0, step, self._first)
-        )
+            self.end()
 
     def end(self) -> None:
-        """Raises SamplingError if there was such a step."""
-        if self._first is not None:
-            self._refuse(int(self._first))
-
-    @staticmethod
-    def _refuse(t: int) -> None:
-        if t >= 0:
-            raise SamplingError(f"the sample is not finite after timestep {t}: NaN or infinity")
+        """Raises SamplingError if there was such a step. The next one is the first again."""
+        timesteps, flags = self._timesteps, self._finite
+        self._timesteps, self._finite = [], []
+        if flags and not all(finite := torch.stack(flags).tolist()):
+            t = timesteps[finite.index(False)]
+            raise SamplingError(f"the sample is not finite after timestep {t:g}: NaN or infinity")
 
 
 def scaled_sigma(

@@ -27,20 +27,28 @@ from typing import Any
 
 import torch
 
+from tinydm.models.checkpoint_files import is_out_of_memory
 from tinydm.scripts.bench import card_report
-from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, check_images, tiny_config
+from tinydm.scripts.bench.card_checks import (
+    CHECKS,
+    Card,
+    Verdict,
+    check_images,
+    tiny_config,
+    told,
+)
 from tinydm.scripts.bench.environment import environment
 from tinydm.scripts.bench.record import Record
 from tinydm.scripts.bench.speed import Bench, Plan, say
-from tinydm.scripts.bench.speed_models import Models
+from tinydm.scripts.bench.speed_models import VARIANTS, Models
 from tinydm.scripts.common.files import write_json, write_text
 from tinydm.scripts.common.paths import ROOT
-from tinydm.scripts.experiment.cli import add_out, explain, make_parser
+from tinydm.scripts.experiment.cli import add_out, make_parser
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.device_defaults import device_memory
 from tinydm.scripts.experiment.devices import device_name, resolve_device
 
-VARIANTS = [
+MEASURED = [
     *("fp32", "tf32", "bf16", "fp16", "fp16-compiled", "fp32-graph", "tf32-graph", "fp16-graph"),
     *("fake-w8a8", "fake-w8a8-tf32", "fake-w4a8-tf32", "int8-w8a8", "int8-w8a8-launches"),
     *("int8-w8a8-fp16", "int8-w4a8"),
@@ -65,8 +73,18 @@ def attempt(check: Callable[[Card], list[Verdict]], card: Card) -> list[Verdict]
         return check(card)
     except Exception as error:
         name = check.__name__.removeprefix("check_")
-        line = explain(error) or f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Verdict(name, False, line, {"traceback": traceback.format_exc()})]
+        return [Verdict(name, False, told(error), {"traceback": traceback.format_exc()})]
+
+
+def rows_of(bench: Bench, name: str) -> Iterator[dict[str, Any]]:
+    """Those of a variant, and where it breaks one with the reason: the others are measured all the
+    same. broken: not for want of memory, which larger batches may not find."""
+    try:
+        yield from bench.of(name)
+    except Exception as error:
+        broken = not is_out_of_memory(error)
+        start = {"model": bench.models.config.name, "variant": name, "label": VARIANTS[name].label}
+        yield start | {"reason": told(error), "broken": broken}
 
 
 def measured(card: Card, quick: bool) -> Iterator[dict[str, Any]]:
@@ -76,12 +94,14 @@ def measured(card: Card, quick: bool) -> Iterator[dict[str, Any]]:
     files |= {} if quick else {ROOT / f"configs/{n}.yaml": sizes for n, sizes in MODELS.items()}
     for path, batches in files.items():
         plan = Plan(
-            QUICK if quick else VARIANTS, batches, [1], 2 if quick else REPEATS, fresh=False
+            QUICK if quick else MEASURED, batches, [1], 2 if quick else REPEATS, fresh=False
         )
         models = Models(load_config(path), card.folder / "models", device=card.device)
-        for row in Bench(models, record, plan).rows():
-            say(row)
-            yield row
+        bench = Bench(models, record, plan)
+        for name in plan.variants:
+            for row in rows_of(bench, name):
+                say(row)
+                yield row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,4 +146,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main, again="the same command begins anew", less="--quick")
+    run(main, less="--quick")

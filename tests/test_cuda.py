@@ -24,6 +24,7 @@ from tinydm.models.noise import drawn_ahead
 from tinydm.models.pipeline import build_denoiser
 from tinydm.quant.calibration.run_state import RunState
 from tinydm.quant.calibration.states import CalibrationStates
+from tinydm.quant.runtime.correction import OutputCorrection
 from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment import resume
 from tinydm.scripts.experiment.assembly import assemble
@@ -33,6 +34,7 @@ from tinydm.scripts.experiment.calibration_run import (
     correct_run,
     make_states,
 )
+from tinydm.scripts.experiment.cli import explain
 from tinydm.scripts.experiment.config import Config, load_config
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import Team, _packed, _unpacked
@@ -73,7 +75,7 @@ def config_of(room: Path, *keys: str) -> Config:
 
 
 def test_the_device_is_strict() -> None:
-    with fake_cuda():
+    with fake_cuda() as mode:
         x = torch.randn(2, 3, device="cuda")
         assert x.device == CUDA and (2 * x + torch.tensor(1.0)).device == CUDA
         assert torch.arange(3, device=x.device).device == CUDA
@@ -90,6 +92,29 @@ def test_the_device_is_strict() -> None:
             x.numpy()
         assert not isinstance(x.cpu(), CudaTensor)
         assert x[torch.tensor([0])].device == CUDA  # as CUDA allows it
+        waiting = (
+            lambda: x[torch.tensor([0])],
+            lambda: x[x > 0],
+            lambda: torch.tensor(1.0, device="cuda"),
+            lambda: torch.ones(3).to("cuda"),
+            lambda: x.copy_(torch.ones(2, 3)),
+            lambda: bool(x[0, 0] > 0),
+            lambda: torch.arange(3)[x.argmax()],
+            lambda: x.cpu(),
+            lambda: x.tolist(),
+        )
+        going_on = (
+            lambda: torch.full((), 1.0, device="cuda"),
+            lambda: torch.ones(3).to("cuda", non_blocking=True),
+            lambda: x.copy_(torch.ones(2, 3), non_blocking=True),
+            lambda: torch.where(x > 0, 1.0, 2.0),
+            lambda: x * torch.tensor(2.0),
+        )
+        for actions, most in ((waiting, 1), (going_on, 0)):
+            for action in actions:
+                before = mode.waits
+                action()
+                assert mode.waits - before == most
         layer = torch.nn.Linear(3, 3).to("cuda")
         layer(x).sum().backward()
         assert layer.weight.device == layer.weight.grad.device == CUDA
@@ -294,11 +319,18 @@ def test_a_calibration_stays_on_its_kind_of_device(room: Path, tmp_path: Path) -
         resume.load_state(*given, CUDA)
 
 
+def test_a_card_without_room_is_not_the_computer() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    line = explain(error, less="--set sampling.micro_batch=4")
+    assert line.startswith("the graphics card is out of memory: lower the batch size (--set")
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: float) -> None:
     """Timesteps stay on the host and values are looked at once, at the end, so that the device has
-    work queued all the time: the number of waits does not grow with the steps."""
-    waits = []
+    work queued all the time: the number of waits does not grow with the steps, not even where the
+    first batch fills look-ups. A step copies its timestep, and its noise."""
+    waits, copies = [], []
     for steps in (3, 6):
         keys = ("quant.method=minmax", f"sampler.eta={eta}", f"sampler.steps={steps}")
         keys += ("calibration.samples=12",)
@@ -307,11 +339,16 @@ def test_sampling_does_not_wait_for_the_device(room: Path, tmp_path: Path, eta: 
         calibrate_run(CalibrationRun(config, assemble(config), folder, torch.device("cpu")))
         with fake_cuda() as mode:
             assembly = assemble(config, folder / RESULT, device=CUDA)
-            assembly.pipeline.sample(assembly.denoiser, range(2), 1, device=CUDA)  # fills look-ups
-            before = mode.waits
-            assembly.pipeline.sample(assembly.denoiser, range(2), 1, device=CUDA)
-            waits.append(mode.waits - before)
-    assert waits[0] == waits[1] <= 2
+            model = assembly.denoiser
+            none = torch.zeros(len(model.context.timesteps), 3)
+            model.correction = OutputCorrection(model.context, none, none, none[:, 0]).to(CUDA)
+            for _ in range(2):
+                before = mode.waits, mode.copies
+                assembly.pipeline.sample(model, range(2), 1, device=CUDA)
+                waits.append(mode.waits - before[0])
+                copies.append(mode.copies - before[1])
+    assert waits[0] == waits[2] and waits[1] == waits[3] <= 2
+    assert copies[3] - copies[1] == copies[2] - copies[0] == (6 if eta else 3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

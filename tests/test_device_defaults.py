@@ -48,6 +48,8 @@ def sizes(config: Config) -> tuple[int, ...]:
         ("sd_v1", A5000, (16, 16, 8, 8, 8, 8, 8, 8)),
         ("sd_v1", A100, (16, 8, 8, 4, 16, 16, 16, 16)),
         ("emoji64", None, (16, 2, 8, 2, 16, 18, 8, 1)),
+        ("dit_xl2", None, (4, 4, 2, 4, 4, 4, 4, 1)),
+        ("dit_xl2", A100, (16, 8, 8, 4, 16, 16, 16, 16)),
     ],
 )
 def test_configurations_of_the_papers(

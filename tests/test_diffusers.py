@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import calibrate  # noqa: E402
 import sample_diffusion  # noqa: E402
+from tests.helpers.fake_cuda import CUDA, fake_cuda  # noqa: E402
 from tests.helpers.pipelines import (  # noqa: E402
     PROMPTS,
     make_pipeline,
@@ -126,6 +127,55 @@ def test_timesteps_of_a_consistency_model_are_any_numbers(tmp_path: Path) -> Non
     pipe = diffusers.ConsistencyModelPipeline.from_pretrained(folder)
     theirs = pipe(3, generator=generators(), num_inference_steps=4, output_type="np").images
     assert psnr(sampled(assembly), torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "waits"),
+    [
+        ("pixels", diffusers.DDIMScheduler(), 0),
+        ("pixels", diffusers.DDPMScheduler(), 1),  # the noise, which diffusers copies
+        ("dit", diffusers.DPMSolverMultistepScheduler(), 1),  # t, likewise
+    ],
+    ids=["pixels, DDIM", "pixels, DDPM", "DiT"],
+)
+def test_a_step_waits_once_at_most(tmp_path: Path, kind: str, scheduler: Any, waits: int) -> None:
+    """On the stand-in for a CUDA device (fake_cuda.py), whose images have the bits of the CPU."""
+    folder = make_pipeline(kind, tmp_path, scheduler)
+    found, images = [], []
+    for steps in (3, 6):
+        images.append(sampled(assembled(folder, f"sampler.steps={steps}"), 2))
+        with fake_cuda() as mode:
+            keys = ["sampling.micro_batch=2", f"model.checkpoint={folder}"]
+            config = config_of_folder([*keys, f"sampler.steps={steps}"])
+            assembly = assemble(config, device=CUDA)
+            before = mode.waits
+            x = assembly.pipeline.sample(assembly.denoiser, range(2), SEED, device=CUDA)
+            found.append(mode.waits - before)
+            assert torch.equal((x / 2 + 0.5).clamp(0, 1), images[-1])
+    assert found[1] - found[0] == 3 * waits
+
+
+def test_noise_of_a_text_pipeline(tmp_path: Path) -> None:
+    """sampler.eta reaches the scheduler, of which pipelines ask whether it takes one."""
+    folder = make_pipeline("text", tmp_path, diffusers.DDIMScheduler())
+    prompts = f"model.conditioning.prompts={json.dumps(PROMPTS)}"
+    ours = sampled(assembled(folder, prompts, "sampler.eta=1.0"), 2)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    more = {"generator": generators(2), "num_inference_steps": 4, "output_type": "np"}
+    theirs = pipe(PROMPTS, eta=1.0, **more).images
+    assert psnr(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
+
+
+def test_latents_are_decoded_together(tmp_path: Path) -> None:
+    """As many in a call whatever the batch, so that an image does not depend on it."""
+    folder = make_pipeline("dit", tmp_path, diffusers.DDIMScheduler())
+    expected = sampled(assembled(folder, "sampling.micro_batch=3"))
+    assembly = assembled(folder, "sampling.decode_batch=2", "sampling.micro_batch=3")
+    decoder = assembly.pipeline._pipe.vae.decoder
+    seen: list[int] = []
+    decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    found = sampled(assembly)
+    assert seen == [2, 2] and psnr(found, expected) > 100
 
 
 def test_an_image_depends_on_its_number_alone(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ python -m pytest tests/test_gpu_check.py
 
 import json
 import subprocess
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 import calibrate
 import sample_diffusion
 from tests.helpers.commands import ROOT
+from tests.helpers.fake_cuda import CUDA, fake_cuda
 from tinydm.scripts import gpu_check
 from tinydm.scripts.bench import card_checks, card_report, speed
 from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, tiny_config, waits_by_place
@@ -174,17 +177,41 @@ def test_integers_have_to_pay_in_wide_models(ms: float, passed: bool) -> None:
         row("narrow", "int8-w8a8", 90.0, 16),
         {"model": "wide", "variant": "bf16", "label": "bf16", "reason": "no"},
     ]
-    first, second = card_report.verdicts_of_speed(rows, {"wide"})
+    ran, first, second = card_report.verdicts_of_speed(rows, {"wide"})
+    assert ran.passed
     assert first.passed is passed and f"wide {15 / ms:.2f} times as fast" in first.text
     assert second.passed is None and "nothing measured" in second.text
 
 
 def test_fake_quantization_in_tf32_has_to_pay() -> None:
     rows = [row("m", "fake-w8a8", 40.0), row("m", "fake-w8a8-tf32", 10.0)]
-    assert card_report.verdicts_of_speed(rows, set())[1].passed
+    assert card_report.verdicts_of_speed(rows, set())[2].passed
     assert not card_report.verdicts_of_speed([rows[0], row("m", "fake-w8a8-tf32", 20.0)], set())[
-        1
+        2
     ].passed
+
+
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [(RuntimeError("CUDA error: no kernel image"), True), (torch.OutOfMemoryError("CUDA"), False)],
+)
+def test_a_variant_that_breaks_has_a_row(
+    card: Card, error: Exception, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are measured all the same, and the report says which one it was."""
+
+    def of(bench: speed.Bench, name: str) -> Iterator[dict]:
+        yield row("tiny", name, 1.0) | {"threads": 1}
+        if name == "tf32":
+            raise error
+
+    monkeypatch.setattr(speed.Bench, "of", of)
+    monkeypatch.setattr(gpu_check, "QUICK", ["fp32", "tf32", "bf16"])
+    rows = list(gpu_check.measured(card, quick=True))
+    assert [r["variant"] for r in rows] == ["fp32", "tf32", "tf32", "bf16"]
+    ran = card_report.verdicts_of_speed(rows, set())[0]
+    assert ran.passed is not broken and ("tiny TF32: RuntimeError: CUDA" in ran.text) == broken
+    assert "TF32" in card_report.times(rows)
 
 
 # ---- the whole ----
@@ -205,6 +232,43 @@ def test_a_report(tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -
     assert rows[0]["model"] == "tiny, cpu" and rows[0]["label"] == "fp32"
     monkeypatch.setattr(gpu_check, "CHECKS", (lambda card: [Verdict("x", False, "y")],))
     assert gpu_check.main(options) == 1
+
+
+class Event:
+    """Of a CUDA stream, on the clock."""
+
+    def __init__(self, enable_timing: bool):
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.at - self.at)
+
+
+@pytest.mark.slow
+def test_on_the_stand_in_for_a_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a CUDA device asks for, as far as a CPU can stand in for it (fake_cuda.py): not
+    half precision, kernels and graphs."""
+
+    def obstacle(precision: str, device: torch.device) -> str | None:
+        return None if precision in ("float32", "tf32") else "not here"
+
+    monkeypatch.setattr(card_checks, "obstacle", obstacle)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(card_checks, "int8_supported", lambda device: "not here")
+    monkeypatch.setattr(gpu_check, "QUICK", ["tf32"])
+    card.calibrated()
+    with fake_cuda():
+        there = replace(card, device=CUDA)
+        checks = card_checks.check_tf32, card_checks.check_images
+        found = [verdict for check in checks for verdict in gpu_check.attempt(check, there)]
+        rows = list(gpu_check.measured(there, quick=True))
+    assert len(found) == 9 and not [v.line for v in found if v.passed is False]
+    assert sum(v.passed is True for v in found) == 5
+    assert [row["batch"] for row in rows] == [1, 2] and all("seconds" in row for row in rows)
 
 
 @pytest.mark.gpu

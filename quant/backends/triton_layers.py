@@ -254,7 +254,7 @@ class TritonDenoiser(QuantDenoiser):
             return self.denoiser(x, t, *args, **kwargs)
         with torch.cuda.device(x.device):  # where Triton launches
             if self.simulated or not self.records:
-                return self.denoiser(x, t.to(x.device), *args, **kwargs)
+                return self.denoiser(x, t.to(x.device, non_blocking=True), *args, **kwargs)
             computed = partial(_timesteps_computed, self.denoiser)
             return self.graphs.call(self.denoiser, (x, t, *args), kwargs, computed)
 

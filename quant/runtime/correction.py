@@ -29,6 +29,7 @@ class OutputCorrection(nn.Module):
         self.register_buffer("k", k)
         self.register_buffer("mu", mu)
         self.register_buffer("sigma", sigma)
+        self._sigma = sigma.tolist()  # a look on the device would wait for it in each step
 
     @classmethod
     def from_state(
@@ -46,7 +47,7 @@ class OutputCorrection(nn.Module):
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
         """What is left of a sampler's noise, see corrected_variance."""
-        sigma_q = float(self.sigma[int(self.context.nearest(t))])
+        sigma_q = self._sigma[int(self.context.nearest(t))]
         return corrected_variance(sigma_t, direction, sigma_q)
 
     def forward(self, eps: torch.Tensor) -> torch.Tensor:  # (B, C, H, W)

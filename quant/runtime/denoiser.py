@@ -33,7 +33,7 @@ class QuantDenoiser(nn.Module):
         self.context.set(t, x.device)
         if self.independent_rows and self.context.t is not None:
             t = t[:1]  # its embedding, too, must not depend on the batch
-        eps = self.denoiser(x, t.to(x.device), *args, **kwargs)
+        eps = self.denoiser(x, t.to(x.device, non_blocking=True), *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
 
     def noise_scale(self, t: int, sigma: float, direction: float) -> float:

@@ -138,18 +138,17 @@ class QuantLayer(KeepsDerived):
         device, factors = self.qweight.device, self.channel_scale
         steps = [q.step(index) for q in self.inputs]
         if self.split:
-            second = (torch.arange(channels, device=device) >= self.split).long()
-            pairs = (torch.tensor(v, device=device).float() for v in zip(*steps, strict=True))
-            values = [v[second] for v in pairs]
+            second = torch.arange(channels, device=device) >= self.split
+            values = [torch.where(second, float(b), float(a)) for a, b in zip(*steps, strict=True)]
             if factors is not None:
                 values[0] = values[0] * factors
             known = SharedStep(BroadcastStep(*map(self.op.beside, values)), 1.0, None, self.bias)
         else:  # a multiplication by a tensor starts faster than one by a number
             inverse, scale, low, high = steps[0]
-            multiplier = torch.tensor(inverse, device=device)
+            multiplier = torch.full((), inverse, device=device)  # filled there: no copy, no wait
             if factors is not None:
                 multiplier = self.op.beside(factors * multiplier)
-            factor = torch.tensor(scale, device=device)
+            factor = torch.full((), scale, device=device)
             bias = None if self.bias is None else self.bias / scale
             known = SharedStep(BroadcastStep(multiplier, None, low, high), scale, factor, bias)
         self._steps[index] = known

@@ -8,6 +8,7 @@ code is tested where there is no card.
 import json
 import subprocess
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from ..common.images import to_uint8
 from ..common.paths import ROOT
 from ..experiment.assembly import assemble
 from ..experiment.calibration_run import RESULT, CalibrationRun, calibrate_run
+from ..experiment.cli import explain
 from ..experiment.config import Config, load_config
 from ..experiment.device_defaults import device_memory, for_calibration
 from ..experiment.devices import device_name
@@ -109,6 +111,11 @@ class Card:
         return folder
 
 
+def told(error: Exception) -> str:
+    """One line."""
+    return explain(error) or f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def tiny_config(folder: Path) -> Path:
     """A configuration of a network of a few thousand random weights, for a quick look."""
     generator = torch.Generator().manual_seed(0)
@@ -124,8 +131,8 @@ def tiny_config(folder: Path) -> Path:
 def images_of(
     card: Card, device: torch.device, quantized: Path | None, backend: str, precision: str
 ) -> np.ndarray:
-    """uint8 (N, H, W, C)."""
-    config = card.load()
+    """uint8 (N, H, W, C). Calls have no more rows than images: a CPU makes them, too."""
+    config = card.load(f"sampling.micro_batch={card.count}")
     assembly = assemble(config, quantized, backend, device, precision=precision)
     pipeline, sampling = assembly.pipeline, config.sampling
     numbers = range(card.count)
@@ -154,7 +161,12 @@ def check_images(card: Card) -> list[Verdict]:
                 continue
             if wanted is None:
                 wanted = images_of(card, CPU, quantized, "fake", "float32")
-            made = images_of(card, card.device, quantized, backend, precision)
+            try:
+                made = images_of(card, card.device, quantized, backend, precision)
+            except Exception as error:  # of one kernel: the other images are compared all the same
+                values = {"traceback": traceback.format_exc()}
+                found.append(Verdict(name, False, told(error), values))
+                continue
             decibel = float(np.minimum(psnr(squared_error(made, wanted)), 999.0))
             # Full precision in fewer bits is another result, which is told, not judged.
             judged = precision == "float32" or backend == "fake" and quantized is not None

@@ -76,7 +76,11 @@ def verdicts_of_speed(rows: list[Row], wide: set[str]) -> list[Verdict]:
     """wide: models of 256 channels and more, in which integers have to pay."""
     fake = ("fake-w8a8-tf32", "fake-w4a8-tf32")
     integer = [row for row in rows if row["model"] in wide]
+    broken = [
+        f"{row['model']} {row['label']}: {row['reason']}" for row in rows if row.get("broken")
+    ]
     return [
+        Verdict("every variant can be timed", not broken, "; ".join(broken) or "none broke"),
         compared("int8 against the best half precision", integer, INTEGERS, HALVES,
                  FASTER_THAN_HALF),
         compared("fake quantization in TF32 against float32", rows, fake,

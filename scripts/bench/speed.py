@@ -157,10 +157,11 @@ class Bench:
 
     def rows(self) -> Iterator[Values]:
         for name in self.plan.variants:
-            yield from self._variant(name, (VARIANTS | PEER_VARIANTS)[name])
+            yield from self.of(name)
 
-    def _variant(self, name: str, variant: Variant) -> Iterator[Values]:
-        config, plan = self.models.config, self.plan
+    def of(self, name: str) -> Iterator[Values]:
+        """The rows of one variant."""
+        config, plan, variant = self.models.config, self.plan, (VARIANTS | PEER_VARIANTS)[name]
         start = {"model": config.name, "variant": name, "label": variant.label}
         reason = self.models.obstacle(variant)
         if reason is not None:

@@ -149,6 +149,7 @@ def _from_folder(
             guidance_scale=sampler.guidance_scale,
             prompts=None if model.conditioning is None else model.conditioning.prompts,
             micro_batch=config.sampling.micro_batch,
+            decode_batch=config.sampling.decode_batch,
             arguments=model.params,
             device=device,
         )

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import torch
 from tqdm import TqdmMonitorWarning, tqdm
 
 from ...models.checkpoint_files import CheckpointError, is_out_of_memory
@@ -306,6 +307,8 @@ def explain(error: Exception, again: str = "run it again", less: str | None = No
         return printable(error, 2000)
     if is_out_of_memory(error):
         smaller = "" if less is None else f"lower the batch size ({less}), "
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"the graphics card is out of memory: {smaller}end what else runs on it"
         return f"out of memory: {smaller}free some, or raise its limit (ulimit -v)"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""

@@ -74,7 +74,8 @@ def identity_of(
     for place in (model, model["first_stage"] or {}):  # names of files say nothing
         for name in ("checkpoint", "url", "digest"):
             place.pop(name, None)
-    decoded = 1 if config.model.first_stage is None else sampling.decode_batch
+    decodes = config.model.first_stage is not None or config.model.arch == DIFFUSERS
+    decoded = sampling.decode_batch if decodes else 1
     newer = {"precision": precision, "decode_batch": decoded}
     return {k: v for k, v in newer.items() if v != EARLIER[k]} | {
         "model": model | {"scale_factor": assembly.pipeline.scale_factor},

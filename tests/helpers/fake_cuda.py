@@ -9,6 +9,10 @@ PyTorch's own FakeTensorMode has no values, so that a program cannot decide anyt
 its CUDA tensors cannot run backward without a driver. Here a tensor says that it is on the device,
 every operation checks whether its operands are on the same one, and then runs on the CPU: the whole
 of calibration and sampling goes through, and ends with the bits of a run on the CPU.
+
+It counts what would keep a real device idle. Where PyTorch waits for all that was asked of the
+device: values, sizes and masks that the host fetches, and copies from the host that are not
+non_blocking, among them torch.tensor(1.0, device="cuda"). torch.full fills without a copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,19 +33,20 @@ INDEXING = {  # the index may lie on the CPU
 }
 
 
-FETCHING = {
-    torch.Tensor.item,
-    torch.Tensor.__bool__,
-    torch.Tensor.__int__,
-    torch.Tensor.__float__,
-    torch.Tensor.__index__,
+FETCHING = {  # values or sizes that the host needs to go on: item(), bool(), an index, a mask
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
 }
+FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}  # numbers of the host, copied
 
 
 class CudaTensor(torch.Tensor):
     """Values on the CPU that claim to be on the device."""
 
     values: torch.Tensor
+    mode: "FakeCuda | None" = None  # that counts
     __torch_function__ = torch._C._disabled_torch_function_impl  # __torch_dispatch__ sees it all
 
     @staticmethod
@@ -74,10 +79,13 @@ class CudaTensor(torch.Tensor):
     ) -> Any:
         known: dict[int, CudaTensor] = {}
         alien: list[torch.Tensor] = []
+        index: list[torch.Tensor] = []
         given = [plain(x, known, alien) for x in args[:1]]
         # As CUDA: one device for all operands, but for numbers on the CPU and what copies.
-        given += [plain(x, known, [] if func in INDEXING else alien) for x in args[1:]]
+        given += [plain(x, known, index if func in INDEXING else alien) for x in args[1:]]
         named = {name: plain(x, known, alien) for name, x in (kwargs or {}).items()}
+        if cls.mode is not None:
+            cls.mode.count(func, given, named, alien, index)
         if alien and func not in MOVES:
             shapes = ", ".join(f"{tuple(x.shape)}" for x in alien)
             raise RuntimeError(
@@ -122,13 +130,23 @@ def is_device(x: Any) -> bool:
 class FakeCuda(TorchFunctionMode):
     """The calls that name a device.
 
-    calls: those that name this one; waits: values that the host fetches from it, for which it would
-    wait for everything asked of the device before.
+    calls: those that name this one; copies: between it and the host; waits: for everything asked of
+    the device before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.waits = 0
+        self.calls = self.copies = self.waits = 0
+
+    def count(self, func: Any, given: list, named: dict, alien: list, index: list) -> None:
+        """An operation on the device; alien, index: its operands and indices on the CPU."""
+        copied = len(index) + (func in MOVES and len(alien))
+        asynchronous = named.get("non_blocking") or func in MOVES and given[2:3] == [True]
+        masks = func in INDEXING and any(
+            isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in given[1]
+        )
+        self.copies += copied
+        self.waits += func in FETCHING or masks or (copied > 0 and not asynchronous)
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -140,13 +158,18 @@ class FakeCuda(TorchFunctionMode):
         if ours and func in (torch.Tensor.numpy, torch.Tensor.__array__):
             raise TypeError("cannot convert a cuda:0 tensor to numpy; use Tensor.cpu() first")
         if ours and func is torch.Tensor.tolist:
-            self.waits += 1
+            self._moved(False)
             return args[0].values.tolist()  # subclasses have none
-        self.waits += bool(ours and func in FETCHING)
         if not is_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         self.calls += 1
+        if func in FROM_DATA and not (args and isinstance(args[0], CudaTensor)):
+            self._moved(False)
         return CudaTensor.made(func(*args, **kwargs | {"device": "cpu"}))  # a factory
+
+    def _moved(self, asynchronous: bool) -> None:
+        self.copies += 1
+        self.waits += not asynchronous
 
     def _move(self, func: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Tensor.to and Tensor.cpu: first the type and the memory format, then the device."""
@@ -157,11 +180,14 @@ class FakeCuda(TorchFunctionMode):
         if rest or kept:
             x = torch.Tensor.to(x, *rest, **kept) if rest or kept else x
         if func is torch.Tensor.cpu or (devices and not is_cuda(devices[0])):
-            self.waits += isinstance(x, CudaTensor)
-            return x.values.detach() if isinstance(x, CudaTensor) else x
+            if not isinstance(x, CudaTensor):
+                return x
+            self._moved(False)
+            return x.values.detach()
         if not devices or isinstance(x, CudaTensor):
             return x
         self.calls += 1
+        self._moved(bool(kwargs.get("non_blocking")))
         return CudaTensor(x.detach(), x.requires_grad)
 
 
@@ -172,6 +198,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to, as for CUDA
     try:
         with FakeCuda() as mode:
+            CudaTensor.mode = mode
             yield mode
     finally:
+        CudaTensor.mode = None
         torch.__future__.set_overwrite_module_params_on_conversion(before)
