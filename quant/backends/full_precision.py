@@ -26,7 +26,8 @@ def to_fast_float(denoiser: nn.Module, compiled: Compiled) -> nn.Module:
     """Replaces, in place, the convolutions, norms and softmax of a float32 denoiser on the CPU. The
     result equals the original up to float rounding, and cannot be trained."""
     products = roles_of(denoiser).matmuls
-    for name, module in list(denoiser.named_modules()):
+    for name in [name for name, _ in denoiser.named_modules()]:  # no list of what is replaced
+        module = denoiser.get_submodule(name)
         if type(module) is nn.Conv2d and compiled.products and _fits(module):
             replace_module(denoiser, name, FloatConv(module, compiled))
         elif type(module) is nn.GroupNorm and module.affine:
