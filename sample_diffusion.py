@@ -46,7 +46,12 @@ from tinydm.scripts.experiment.config import Config, keep_written, load_config, 
 from tinydm.scripts.experiment.device_defaults import SAMPLED, device_memory
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
-from tinydm.scripts.experiment.precision import add_precision, check_precision, precision_note
+from tinydm.scripts.experiment.precision import (
+    PRECISIONS,
+    add_precision,
+    check_precision,
+    precision_note,
+)
 from tinydm.scripts.experiment.processes import rank_and_world
 from tinydm.scripts.experiment.runs import beside, claim, locked
 from tinydm.scripts.experiment.sampling_run import (
@@ -91,7 +96,10 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
     """Raises ConfigError for outputs that cannot be what they should be."""
     if args.backend != "fake" and args.quantized is None:
         raise ConfigError(f"--backend {args.backend}: needs --quantized FILE")
-    check_backend(args)
+    if args.quantized is not None:
+        check_backend(args)
+    elif args.compile and args.precision != PRECISIONS[0]:
+        raise ConfigError("--compile: computes in float32; leave --precision out")
     if args.grid is None:
         return
     if Path(args.grid).suffix.lower() != ".png" or Path(args.grid).is_dir():
@@ -114,10 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:  # the compiler runs while the file is read
         compiling = pool.submit(compiled_code, rank == 0) if args.compile else None
-        chosen = Backend(args.backend, None if compiling is None else compiling.result)
-        source = config, args.quantized, chosen.name, device, chosen.code
+        name = None if args.quantized is None else args.backend
+        chosen = Backend(name, None if compiling is None else compiling.result)
+        source = config, args.quantized, args.backend, device, chosen.code
         assembly = assemble(*source, precision=args.precision)
-    backend = chosen.label if args.quantized else None
+    backend = chosen.label
     loaded = time.perf_counter() - began
     made_of = config, assembly, folder, device, backend, args.precision
     sampling = SamplingRun(*made_of, rank, world)

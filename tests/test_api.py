@@ -13,6 +13,7 @@ from torch import nn
 import tinydm
 from tests.helpers.commands import ROOT
 from tinydm.models.checkpoint_files import CheckpointError
+from tinydm.quant.backends.selection import int8_supported
 from tinydm.quant.core.settings import (
     CalibrationSettings,
     QuantSettings,
@@ -71,6 +72,9 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
         assert torch.equal(loaded(x, t), expected)
     with pytest.raises(PackedFileError, match="give module="):
         tinydm.load(file)
+    if int8_supported() is None:
+        integers = tinydm.load(file, Denoiser(), backend="int8")
+        torch.testing.assert_close(integers(x, 300), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_layer_that_computes_something_else_is_named() -> None:

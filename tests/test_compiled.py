@@ -354,6 +354,8 @@ def test_command_line(
     assert sample(*command, "--out", out, "--set", "sampling.batch_size=1") == 0  # resumes
     assert files_of(out) == made
     assert sample(*command[:-1], "--out", out) == 2  # other bytes could join
+    assert sample(*command[:2], "--compile", "--out", tmp_path / "fake") == 2
+    assert "--compile: needs --backend int8" in capsys.readouterr().err
     assert sample(*command[:-1], "--out", tmp_path / "plain") == 0
     monkeypatch.setenv("PATH", str(tmp_path))
     capsys.readouterr()

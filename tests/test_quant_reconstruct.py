@@ -4,6 +4,7 @@ python -m pytest tests/test_quant_reconstruct.py
 """
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,7 +258,7 @@ def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
 
 
 def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
-    """Also in uneven ones: 10 samples as 4, 4 and 2."""
+    """Also in uneven ones: 10 samples as 4, 4 and 2. Weights are quantized once for all parts."""
     denoiser = Toy()
     states = toy_states(denoiser, 12)
     tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
@@ -267,6 +268,9 @@ def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
             denoiser, states, 2, BitPolicy(weight=4, activation=6, first_last=4, time=4)
         )
         seen: list[float] = []
+        made: list[str] = []
+        for name, layer in weight_layers(model):
+            layer.quantizer.register_forward_hook(lambda *_, name=name, to=made: to.append(name))
         generator = torch.Generator().manual_seed(1)
 
         def keep(i: int, loss: float, seen: list[float] = seen) -> None:
@@ -274,6 +278,7 @@ def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
 
         finetune(model, states, tuples, 3, 10, 1e-3, generator, on_iteration=keep, accumulate=parts)
         losses.append(seen)
+        assert Counter(made) == {name: 3 for name, _ in weight_layers(model)}  # steps
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 

@@ -277,7 +277,7 @@ def test_bad_checkpoints(
         ("--set model.params.norm_groups=3", "model.params build no denoiser"),
         ("--set model.params.ch=16", "does not fit DDIMUNet"),
         ("--backend int8", "--backend int8: needs --quantized"),
-        ("--compile", "--compile: needs --backend int8"),
+        ("--compile --precision bf16", "--compile: computes in float32; leave --precision out"),
         ("--device tpu", "must be auto, cpu, cuda or cuda:N"),
         ("--stesp 3", "unrecognized arguments: --stesp 3"),
     ],

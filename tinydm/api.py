@@ -48,7 +48,7 @@ def load(
     One of diffusers takes (sample, timestep, ...) and gives what has `.sample`; the others take
     (x, t, ...) and give eps. Timesteps are a number, 0-d or (B,). module: the architecture where
     the file does not know it, a module of your own; it is changed in place, its weights are not
-    used. backend: fake, int8 or int8-avx2; compile: faster int8. Raises PackedFileError, and
+    used. backend: fake or int8; compile: faster int8. Raises PackedFileError, and
     ValueError for a backend that this machine cannot run.
     """
     text = read_metadata(path).get("denoiser")
@@ -61,10 +61,10 @@ def load(
             raise PackedFileError(f"{path}: {error}") from error
     model = load_quantized(path, module)
     if backend != "fake":
-        reason = int8_supported(device, backend == "int8")
+        reason = int8_supported(device)
         if reason is not None:
             raise ValueError(f"backend {backend}: {reason}; use fake")
-        model = to_int8(model, backend == "int8", Compiled() if compile else None)
+        model = to_int8(model, compiled=Compiled() if compile else None, device=device)
     return _like_the_original(model.to(device).to(memory_format=torch.channels_last))
 
 

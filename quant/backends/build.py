@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("cpp")
-SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "codes", "layer")  # the slowest first
+# The slowest first.
+SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "float_layer", "codes", "layer")
 SOURCES = tuple(FOLDER / f"{name}.cpp" for name in SOURCE_NAMES)
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.

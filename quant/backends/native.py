@@ -21,7 +21,10 @@ _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, 
 _STEP = [_FLOAT, _INT, _INT]  # 1 / scale, zero point, top
 _ARGUMENTS = {
     "codes": [_POINTER, _LONG, *[_POINTER] * 4, *_STEP, _INT],
-    "group_norm": [*[_POINTER] * 3, _LONG, ctypes.c_double, _POINTER, _POINTER, _INT],
+    "values": [
+        *(_POINTER, _LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
+        *(_INT, _POINTER, _POINTER, _INT),
+    ],
     "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
 }
 _PRODUCTS = {
@@ -31,6 +34,11 @@ _PRODUCTS = {
         *(_LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
         *(_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
     ],
+    "float_layer": [
+        *(_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
+        *(_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    ],
+    "softmax": [_POINTER, _LONG, _LONG, _FLOAT, _INT],
     "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
 }
 Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and their zero point
@@ -104,10 +112,10 @@ class Compiled:
         `norm_silu_codes`."""
         out = torch.empty_like(x)
         batch, channels, height, width = x.shape
-        self._library.group_norm(
-            *(x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups),
-            *(norm.eps, out.data_ptr(), (_LONG * 7)(batch, height, width, channels, 0, 0, 0)),
-            torch.get_num_threads(),
+        size = (_LONG * 7)(batch, height, width, channels, 0, 0, channels)
+        self._library.values(
+            *(x.data_ptr(), channels, norm.weight.data_ptr(), norm.bias.data_ptr()),
+            *(norm.num_groups, norm.eps, False, out.data_ptr(), size, torch.get_num_threads()),
         )
         return out
 
@@ -150,18 +158,33 @@ class Compiled:
         channels beside each other, and B of the output.
         """
         scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
-        of_norm: tuple[int | None, int | None, int, float] = (None, None, 0, 0.0)
-        if norm is not None:
-            weights = norm.weight.data_ptr(), norm.bias.data_ptr()
-            of_norm = (*weights, norm.num_groups, norm.eps)
-        added: tuple[int | None, int, int] = (None, 0, 0)
-        if plus is not None:
-            one = plus.shape[2:] == (1, 1)
-            added = (plus.data_ptr(), plus.stride(0), 0 if one else plus.shape[1])
         self._library.layer(
-            *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *of_norm, *added),
+            *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *_of_norm(norm)),
+            *(*_of_plus(plus), out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
+        )
+
+    def float_layer(
+        self,
+        prepared: "PreparedFloatLayer",
+        x: torch.Tensor,
+        stride: int,
+        norm: nn.GroupNorm | None,
+        plus: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """The same in float32."""
+        scratch = torch.empty(prepared.scratch)
+        self._library.float_layer(
+            *(prepared.address, x.data_ptr(), stride, *_of_norm(norm), *_of_plus(plus)),
             *(out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
         )
+
+    def softmax_(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """softmax(scale * x) over the last dimension, in place. x: contiguous float32."""
+        count = x.shape[-1]
+        rows = x.numel() // count
+        self._library.softmax(x.data_ptr(), rows, count, scale, torch.get_num_threads())
+        return x
 
     def matrix_product(
         self,
@@ -308,6 +331,58 @@ class PreparedLayer:
         self.address = ctypes.addressof(self._structure)
         self.output = (batch, outputs, *size)
         self.scratch = planes * batch * inside[0] * inside[1] * max(w.pitch for w in weights)
+
+
+class _FloatLayer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "bias")),
+        *(("size", _LONG * 7), ("shape", _LONG * 11)),
+    )
+
+
+class PreparedFloatLayer:
+    """What a convolution in float32 needs for inputs of one shape. Keeps the tensors that it points
+    to. output: its shape (B, O, H, W)."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: int,
+        geometry: tuple[list[int], list[int], list[int]],
+    ):
+        """shape: of the input (B, C, H, W); weight in the order of float_layer.cpp; geometry:
+        kernel, stride and padding, each vertical and horizontal."""
+        batch, channels, height, width = shape
+        kernel, stride, border = geometry
+        inside = height + 2 * border[0], width + 2 * border[1]
+        size = [(inside[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
+        self._kept = weight, bias
+        self._structure = _FloatLayer(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            (_LONG * 7)(batch, height, width, channels, *border, channels),
+            (_LONG * 11)(batch, *inside, channels, *size, outputs, *kernel, *stride),
+        )
+        self.address = ctypes.addressof(self._structure)
+        self.output = (batch, outputs, *size)
+        self.scratch = batch * inside[0] * inside[1] * channels
+
+
+def _of_norm(norm: nn.GroupNorm | None) -> tuple[int | None, int | None, int, float]:
+    """A norm before a layer, as the compiled code takes it."""
+    if norm is None:
+        return None, None, 0, 0.0
+    return norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups, norm.eps
+
+
+def _of_plus(plus: torch.Tensor | None) -> tuple[int | None, int, int]:
+    """What is added to a layer's output: values, and the steps from a sample and a pixel to the
+    next."""
+    if plus is None:
+        return None, 0, 0
+    return plus.data_ptr(), plus.stride(0), 0 if plus.shape[2:] == (1, 1) else plus.shape[1]
 
 
 def pixel_stride(x: torch.Tensor) -> int | None:

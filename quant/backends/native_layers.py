@@ -59,7 +59,7 @@ class CompiledLayer(Int8Layer):
         self, norm: nn.GroupNorm, x: torch.Tensor, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
         index = self._quantizers[0].context.index
-        if isinstance(index, int) and not self.split and _stride(x) == x.shape[1]:
+        if isinstance(index, int) and not self.split and stride_of(x) == x.shape[1]:
             return self._of_map(x, index, norm, plus)
         return super().after_norm_silu(norm, x, plus)
 
@@ -84,13 +84,13 @@ class CompiledLayer(Int8Layer):
         plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, C, H, W) -> (B, O, H, W), channels_last."""
-        stride = _stride(x)
+        stride = stride_of(x)
         if stride is None:
             x = x.float().contiguous(memory_format=torch.channels_last)
             stride = x.shape[1]
         prepared = self._prepared.get(x.shape) or self._prepare(x.shape, x.shape)
         if plus is not None:
-            plus = _side_by_side(plus, prepared.output)
+            plus = side_by_side(plus, prepared.output)
         out = torch.empty(prepared.output, memory_format=torch.channels_last)
         self.compiled.layer(prepared, self._step_of(index), x, stride, norm, plus, out)
         return out
@@ -123,18 +123,20 @@ class CompiledLayer(Int8Layer):
         return super().__getstate__() | {"_prepared": {}, "_steps": {}}
 
 
-def _stride(x: torch.Tensor) -> int | None:
+def stride_of(x: torch.Tensor) -> int | None:
     """pixel_stride(x), faster where all channels lie beside each other."""
     last = x.dtype is torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     return x.shape[1] if last and x.device.type == "cpu" and x.numel() else pixel_stride(x)
 
 
-def _side_by_side(plus: torch.Tensor, output: tuple[int, ...]) -> torch.Tensor:
+def side_by_side(plus: torch.Tensor, output: tuple[int, ...]) -> torch.Tensor:
     """What is added to an output, (B, O, H, W) or (B, O, 1, 1), as layer.cpp reads it: float32 with
     its channels beside each other."""
     if plus.shape[2:] == (1, 1):
         plus = plus.float().expand(output[0], output[1], 1, 1)
         return plus if plus.stride(1) == 1 else plus.contiguous()
+    if plus.shape == output and stride_of(plus) == output[1]:
+        return plus
     return plus.float().expand(output).contiguous(memory_format=torch.channels_last)
 
 
@@ -173,7 +175,7 @@ class CompiledNorm(nn.GroupNorm):
         self.weight, self.bias, self.compiled = norm.weight, norm.bias, compiled
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 4 and x.shape[1] == self.num_channels and _stride(x) == x.shape[1]:
+        if x.dim() == 4 and x.shape[1] == self.num_channels and stride_of(x) == x.shape[1]:
             return self.compiled.group_norm(x, self)
         return super().forward(x)
 

@@ -6,13 +6,15 @@ data-free.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
+from .layers import CalibLayer
 from .quantizer import rate_of_scale, scale_groups
 from .sharing import Alone, Team, Tensors, add_gradients
 from .states import CalibrationStates
@@ -95,7 +97,9 @@ def finetune(
         generator.set_state(progress["generator"])
     root = None if step_weight is None else _balanced_root(step_weight, tuples)
     chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
-    learned = [p for group in groups for p in group["params"]]
+    layers = [layer for _, layer in weight_layers(model)]
+    of_weights = {id(p) for layer in layers for p in layer.quantizer.parameters()}
+    others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
     for i in range(start, iterations):
         index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
         optimizer.zero_grad(set_to_none=True)
@@ -107,7 +111,8 @@ def finetune(
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
             return {"loss": loss.detach()}
 
-        found = add_gradients(team or Alone(), len(parts), backward, learned)
+        with _weights_made_once(layers) as made:
+            found = add_gradients(team or Alone(), len(parts), backward, [*made, *others])
         loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
         value = finite_loss(loss, i, iterations)
         done = i / iterations
@@ -115,7 +120,7 @@ def finetune(
             warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.step()
-        for _, layer in weight_layers(model):
+        for layer in layers:
             layer.quantizer.clamp_latent()
         on_iteration(i, value)
         on_checkpoint(
@@ -126,8 +131,25 @@ def finetune(
             }
         )
     optimizer.zero_grad(set_to_none=True)
-    for _, layer in weight_layers(model):
+    for layer in layers:
         layer.quantizer.fix_scale()
+
+
+@contextmanager
+def _weights_made_once(layers: Sequence[CalibLayer]) -> Iterator[list[torch.Tensor]]:
+    """Quantizes the weights once for all parts of a batch. Yields them: what gradients they have in
+    the end go on to what they were made of."""
+    weights = [layer.quantizer(layer.weight) for layer in layers]
+    made = [weight.detach().requires_grad_() for weight in weights]
+    for layer, weight in zip(layers, made, strict=True):
+        layer.made_weight = weight
+    try:
+        yield made
+    finally:
+        for layer in layers:
+            layer.made_weight = None
+    used = [i for i, weight in enumerate(made) if weight.grad is not None]
+    torch.autograd.backward([weights[i] for i in used], [made[i].grad for i in used])
 
 
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,11 @@ class CalibLayer(nn.Module):
     weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
     learned. Either can be None / empty: then that operand stays in floating point. channel_scale
     (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
+    made_weight: the quantized weight of the coming calls, where it is made already, or None.
     """
 
     channel_scale: torch.Tensor | None
+    made_weight: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -67,8 +69,8 @@ class CalibLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.quantized_input(x)
-        weight = self.weight
-        if self.weight_quantizer is not None:
+        weight = self.weight if self.made_weight is None else self.made_weight
+        if self.weight_quantizer is not None and self.made_weight is None:
             weight = self.weight_quantizer(weight)
         return self.op(x, weight, self.bias)
 

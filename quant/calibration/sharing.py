@@ -44,7 +44,7 @@ class Alone:
 
 
 def add_gradients(
-    team: Team, count: int, backward: Callable[[int], Tensors], parameters: Sequence[nn.Parameter]
+    team: Team, count: int, backward: Callable[[int], Tensors], parameters: Sequence[torch.Tensor]
 ) -> list[Tensors]:
     """Leaves in the parameters, which have no gradients yet, the sum of those of `count` parts,
     added in their order.

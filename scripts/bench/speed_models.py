@@ -18,6 +18,7 @@ from torch import nn
 
 from ...models.checkpoint import sha256_of
 from ...quant.backends.build import COMPILERS, instructions_here
+from ...quant.backends.full_precision import to_fast_float
 from ...quant.backends.graphs import Graphed
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported
@@ -46,7 +47,7 @@ class Variant:
     label: str
     bits: int | None = None
     backend: str = "fake"
-    compiled: bool = False  # by torch.compile; a quantized one by --compile
+    compiled: bool = False  # by torch.compile; a quantized one, and float32, by --compile
     instructions: str | None = None  # of --compile, by default the processor's best
     peer: str | None = None  # another runtime, see peers.py; bits 8 are its own int8
     precision: str = PRECISIONS[0]  # of what is not quantized
@@ -55,6 +56,7 @@ class Variant:
 
 VARIANTS = {
     "fp32": Variant("fp32", graph=False),
+    "fp32-compiled": Variant("fp32, --compile", backend="float32", compiled=True, graph=False),
     "compiled": Variant("fp32, torch.compile", compiled=True, graph=False),
     "tf32": Variant("TF32", precision="tf32", graph=False),
     "bf16": Variant("bf16", precision="bf16", graph=False),
@@ -105,12 +107,12 @@ def obstacle(variant: Variant, device: torch.device = CPU) -> str | None:
         return "no C++ compiler"
     if not cuda and variant in GRAPHS:
         return "needs a CUDA device"
-    if cuda and variant.compiled and variant.bits is not None:
+    if cuda and variant.compiled and (variant.bits is not None or variant.backend == "float32"):
         return "is for CPUs"
     reason = lacks_precision(variant.precision, device)
     if variant.backend == "int8" and variant.precision != PRECISIONS[0] and not cuda:
         return "needs a CUDA device"
-    if reason is not None or variant.backend == "fake":
+    if reason is not None or variant.backend != "int8":
         return reason
     if cuda:
         return int8_supported(device)
@@ -193,7 +195,9 @@ class Models:
                     with_random_weights(module, generator)
         model = model.eval().requires_grad_(False).to(self.device)
         model = model.to(memory_format=torch.channels_last)
-        if variant.compiled and variant.bits is None:
+        if variant.backend == "float32":
+            model = to_fast_float(model, Compiled())
+        elif variant.compiled and variant.bits is None:
             model = torch.compile(model)
         model = in_precision(model, variant.precision)
         return Graphed(model) if variant.graph and variant.bits is None else model

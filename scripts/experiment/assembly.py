@@ -21,6 +21,7 @@ from ...models.diffusers_loading import DiffusersFolder
 from ...models.diffusers_pipeline import DiffusersPipeline
 from ...models.dit_original import OriginalDiT
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
+from ...quant.backends.full_precision import to_fast_float
 from ...quant.backends.native import Compiled
 from ...quant.backends.selection import int8_supported, to_int8
 from ...quant.runtime.denoiser import QuantDenoiser
@@ -61,7 +62,7 @@ def assemble(
 ) -> Assembly:
     """The full-precision denoiser, or with `quantized` the one of that file, and its pipeline.
 
-    compiled: gives what `select_backend` takes, called once the file is read. precision: see
+    compiled: gives the C++ of --compile, or None, called once the file is read. precision: see
     precision.py. Raises ConfigError, CheckpointError or PackedFileError.
     """
     files = _Files(config)
@@ -74,6 +75,8 @@ def assemble(
         model = empty_denoiser(config)
         if quantized is None:
             load_denoiser(config, model, files)
+    if torch.device(device).type == "cuda" and compiled is not None:
+        raise ConfigError("--compile: is for processors; leave it out on a CUDA device")
     if quantized is not None:
         model = load_quantized(quantized, model)
         known = model.context.train_timesteps
@@ -85,6 +88,9 @@ def assemble(
         code = None if compiled is None else compiled()
         model = select_backend(model, backend, device, code)
         files.note("quantized", Path(quantized))
+    elif compiled is not None and (code := compiled()) is not None:
+        model = to_fast_float(model, code)
+        return_freed_memory()
     model = model.eval().requires_grad_(False)
     model = model.to(device).to(memory_format=torch.channels_last)
     model = in_precision(model, precision)
@@ -212,8 +218,6 @@ def select_backend(
     reason = int8_supported(device)
     if reason is not None:
         raise ConfigError(f"--backend {backend}: {reason}; use --backend fake")
-    if torch.device(device).type == "cuda" and compiled is not None:
-        raise ConfigError("--compile: is for processors; leave it out on a CUDA device")
     model = to_int8(model, compiled=compiled, device=device)
     return_freed_memory()
     return model

@@ -22,16 +22,19 @@ EARLIER_NAMES = {"int8-avx2": "int8"}  # which chooses by itself what the proces
 
 @dataclass(frozen=True)
 class Backend:
-    """name: one of BACKENDS; code: gives the compiled C++, None without --compile."""
+    """name: one of BACKENDS, or None for full precision; code: gives the compiled C++, None without
+    --compile."""
 
-    name: str = BACKENDS[0]
+    name: str | None = BACKENDS[0]
     code: Callable[[], Compiled | None] | None = None
 
     @property
-    def label(self) -> str:
-        """What images depend on: kernels that are compiled round otherwise. Waits for them."""
-        compiled = self.code is not None and self.code() is not None
-        return f"{self.name}, compiled" if compiled else self.name
+    def label(self) -> str | None:
+        """What images depend on: kernels that are compiled round otherwise. Waits for them. None:
+        full precision as it is."""
+        if self.code is None or self.code() is None:
+            return self.name
+        return f"{self.name or 'full precision'}, compiled"
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,8 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="faster int8: compile C++ for it (once; two seconds), if there is a compiler",
+        help="faster int8 or full precision on a CPU: compile C++ for it (once; two seconds), if "
+        "there is a compiler",
     )
 
 

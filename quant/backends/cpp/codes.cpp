@@ -1,5 +1,5 @@
 // Quantization to uint8 codes, alone or with the GroupNorm and SiLU before it, in one pass over the
-// memory; and GroupNorm alone.
+// memory; and the same in float32, where there are no codes.
 //
 // Inputs are float32 with the channels beside each other (channels_last); see compiled.py. Threads share
 // rows of pixels, and channels for the norm's sums, whose order is the same however they are shared:
@@ -54,13 +54,19 @@ inline float exponential(float x) {
   return p * bits_of<float>(exponent << 23);
 }
 
+template <bool SILU>
+inline float normed(float x, float gain, float shift) {
+  const float v = multiply_add(x, gain, shift);
+  return SILU ? v / (1.0f + exponential(-v)) : v;
+}
+
 struct Input {
   const float* x;
   long stride;  // values from one pixel to the next
   const float *gain, *shift, *factors;  // per channel; gain and shift of the norm
 };
 
-template <bool SILU, bool WIDE>
+template <bool NORM, bool WIDE>
 void quantize_row(const float* __restrict x, const Input& in, uint8_t* __restrict out,
                   uint8_t* __restrict high_out, const Size& size, Step step) {
   const float* __restrict gain = in.gain;
@@ -74,10 +80,7 @@ void quantize_row(const float* __restrict x, const Input& in, uint8_t* __restric
 #pragma omp simd
     for (long c = 0; c < channels; ++c) {
       float v = x[c];
-      if (SILU) {
-        v = multiply_add(v, gain[c], shift[c]);
-        v = v / (1.0f + exponential(-v));
-      }
+      if (NORM) v = normed<true>(v, gain[c], shift[c]);
       float q = v * factors[c] * inverse + ROUNDER;
       q = q < low ? low : q;
       q = q > high ? high : q;
@@ -89,7 +92,7 @@ void quantize_row(const float* __restrict x, const Input& in, uint8_t* __restric
 }
 
 // Row y of the map of codes, border included, whose codes stand for zeros.
-template <bool SILU>
+template <bool NORM>
 void quantize_line(const Input& in, uint8_t* out, uint8_t* high_out, const Size& size, Step step,
                    long y) {
   const long row = (size.width + 2 * size.border_x) * size.pitch;
@@ -106,9 +109,28 @@ void quantize_line(const Input& in, uint8_t* out, uint8_t* high_out, const Size&
   const float* x = in.x + (y - size.border_y) * size.width * in.stride;
   const long at = y * row + side;
   if (high_out)
-    quantize_row<SILU, true>(x, in, out + at, high_out + at, size, step);
+    quantize_row<NORM, true>(x, in, out + at, high_out + at, size, step);
   else
-    quantize_row<SILU, false>(x, in, out + at, out + at, size, step);
+    quantize_row<NORM, false>(x, in, out + at, out + at, size, step);
+}
+
+// Row y of the map in float32, border included, which is zero.
+template <bool NORM, bool SILU>
+void value_line(const Input& in, float* __restrict out, const Size& size, long y) {
+  const long channels = size.channels, side = size.border_x * channels, inner = size.width * channels;
+  const bool inside = y >= size.border_y && y < size.border_y + size.height;
+  std::fill_n(out, inside ? side : inner + 2 * side, 0.0f);
+  if (!inside) return;
+  std::fill_n(out + side + inner, side, 0.0f);
+  const float* __restrict x = in.x + (y - size.border_y) * size.width * in.stride;
+  const float* __restrict gain = in.gain;
+  const float* __restrict shift = in.shift;
+  out += side;
+  for (long i = 0; i < size.width; ++i, x += in.stride, out += channels) {
+#pragma omp simd
+    for (long c = 0; c < channels; ++c)
+      out[c] = NORM ? normed<SILU>(x[c], gain[c], shift[c]) : x[c];
+  }
 }
 
 // Per channel of `count` neighbours: sum and sum of squares over the pixels of a sample.
@@ -228,21 +250,27 @@ extern "C" void norm_silu_codes(const float* x, const float* weight, const float
   }
 }
 
-extern "C" void group_norm(const float* x, const float* weight, const float* bias, long groups,
-                           double eps, float* out, const Size* size, int32_t threads) {
-  const long channels = size->channels, row = size->width * channels;
-  Affine norm(size->batch * channels);
+extern "C" void values(const float* x, long stride, const float* weight, const float* bias,
+                       long groups, double eps, int32_t silu, float* out, const Size* size,
+                       int32_t threads) {
+  const long channels = size->channels, sample = size->height * size->width * stride;
+  const long lines = lines_of(*size), line = (size->width + 2 * size->border_x) * channels;
+  Affine norm(weight ? size->batch * channels : 0);
 #pragma omp parallel num_threads(threads) if (worth_threads(*size, threads))
   {
-    norm.fit(x, weight, bias, groups, eps, *size);
+    if (weight) norm.fit(x, weight, bias, groups, eps, *size);
 #pragma omp for
-    for (long i = 0; i < size->batch * size->height; ++i) {
-      const float* gain = &norm.gain[i / size->height * channels];
-      const float* shift = &norm.shift[i / size->height * channels];
-      for (long at = i * row; at < (i + 1) * row; at += channels) {
-#pragma omp simd
-        for (long c = 0; c < channels; ++c) out[at + c] = multiply_add(x[at + c], gain[c], shift[c]);
-      }
+    for (long i = 0; i < size->batch * lines; ++i) {
+      const long n = i / lines, at = n * channels;
+      Input in{x + n * sample, stride, nullptr, nullptr, nullptr};
+      if (weight) in.gain = &norm.gain[at], in.shift = &norm.shift[at];
+      float* to = out + i * line;
+      if (!weight)
+        value_line<false, false>(in, to, *size, i % lines);
+      else if (silu)
+        value_line<true, true>(in, to, *size, i % lines);
+      else
+        value_line<true, false>(in, to, *size, i % lines);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Quantization to uint8 codes; see codes.cpp.
+// Quantization to uint8 codes, and what a float32 layer reads; see codes.cpp.
 
 #pragma once
 
@@ -22,3 +22,8 @@ extern "C" void norm_silu_codes(const float* x, const float* weight, const float
                                 long groups, double eps, const float* factors, uint8_t* out,
                                 uint8_t* high_out, const Size* size, float inverse,
                                 int32_t zero_point, int32_t top, int32_t threads);
+
+// The map in float32 with a border of zeros: norm(x), with its SiLU, or x itself without a weight.
+extern "C" void values(const float* x, long stride, const float* weight, const float* bias,
+                       long groups, double eps, int32_t silu, float* out, const Size* size,
+                       int32_t threads);

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 #include <vector>
 
 #include "codes.h"
@@ -22,19 +21,6 @@ namespace {
 
 constexpr long DEEPEST = 32;  // groups of four inputs summed in int16; more would gain nothing
 constexpr int32_t LARGEST_SUM = 128;  // of int8 codes of one sign: 255 * 128 < 2^15
-constexpr long STRIP = 48;  // pixels that follow each other under the same weights
-
-// The next tile of `left` pixels: as few tiles as possible, of nearly the same size.
-long next_tile(long left, std::initializer_list<long> sizes) {
-  const long most = *(sizes.end() - 1), tiles = (left + most - 1) / most;
-  const long wanted = (left + tiles - 1) / tiles;
-  long found = 1;
-  for (long size : sizes) {
-    if (size <= left) found = size;
-    if (size >= wanted) break;
-  }
-  return found;
-}
 
 // A row of pixels under up to WIDE blocks of weights.
 void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
@@ -294,6 +280,19 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
       for (long first = 0; first < columns; first += WIDE * BLOCK)
         strip(walk, codes.data(), &packed[b * packed_size] + first / BLOCK * walk.block, end, first,
               count, out + (b * rows + r) * columns, nullptr, tops.data());
+    }
+  }
+}
+
+// softmax(scale * x) of each row, in place.
+extern "C" void softmax(float* x, long rows, long count, float scale, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1) schedule(static)
+  for (long r = 0; r < rows; ++r) {
+    float* row = x + r * count;
+    const Floats share = all(1.0f / exponentials(row, count, scale, row));
+    for (long i = 0; i < count; i += LANES) {
+      const Mask mask = mask_of(count - i);
+      store(row + i, mask, mul(load(mask, row + i), share));
     }
   }
 }

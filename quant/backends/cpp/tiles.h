@@ -12,6 +12,7 @@
 #ifdef INSTRUCTION_SET
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 // Blocks of outputs of a tile, and pixels of a tile of up to two registers of outputs, and of a
 // wider one: the sums fit the 32 (AVX-512) or 16 registers. Few sizes, since each is compiled.
@@ -23,6 +24,19 @@ constexpr int WIDE = 1;
 #define NARROW_SIZES 1, 2, 3, 4, 5, 6
 #endif
 #define WIDE_SIZES 1, 2, 4, 5, 6
+constexpr long STRIP = 48;  // pixels that follow each other under the same weights
+
+// The next tile of `left` pixels: as few tiles as possible, of nearly the same size.
+inline long next_tile(long left, std::initializer_list<long> sizes) {
+  const long most = *(sizes.end() - 1), tiles = (left + most - 1) / most;
+  const long wanted = (left + tiles - 1) / tiles;
+  long found = 1;
+  for (long size : sizes) {
+    if (size <= left) found = size;
+    if (size >= wanted) break;
+  }
+  return found;
+}
 
 struct Walk {  // through the codes of one output, in bytes
   long rows, row_step, pixel_step;

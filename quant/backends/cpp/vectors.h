@@ -39,6 +39,7 @@ inline Mask mask_of(long count) {  // the first `count` lanes
 inline Floats load(Mask mask, const float* from) { return _mm512_maskz_loadu_ps(mask, from); }
 inline Ints load(Mask mask, const int32_t* from) { return _mm512_maskz_loadu_epi32(mask, from); }
 inline void store(float* to, Mask mask, Floats v) { _mm512_mask_storeu_ps(to, mask, v); }
+inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline Ints load_all(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_all(void* to, Ints v) { _mm512_storeu_si512(to, v); }
 inline void store_bytes(void* to, Ints v) {  // the lowest byte of each lane
@@ -88,6 +89,7 @@ inline Mask mask_of(long count) {
 inline Floats load(Mask mask, const float* from) { return _mm256_maskload_ps(from, mask); }
 inline Ints load(Mask mask, const int32_t* from) { return _mm256_maskload_epi32(from, mask); }
 inline void store(float* to, Mask mask, Floats v) { _mm256_maskstore_ps(to, mask, v); }
+inline Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints load_all(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }

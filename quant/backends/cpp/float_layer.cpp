@@ -1,0 +1,155 @@
+// A convolution in float32, with the GroupNorm and SiLU before it and what is added after it:
+//
+//   out = conv(x or silu(norm(x))) + bias + plus
+//
+// Maps have their channels beside each other. Weights lie in blocks of 16 outputs, which are side by
+// side: (O / 16, rows, columns * C, 16), filled up with zeros. A sum is always made in the order of
+// the weights, so that an output depends neither on the batch nor on the threads.
+
+#include "codes.h"
+#include "tiles.h"
+
+#ifdef INSTRUCTION_SET
+
+struct FloatLayer {
+  const float *weight, *bias;  // bias: null where there is none
+  Size size;                   // of the input
+  Shape shape;
+};
+
+namespace {
+
+constexpr long REGISTERS = 2;  // of outputs, under each of which a tile of pixels lies
+constexpr long OUTPUTS = REGISTERS * LANES;
+
+struct FloatWalk {  // through the values of one output
+  long rows, row_step, pixel_step;
+  long inputs;  // of a row of the kernel, whose columns follow each other
+  long block;   // of 16 outputs' weights
+};
+
+struct FloatFinish {  // null pointers: no such term
+  const float *bias, *plus;
+  long outputs;    // from here on
+  long out_step, plus_step;  // from one pixel to the next
+};
+
+template <int M, int N>
+void float_tile(const FloatWalk& walk, const float* x, const float* w, const FloatFinish& end,
+                float* out) {
+  Floats sum[M][N];
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    const Mask mask = mask_of(end.outputs - n * LANES);
+    const Floats start = end.bias ? load(mask, end.bias + n * LANES) : all(0.0f);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[m][n] = start;
+  }
+  for (long r = 0; r < walk.rows; ++r) {
+    const float* p = x + r * walk.row_step;
+    for (const float* last = p + walk.inputs; p != last; ++p, w += BLOCK) {
+      Floats weight[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) weight[n] = load_floats(w + n / PER_BLOCK * walk.block + n % PER_BLOCK * LANES);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Floats value = all(p[m * walk.pixel_step]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[m][n] = multiply_add(value, weight[n], sum[m][n]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    const Mask mask = mask_of(end.outputs - n * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      Floats y = sum[m][n];
+      if (end.plus) y = add(y, load(mask, end.plus + m * end.plus_step + n * LANES));
+      store(out + m * end.out_step + n * LANES, mask, y);
+    }
+  }
+}
+
+using FloatTile = void (*)(const FloatWalk&, const float*, const float*, const FloatFinish&, float*);
+
+template <int N, int... M>
+FloatTile float_tile_of(long pixels) {
+  FloatTile found = nullptr;
+  ((pixels == M ? void(found = float_tile<M, N>) : void()), ...);
+  return found;
+}
+
+// A row of pixels under up to OUTPUTS outputs.
+void float_strip(const FloatWalk& walk, const float* x, const float* w, FloatFinish end,
+                 long pixels, float* out) {
+  for (long done = 0, count; done < pixels; done += count) {
+    count = next_tile(pixels - done, {NARROW_SIZES});
+    const bool one = end.outputs <= LANES;
+    const FloatTile run =
+        one ? float_tile_of<1, NARROW_SIZES>(count) : float_tile_of<2, NARROW_SIZES>(count);
+    run(walk, x + done * walk.pixel_step, w, end, out + done * end.out_step);
+    if (end.plus) end.plus += count * end.plus_step;
+  }
+}
+
+void float_convolution(const float* x, const FloatLayer& layer, const Shape& of, const Plus& plus,
+                       float* out, int32_t threads) {
+  const long inputs = of.columns * of.channels;
+  const FloatWalk walk{of.rows, of.width * of.channels, of.stride_x * of.channels, inputs,
+                       of.rows * inputs * BLOCK};
+  const long groups = (of.outputs + OUTPUTS - 1) / OUTPUTS;
+  const long strips = (of.out_width + STRIP - 1) / STRIP;
+  const long tasks = groups * of.batch * of.out_height * strips;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
+  for (long i = 0; i < tasks; ++i) {
+    const long left = i % strips * STRIP, y = i / strips % of.out_height;
+    const long line = i / strips / of.out_height, b = line % of.batch;
+    const long first = line / of.batch * OUTPUTS, pixel = y * of.out_width + left;
+    const float* from =
+        x + ((b * of.height + y * of.stride_y) * of.width + left * of.stride_x) * of.channels;
+    const float* w = layer.weight + first / BLOCK * walk.block;
+    const FloatFinish end{
+        layer.bias ? layer.bias + first : nullptr,
+        plus.values ? plus.values + b * plus.sample + pixel * plus.pixel + first : nullptr,
+        of.outputs - first, of.outputs, plus.pixel};
+    float_strip(walk, from, w, end, std::min(STRIP, of.out_width - left),
+                out + (b * of.out_height * of.out_width + pixel) * of.outputs + first);
+  }
+}
+
+}  // namespace
+
+// stride: values from one pixel of x to the next. Without norm_weight there is no norm. plus: null
+// where nothing is added. scratch: as large as the input with its border.
+extern "C" void float_layer(const FloatLayer* of, const float* x, long stride,
+                            const float* norm_weight, const float* norm_bias, long groups,
+                            double eps, const float* plus_values, long plus_sample,
+                            long plus_pixel, float* out, float* scratch, int32_t threads) {
+  Size size = of->size;
+  Shape shape = of->shape;
+  const bool bordered = size.border_y || size.border_x;
+  const bool copied = norm_weight || bordered || stride != shape.channels;
+  // What is larger stays in the cache: a sample of the input, or the weights of some outputs.
+  if (shape.height * shape.width > shape.rows * shape.columns * OUTPUTS)
+    size.batch = shape.batch = 1;
+  const long sample = size.height * size.width * stride;
+  const long out_sample = shape.out_height * shape.out_width * shape.outputs;
+  if (shape.rows * shape.columns * shape.stride_y * shape.stride_x == 1 && !bordered) {  // one row
+    shape.out_width *= shape.out_height;
+    shape.width *= shape.height;
+    shape.out_height = shape.height = 1;
+  }
+  Plus plus{plus_values, plus_sample, plus_pixel};
+  for (long b = 0; b < of->size.batch; b += size.batch) {
+    const float* input = x + b * sample;
+    if (copied) {
+      values(input, stride, norm_weight, norm_bias, groups, eps, true, scratch, &size, threads);
+      input = scratch;
+    }
+    if (plus_values) plus.values = plus_values + b * plus_sample;
+    float_convolution(input, *of, shape, plus, out + b * out_sample, threads);
+  }
+}
+
+#endif
