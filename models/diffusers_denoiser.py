@@ -204,7 +204,7 @@ def flat(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
 
     Raises CheckpointError for arguments that are neither tensors nor absent.
     """
-    bound = _parameters(type(model)).bind(model, *args, **kwargs).arguments
+    bound = _signature(type(model).forward).bind(model, *args, **kwargs).arguments
     named = {n: v for n, v in bound.items() if n not in ("self", "return_dict") and v is not None}
     found = {"x": named.pop(DENOISERS[type(model).__name__][0]), "t": named.pop("timestep")}
     for name, value in named.items():
@@ -218,8 +218,8 @@ def flat(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
 
 
 @functools.cache  # found once, not at each call
-def _parameters(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def nested(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
