@@ -17,6 +17,7 @@ import torch
 
 from .errors import ConfigError
 
+LARGEST_TEXT = 1 << 24  # bytes: a hundred thousand prompts are fewer
 STALE_SECONDS = 3600  # after that a temporary of another machine has no writer any more
 
 
@@ -161,6 +162,8 @@ def read_text(path: str | Path) -> str:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ConfigError(f"{path}: cannot be read (is no file)")
+        if os.path.exists(path) and os.path.getsize(path) > LARGEST_TEXT:
+            raise ConfigError(f"{path}: cannot be read (larger than {LARGEST_TEXT >> 20} MiB)")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
