@@ -128,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_config(parser, (CHECKPOINT_OPTION,), required=False, device=False)
     parser.add_argument(
-        "--cifar10-reference", type=output_file, metavar="FILE", help="fetch the training images"
+        "--cifar10-reference",
+        type=output_file(".npz"),
+        metavar="FILE",
+        help="fetch the training images",
     )
     args = parser.parse_args(argv)
     if args.cifar10_reference is not None:

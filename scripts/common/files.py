@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -25,6 +26,10 @@ def _host() -> str:
     return re.sub(r"[^\w-]", "_", socket.gethostname()) or "host"
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def atomic(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it to `path` when the block succeeds.
@@ -39,7 +44,7 @@ def atomic(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     check_output(path)
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as handle:
@@ -177,6 +182,11 @@ def check_output(path: str | Path) -> str:
     if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
     _check_folders(path, Path(path).parents)
+    try:
+        os.lstat(_temporary(Path(path)))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{path}: {error.strerror}; give another name") from error
     return str(path)
 
 
