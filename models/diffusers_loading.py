@@ -25,6 +25,7 @@ from torch import nn
 from .checkpoint import sha256_of
 from .checkpoint_files import failure, printable
 from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
+from .hub_names import is_hub_id, no_path
 from .pipeline import filled
 
 PIXELS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -151,8 +152,11 @@ def located(text: str | Path) -> Path:
     path = Path(text)
     if path.is_dir():
         return path
-    if path.exists() or str(text).count("/") != 1:
+    if path.exists():
         raise failure(text, "not a folder", "name a folder of diffusers")
+    if not is_hub_id(str(text)):
+        nothing = failure(text, "no such file or folder", "name a folder of diffusers")
+        raise no_path(str(text)) or nothing
     library()
     from huggingface_hub import snapshot_download
 

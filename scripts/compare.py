@@ -26,7 +26,7 @@ from tinydm.scripts.common.markdown import format_table
 from tinydm.scripts.common.reference import full_statistics
 from tinydm.scripts.common.reports import CalibrationReport, ImagesReport
 from tinydm.scripts.common.units import duration
-from tinydm.scripts.experiment.cli import make_parser
+from tinydm.scripts.experiment.cli import input_path, make_parser
 from tinydm.scripts.experiment.runs import beside
 from tinydm.scripts.metrics import evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import InceptionFeatures, prepare_inception
@@ -72,10 +72,18 @@ def _time(images: int, rate: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--run", required=True, metavar="DIR", help="run folder of calibrate.py")
-    parser.add_argument("--full", required=True, metavar="NAME", help="folder in RUN")
-    parser.add_argument("--quantized", required=True, metavar="NAME", help="folder in RUN")
-    parser.add_argument("--reference", metavar="FILE", help="statistics of the training images")
+    parser.add_argument(
+        "--run", type=input_path, required=True, metavar="DIR", help="run folder of calibrate.py"
+    )
+    parser.add_argument(
+        "--full", type=input_path, required=True, metavar="NAME", help="folder in RUN"
+    )
+    parser.add_argument(
+        "--quantized", type=input_path, required=True, metavar="NAME", help="folder in RUN"
+    )
+    parser.add_argument(
+        "--reference", type=input_path, metavar="FILE", help="statistics of the training images"
+    )
     parser.add_argument("--columns", type=int, default=COLUMNS, metavar="N", help="of each side")
     args = parser.parse_args(argv)
     if args.columns < 1:

@@ -23,11 +23,12 @@ import numpy as np
 
 from tinydm.models.checkpoint import load_state_dict
 from tinydm.models.checkpoint_files import CheckpointError, NotACheckpointError
+from tinydm.models.hub_names import is_hub_id, no_path
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import atomic
 from tinydm.scripts.experiment.cli import CHECKPOINT_OPTION, add_config, make_parser, output_file
 from tinydm.scripts.experiment.config import load_config, repository_path
-from tinydm.scripts.experiment.downloads import check_scheme, fetch, hub_folder, is_hub_id
+from tinydm.scripts.experiment.downloads import check_scheme, fetch, hub_folder
 
 OFFLINE_HINT = "sample_emoji.sh needs no download"
 
@@ -63,6 +64,8 @@ def fetch_checkpoint(config_path: str, overrides: list) -> None:
     if is_hub_id(model.checkpoint):
         print(f"{model.checkpoint}: {hub_folder(model.checkpoint)}")
         return
+    if (wrong := no_path(model.checkpoint)) is not None:
+        raise wrong
     if model.url is None:
         raise CheckpointError(f"{path}: no such file, and model.url is not set; {OFFLINE_HINT}")
     check_scheme(model.url)
@@ -125,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_config(parser, (CHECKPOINT_OPTION,), required=False, device=False)
     parser.add_argument(
-        "--cifar10-reference", type=output_file, metavar="FILE", help="fetch the training images"
+        "--cifar10-reference",
+        type=output_file(".npz"),
+        metavar="FILE",
+        help="fetch the training images",
     )
     args = parser.parse_args(argv)
     if args.cifar10_reference is not None:

@@ -21,7 +21,7 @@ import sys
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.common.files import refuse_overwriting, write_json
 from tinydm.scripts.common.reference import full_statistics
-from tinydm.scripts.experiment.cli import make_parser, output_file
+from tinydm.scripts.experiment.cli import input_path, make_parser, output_file
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
@@ -45,14 +45,27 @@ def report(result: dict) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("ref", nargs="?", metavar="REF", help="reference: folder or .npz")
-    parser.add_argument("gen", nargs="?", metavar="GEN", help="generated: folder or .npz")
-    parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)}, or none")
-    parser.add_argument("--paired", metavar="DIR", help="PSNR of GEN against DIR, by file name")
-    parser.add_argument("--inception", metavar="FILE", help=f"weights ({FILE_NAME})")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result here")
     parser.add_argument(
-        "--save-stats", type=output_file, metavar="FILE.npz", help="keep the statistics of REF"
+        "ref", type=input_path, nargs="?", metavar="REF", help="reference: folder or .npz"
+    )
+    parser.add_argument(
+        "gen", type=input_path, nargs="?", metavar="GEN", help="generated: folder or .npz"
+    )
+    parser.add_argument("--metrics", default="fid", help=f"some of {','.join(METRICS)}, or none")
+    parser.add_argument(
+        "--paired", type=input_path, metavar="DIR", help="PSNR of GEN against DIR, by file name"
+    )
+    parser.add_argument(
+        "--inception", type=input_path, metavar="FILE", help=f"weights ({FILE_NAME})"
+    )
+    parser.add_argument(
+        "--json", type=output_file(".json"), metavar="FILE", help="write the result here"
+    )
+    parser.add_argument(
+        "--save-stats",
+        type=output_file(".npz"),
+        metavar="FILE.npz",
+        help="keep the statistics of REF",
     )
     parser.add_argument("--batch-size", "--batch_size", type=int, default=50)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")

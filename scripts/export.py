@@ -34,6 +34,7 @@ from tinydm.scripts.experiment.cli import (
     CHECKPOINT_OPTION,
     WHAT_OPTIONS,
     add_config,
+    input_path,
     make_parser,
     output_file,
 )
@@ -49,10 +50,12 @@ MARGIN = 3.0
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("run", metavar="RUN", help="run folder, or its quantized.safetensors")
+    parser.add_argument(
+        "run", type=input_path, metavar="RUN", help="run folder, or its quantized.safetensors"
+    )
     parser.add_argument("--format", default="onnx", choices=("onnx",), help="of the file")
     parser.add_argument(
-        "--out", type=output_file, metavar="FILE", help="RUN/quantized.onnx by default"
+        "--out", type=output_file(".onnx"), metavar="FILE", help="RUN/quantized.onnx by default"
     )
     parser.add_argument(
         "--check",

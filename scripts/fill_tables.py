@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="of benchmark.py")
     parser.add_argument("--published", action="store_true", help="also what others published")
     parser.add_argument(
-        "--out", type=output_file, metavar="FILE", help="Markdown file, instead of printing"
+        "--out", type=output_file(".md"), metavar="FILE", help="Markdown file, instead of printing"
     )
     return parser.parse_args(argv)
 

@@ -25,7 +25,7 @@ import torch
 
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.common.files import write_text
-from tinydm.scripts.experiment.cli import make_parser, output_folder
+from tinydm.scripts.experiment.cli import input_path, make_parser, output_folder
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.reporting import image_sections, sections
 from tinydm.scripts.reporting.contents import read_quantizers
@@ -37,9 +37,15 @@ from tinydm.scripts.reporting.run_folder import Run, read_run
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of calibrate.py")
-    parser.add_argument("--full", metavar="DIR", help="full-precision images, in RUN or elsewhere")
-    parser.add_argument("--quantized", metavar="DIR", help="quantized images, likewise")
+    parser.add_argument(
+        "runs", type=input_path, nargs="+", metavar="RUN", help="run folder of calibrate.py"
+    )
+    parser.add_argument(
+        "--full", type=input_path, metavar="DIR", help="full-precision images, in RUN or elsewhere"
+    )
+    parser.add_argument(
+        "--quantized", type=input_path, metavar="DIR", help="quantized images, likewise"
+    )
     parser.add_argument(
         "--trajectories", type=int, default=4, metavar="N", help="for eps errors and ranges (4)"
     )

@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", metavar="FILE", default=list(DEFAULT))
     parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), default=[8, 4])
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="also write the rows there"
+        "--json", type=output_file(".json"), metavar="FILE", help="also write the rows there"
     )
     return parser.parse_args(argv)
 

@@ -27,7 +27,7 @@ from tinydm.scripts.common.files import refuse_overwriting
 from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, read_value
 from tinydm.scripts.experiment.assembly import build_checked
-from tinydm.scripts.experiment.cli import make_parser, output_folder
+from tinydm.scripts.experiment.cli import input_path, make_parser, output_folder
 from tinydm.scripts.experiment.config_sections import check_image_size
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
@@ -67,10 +67,12 @@ def build(params: dict[str, Any]) -> DDIMUNet:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", required=True, help="folder of images, or .npz with x (N,H,W,3)")
+    parser.add_argument(
+        "--data", type=input_path, required=True, help="folder of images, or .npz with x (N,H,W,3)"
+    )
     parser.add_argument("--out", type=output_folder, required=True, help="run folder")
     add_loop_options(parser, iterations=20000)
-    parser.add_argument("--warm-start", help="state dict to start from")
+    parser.add_argument("--warm-start", type=input_path, help="state dict to start from")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="model params")
     parser.add_argument("--no-flip", action="store_true", help="no random horizontal flips")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")

@@ -37,7 +37,7 @@ from tinydm.scripts.common.errors import ConfigError, ImageError
 from tinydm.scripts.common.files import refuse_overwriting, remove_stale, save_tensors
 from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.experiment.assembly import build_checked
-from tinydm.scripts.experiment.cli import add_config, make_parser, output_folder
+from tinydm.scripts.experiment.cli import add_config, input_path, make_parser, output_folder
 from tinydm.scripts.experiment.config import Config, load_config
 from tinydm.scripts.experiment.config_sections import number_of_classes
 from tinydm.scripts.experiment.devices import resolve_device
@@ -86,9 +86,11 @@ def start_residuals_at_zero(denoiser: LDMUNet) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_config(parser, options=())
-    parser.add_argument("--data", required=True, help=".npz with x (N,H,W,3) uint8 and y (N,)")
+    parser.add_argument(
+        "--data", type=input_path, required=True, help=".npz with x (N,H,W,3) uint8 and y (N,)"
+    )
     parser.add_argument("--out", type=output_folder, required=True, help="run folder")
-    parser.add_argument("--warm-start", metavar="MODEL", help="file to start from")
+    parser.add_argument("--warm-start", type=input_path, metavar="MODEL", help="file to start from")
     often = {"save_every": 200, "grid_every": 1000}
     add_loop_options(parser, iterations=30000, batch_size=32, lr=1e-3, **often)
     add_loop_options(

@@ -14,6 +14,7 @@ import sample_diffusion
 from tests.helpers.commands import ROOT
 from tinydm.quant.core.settings import preset
 from tinydm.scripts import configuration_reference
+from tinydm.scripts.common import files, schema
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.schema import read_yaml
 from tinydm.scripts.experiment import cli
@@ -212,6 +213,19 @@ def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
         load_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
+
+
+def test_reading_a_configuration_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another kind may hold millions of values, each of which takes a while."""
+    monkeypatch.setattr(schema, "MOST_VALUES", 50)
+    numbers = ", ".join(["1"] * 50)
+    assert "not YAML: more than 50 values" in error_of(TEXT, f"sampling.classes=[{numbers}]")
+    monkeypatch.setattr(files, "LARGEST_TEXT", 1 << 20)
+    with open(tmp_path / "x.yaml", "w") as file:
+        file.write(TEXT)
+        file.truncate((1 << 20) + 1)
+    with pytest.raises(ConfigError, match=r"x.yaml: cannot be read \(larger than 1 MiB\)"):
+        load_config(tmp_path / "x.yaml")
 
 
 @pytest.mark.slow

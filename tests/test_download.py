@@ -16,11 +16,13 @@ from tests.helpers.narrow import MODEL
 from tests.helpers.web import Web, serving
 from tinydm.models.checkpoint_files import CheckpointError
 from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.models.hub_names import is_hub_id, no_path
 from tinydm.scripts import download
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.experiment import downloads
 from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.config import Override, load_config
+from tinydm.scripts.experiment.folder_config import config_of_folder
 
 
 @pytest.fixture
@@ -313,9 +315,37 @@ def test_a_full_disk_keeps_what_has_arrived(
 
 
 def test_models_of_the_hub_are_recognised() -> None:
-    assert downloads.is_hub_id("google/ddpm-cifar10-32")
+    assert is_hub_id("google/ddpm-cifar10-32")
     for path in ("model", "a/b/c", "a/model.ckpt", "/a/b", "../b", "a/b.safetensors", "a b/c"):
-        assert not downloads.is_hub_id(path)
+        assert not is_hub_id(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "./google/x",
+        "google/x/",
+        "https://huggingface.co/google/x",
+        "hf.co/google/x",
+        "hf://google/x",
+    ],
+)
+def test_other_spellings_of_a_model_of_the_hub(tmp_path: Path, text: str) -> None:
+    """As a shell completes the name, or as a browser shows it: the configuration's address is none
+    of theirs."""
+    config = configured(tmp_path, "https://example.invalid/model.ckpt")
+    loaded = load_config(config, [Override("model.checkpoint", text, "--ckpt")])
+    for fetching in (lambda: fetch(config, "--ckpt", text), lambda: assemble(loaded)):
+        with pytest.raises(CheckpointError, match=r"OWNER/NAME: --ckpt google/x$"):
+            fetching()
+    with pytest.raises(CheckpointError, match=r"OWNER/NAME: --ckpt google/x$"):
+        config_of_folder([f"model.checkpoint={text}"])
+
+
+def test_revisions_of_a_model_of_the_hub() -> None:
+    for text in ("google/x@v1.0", "https://huggingface.co/google/x/tree/v1.0"):
+        assert "hf download google/x --revision v1.0 --local-dir FOLDER" in str(no_path(text))
+    assert no_path("models/x.ckpt") is no_path("../a/b") is no_path("a/b/c") is None
 
 
 def test_a_model_of_the_hub_needs_its_library(tmp_path: Path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ python -m pytest tests/test_odd_paths.py
 """
 
 import os
+import re
 import signal
 import stat
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import calibrate
 import sample_diffusion
 from tests.helpers import forks
 from tests.helpers.images import write_images
-from tinydm.scripts import evaluate, report, train_ddim, train_ldm
+from tinydm.scripts import compare, evaluate, report, train_ddim, train_ldm
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import check_output, write_text
 
@@ -103,6 +104,41 @@ def test_names_of_no_file(tmp_path: Path, option: str, name: str) -> None:
     images = write_images(tmp_path / "images", 2, 0)
     line = only_line(run(evaluate.main, images, images, option, name))
     assert f"argument {option}: '{name}' is no name of a file" in line
+
+
+def test_too_long_a_name_is_told_before_the_work(tmp_path: Path) -> None:
+    """What is written has a longer name until it is whole."""
+    for name in ("x" * 300 + ".json", "x" * 245 + ".json"):
+        line = only_line(run(evaluate.main, "no images", "none", "--json", tmp_path / name))
+        assert "File name too long; give another name" in line
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-stats"])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, option: str) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    line = only_line(run(evaluate.main, images, images, option, tmp_path / "mine.yaml"))
+    assert re.search(r"mine.yaml: must end in .(json|npz);", line)
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (train_ddim.main, ["--data", "", "--out", "x"]),
+        (train_ldm.main, ["--config", "x.yaml", "--data", "", "--out", "x"]),
+        (evaluate.main, ["", "images", "--metrics", "none"]),
+        (evaluate.main, ["images", "images", "--paired", ""]),
+        (compare.main, ["--run", "", "--full", "a", "--quantized", "b"]),
+        (report.main, [""]),
+    ],
+)
+def test_a_variable_that_is_not_set_is_not_the_folder_of_today(
+    tmp_path: Path, main: Callable, arguments: list[str]
+) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    fork = forks.run(main, *arguments, before=lambda: os.chdir(images))
+    assert "'' is no name of a file or folder" in only_line(fork)
 
 
 @pytest.mark.parametrize("below", ["", "below/it"])

@@ -73,6 +73,8 @@ def test_a_phone_shows_everything_or_says_that_there_is_more(home: Path, page: P
     assert summary.count("<table") == summary.count('<table class="facts"') == 2
     rule = page.style.replace("\n", " ")
     assert re.search(r"table\.facts t[hd][^}]*white-space: normal", rule)
+    assert re.search(r"table\.facts td:last-child[^}]*overflow-wrap: anywhere", rule)  # digests
+    assert re.search(r"pre \{[^}]*white-space: pre-wrap", rule)  # the configuration
     assert re.search(r"\.wide \{[^}]*overflow-x: auto;[^}]*local,[^}]*scroll;", rule)
     assert "(s)" not in page.text["summary"] and "(MB)" not in page.text["summary"]
     assert "Size (MiB)" in page.text["summary"] and "FID" not in summary  # nobody measured it

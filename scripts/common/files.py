@@ -1,5 +1,6 @@
 """Files that are whole or absent: everything is written under a temporary name, then renamed."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -17,11 +18,16 @@ import torch
 
 from .errors import ConfigError
 
+LARGEST_TEXT = 1 << 24  # bytes: a hundred thousand prompts are fewer
 STALE_SECONDS = 3600  # after that a temporary of another machine has no writer any more
 
 
 def _host() -> str:
     return re.sub(r"[^\w-]", "_", socket.gethostname()) or "host"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -38,7 +44,7 @@ def atomic(path: str | Path, make_folder: bool = True) -> Iterator[Path]:
     check_output(path)
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as handle:
@@ -161,6 +167,8 @@ def read_text(path: str | Path) -> str:
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ConfigError(f"{path}: cannot be read (is no file)")
+        if os.path.exists(path) and os.path.getsize(path) > LARGEST_TEXT:
+            raise ConfigError(f"{path}: cannot be read (larger than {LARGEST_TEXT >> 20} MiB)")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
@@ -174,6 +182,11 @@ def check_output(path: str | Path) -> str:
     if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
     _check_folders(path, Path(path).parents)
+    try:
+        os.lstat(_temporary(Path(path)))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{path}: {error.strerror}; give another name") from error
     return str(path)
 
 

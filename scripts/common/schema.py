@@ -27,6 +27,7 @@ Where = Callable[[Key], str]  # where a key was written: "configs/x.yaml:12"
 WHOLE, REAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 MAXIMAL_DEPTH = 20
+MOST_VALUES = 100_000  # prompts among them; reading takes seconds then
 LARGEST_WHOLE = 2**63
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
@@ -52,7 +53,13 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads decimal numbers alone, 1e-4 among them; no aliases."""
 
+    values = 0
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        self.values += 1
+        if self.values > MOST_VALUES:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES} values", mark)
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)

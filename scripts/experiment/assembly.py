@@ -20,6 +20,7 @@ from ...models.diffusers_folder import scheduler_says
 from ...models.diffusers_loading import DiffusersFolder
 from ...models.diffusers_pipeline import DiffusersPipeline
 from ...models.dit_original import OriginalDiT
+from ...models.hub_names import is_hub_id, no_path
 from ...models.pipeline import DIFFUSERS, Pipeline, build_denoiser, build_pipeline
 from ...quant.backends.full_precision import to_fast_float
 from ...quant.backends.native import Compiled
@@ -32,7 +33,7 @@ from ..common.schema import printable
 from .bundle import CONDITIONING, FIRST_STAGE, bundle_of, unpacked
 from .config import Config, parse_config, repository_path
 from .config_sections import ConditioningConfig
-from .downloads import hub_folder, is_hub_id
+from .downloads import hub_folder
 from .precision import PRECISIONS, in_precision
 
 BACKENDS = ("fake", "int8")
@@ -114,7 +115,8 @@ def _folder_of(config: Config) -> DiffusersFolder:
         if decoder is not None and repository_path(decoder).exists():
             decoder = str(repository_path(decoder))
         return OriginalDiT.open(path, config.model.weights, decoder)
-    if not path.exists() and config.model.url is not None:
+    by_path = no_path(config.model.checkpoint) is None and not is_hub_id(config.model.checkpoint)
+    if not path.exists() and config.model.url is not None and by_path:
         raise CheckpointError(
             f"{path}: no such file; download it from {config.model.url} (scripts/download.py does)"
         )
@@ -395,11 +397,9 @@ class _Files:
         if is_hub_id(text):
             return hub_folder(text)
         url = self.config.model.url
-        if url and name == "checkpoint":
+        if url and name == "checkpoint" and no_path(text) is None:
             raise CheckpointError(
                 f"{text}: no such file; download it from {url} (scripts/download.py does), or name "
                 "yours with --ckpt FILE"
             )
-        if "://" in text:
-            raise CheckpointError(f"{text}: is an address; download it and name the file")
-        raise CheckpointError(f"{text}: no such file; check the path")
+        raise no_path(text) or CheckpointError(f"{text}: no such file; check the path")

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -232,9 +233,25 @@ def add_out(parser: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def output_file(text: str) -> str:
-    """The type of options that name a file to be written, looked at before any work is done."""
-    return _checked(check_output, text)
+def input_path(text: str) -> str:
+    """The type of options that name what is read: a variable of a shell that is not set does not
+    stand for the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no name of a file or folder")
+    return text
+
+
+def output_file(ending: str) -> Callable[[str], str]:
+    """The type of options that name a file to be written, looked at before any work is done. One of
+    another ending, a configuration for example, is hardly meant to be replaced."""
+
+    def check(text: str) -> str:
+        check_output(text)
+        if not text.endswith(ending):
+            raise ConfigError(f"{text}: must end in {ending}")
+        return text
+
+    return partial(_checked, check)
 
 
 def output_folder(text: str) -> str:

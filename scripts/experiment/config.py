@@ -20,7 +20,7 @@ from ...quant.core.settings import METHODS, QUALITIES, QuantSettings, WeightSett
 from ..common.errors import ConfigError
 from ..common.files import read_text
 from ..common.paths import ROOT
-from ..common.schema import Key, Tree, build, read_value, read_yaml, suggestion
+from ..common.schema import Key, Tree, build, printable, read_value, read_yaml, suggestion
 from . import device_defaults
 from .config_sections import OF_DIFFUSERS, Config, check_config
 
@@ -181,7 +181,8 @@ def _checked_method(tree: Tree) -> str:
     method = _method(tree)
     if method not in METHODS:
         where, known = tree.where(("quant", "method")), suggestion(str(method), METHODS)
-        raise ConfigError(f"{where}: quant.method is {method!r}, which is unknown{known}")
+        shown = printable(repr(method))
+        raise ConfigError(f"{where}: quant.method is {shown}, which is unknown{known}")
     return method
 
 

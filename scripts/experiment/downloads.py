@@ -32,8 +32,6 @@ WAIT = 2.0  # seconds before the second attempt, twice as long before each furth
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be other ones soon
 BLOCK_BYTES = 1 << 20
 DIGESTS = {"sha256": 64, "md5": 32}  # kind -> hexadecimal digits
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-OF_FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".zip", ".gguf", ".yaml", ".npz")
 HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 HUB_FILES_OF_TORCH = ["*.json", "*.txt", "*.bin"]
 
@@ -211,11 +209,6 @@ def _may_pass(error: Exception) -> bool:
 
 
 # ---- the Hugging Face hub ----
-
-
-def is_hub_id(text: str) -> bool:
-    """OWNER/NAME, as the hub names its models; a path of a file of weights is none."""
-    return HUB_ID.fullmatch(text) is not None and not text.lower().endswith(OF_FILES)
 
 
 def hub_folder(name: str) -> Path:
