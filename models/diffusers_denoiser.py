@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .checkpoint_files import CheckpointError, failure, printable
 from .ops import MatMul, after_softmax
@@ -32,6 +33,7 @@ DENOISERS = {
     "PixArtTransformer2DModel": ("hidden_states", ("pos_embed.proj",), ("proj_out",)),
 }
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+LARGE = 1 << 28  # parameters, above which gradients are made of few kept values
 NESTED = "."  # added_cond_kwargs.text_embeds: a tensor of a dict that is an argument
 NO_DIFFUSERS = "this folder needs diffusers: pip install diffusers accelerate transformers"
 
@@ -107,6 +109,16 @@ def _expose_products(model: nn.Module) -> None:
             module.set_processor(ProductAttention())
 
 
+def _recomputed(module: Any, *args: Any) -> Any:
+    """module(*args), which keeps nothing for its gradients but the arguments and computes the rest
+    again. Nothing is drawn at random in it."""
+    seen = (*module.parameters(), *args)
+    learns = any(isinstance(v, torch.Tensor) and v.requires_grad for v in seen)
+    if torch.compiler.is_compiling() or not learns:
+        return module(*args)
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class DiffusersDenoiser(nn.Module):
     """A denoiser of diffusers, `model`, called as all others are here.
 
@@ -121,6 +133,8 @@ class DiffusersDenoiser(nn.Module):
         super().__init__()
         _expose_products(model)
         self.model = model
+        if sum(p.numel() for p in model.parameters()) > LARGE:
+            self.model.enable_gradient_checkpointing(_recomputed)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         t = t.to(x.device, non_blocking=True)

@@ -186,7 +186,9 @@ def test_a_missing_tokenizer_gets_one_line(
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: sample_diffusion.main(arguments))
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.startswith("error: model.conditioning: no text tower")
+    assert caught.value.code == 2
+    assert error.startswith("error: model.conditioning.tokenizer: ")
+    assert "no vocabulary of CLIP; docs/checkpoints.md tells where to get it" in error
     assert error.count("\n") == 1 and not (tmp_path / "images").exists()
 
 

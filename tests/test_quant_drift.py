@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tinydm.quant.calibration.drift import CallRecorder, DriftFit, step_coefficients
+from tinydm.quant.calibration.drift import Call, CallRecorder, DriftFit, step_coefficients
 from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.runtime.correction import OutputCorrection
 
@@ -80,6 +80,18 @@ def test_scaled_and_shifted_outputs_are_put_right() -> None:
     assert torch.allclose(correction.mu[first], shift.view(1, 2).expand(4, 2), atol=1e-4)
     assert correction.k[0].eq(0).all() and correction.mu[0].eq(0).all()
     assert correction.noise_scale(500, 0.7, 1.0) == 0.7
+
+
+def test_a_gain_that_is_cut_has_the_offset_that_fits_it() -> None:
+    """Where the output's mean is far from 0, the offset of the uncut gain would be far off."""
+    context, made = TimestepContext([100, 500], 1000), torch.Generator().manual_seed(4)
+    x, noise = torch.randn(2, 6, 2, 8, 8, generator=made)
+    eps = 3 + 0.1 * noise
+    calls = [Call(500, x, eps), Call(100, A * x + B * eps, eps)]
+    fit = DriftFit(context, calls)
+    wrong = 3 + 0.05 * noise  # half of what varies: twice the gain is cut to a tenth more
+    right = fit(x, torch.full((6,), 500), wrong)
+    assert float((right - eps).mean().abs()) < 1e-3
 
 
 def test_the_tables_do_what_the_fit_did() -> None:

@@ -129,6 +129,29 @@ def test_more_groups_never_raise_the_error() -> None:
     assert costs[3] < 0.6 * costs[0]
 
 
+def test_candidates_are_close_to_each_other_however_far_ranges_reach() -> None:
+    """States that grow along the trajectory leave the small ones no coarser a choice."""
+    _, high = candidate_ranges(statistics_of([1.0, 1.0, 30.0]), False, True)
+    assert 1.1 < float((high[1:] / high[:-1]).max()) < 1.14
+    _, alike = candidate_ranges(statistics_of([1.0, 1.0, 1.0]), False, True)
+    assert len(alike) == 20
+
+
+def test_ranges_of_many_bits_follow_states_that_grow() -> None:
+    context = TimestepContext([0, 1, 2, 3], 1000)
+    quantizer = LearnedQuantizer(context, 16, False, False)
+    largest = torch.tensor([1000.0, 300.0, 8.0, 5.0])
+    assign(
+        quantizer, Statistics(largest[:, None], -largest, largest, torch.ones(4)), 8, "none", "mse"
+    )
+    assert quantizer.group_of_timestep.tolist() == [0, 0, 1, 1]
+    x = torch.linspace(-5, 5, 500)[None]
+    context.set(torch.tensor([3]))
+    assert float((quantizer(x).detach() - x).abs().max()) < 5e-4
+    assign(quantizer, statistics_of([4.0, 3.0, 3.0, 1.0]), 8, "none", "mse")
+    assert quantizer.groups == 1
+
+
 @pytest.mark.parametrize("scale", ["mse", "minmax", "percentile"])
 @pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "unsigned"])
 def test_ranges_of_dead_and_constant_activations_are_finite(scale: str, kind: str) -> None:

@@ -50,6 +50,21 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
             assert torch.equal(q.log_scale, before[name])
 
 
+def test_ranges_of_many_bits_are_not_searched() -> None:
+    """They may have groups where states grow, which codes enough leave as they are."""
+    denoiser = Toy()
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=8, activation=6))
+    wide = dict(activation_quantizers(model))["denoiser.second.inputs.0"]
+    wide.bits, wide.group_error = 16, None
+    group = torch.arange(len(STEPS)) % 2
+    wide.set_ranges(-torch.tensor([1.0, 40.0]), torch.tensor([1.0, 40.0]), group)
+    before = wide.log_scale.detach().clone()
+    settings = SearchSettings(rounds=2, batch_size=4)
+    search(model, states, settings, torch.Generator(), *[torch.ones(len(STEPS))] * 2)
+    assert torch.equal(wide.log_scale, before) and torch.equal(wide.group_of_timestep, group)
+
+
 def test_search_repairs_a_wrong_group() -> None:
     """One timestep starts in the group of the small range: the loss takes it to the other."""
     denoiser = Toy()

@@ -92,9 +92,10 @@ class DriftFit:
         left = rows @ rows.mT / rows.shape[2]  # (C, 2, 2)
         left.diagonal(dim1=1, dim2=2).add_(RIDGE)
         right = (rows * lacks[:, None]).mean(2)
-        gain, offset = torch.linalg.solve(left, right).unbind(1)
+        gain, _ = torch.linalg.solve(left, right).unbind(1)
         # Late steps move the state so little that all of the drift would be too much for one.
         gain = gain.clamp(-LARGEST_GAIN, LARGEST_GAIN)
+        offset = (right[:, 1] - left[:, 1, 0] * gain) / left[:, 1, 1]  # the best one beside it
         self.scale[b, :channels], self.offset[b, :channels] = 1 + gain.cpu(), offset.cpu()
 
     def correction(self) -> OutputCorrection:

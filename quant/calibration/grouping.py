@@ -7,6 +7,8 @@ under every candidate range turns it into a shortest path (contiguous groups) fo
 Legend: S calibrated timesteps, C candidate ranges, G groups, N sampled values.
 """
 
+import math
+
 import torch
 
 from ..core.affine import range_to_scale
@@ -15,10 +17,13 @@ from .statistics import Statistics
 
 TOLERATED_LOSS = 0.01  # of a tensor's error, that groups which are left out may cost
 HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
+SHARED_RANGE = 16.0  # timesteps whose extremes differ by more do not share one of these ranges
+FEWEST_CANDIDATES, MOST_CANDIDATES = 20, 40  # of the lowest and of the highest value each
+CANDIDATE_STEP = 1.13  # factor from one to the next, as far as the number of them allows
 
 
 def candidate_ranges(
-    stats: Statistics, symmetric: bool, unsigned: bool, count: int = 20
+    stats: Statistics, symmetric: bool, unsigned: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidate (low, high), each (C,): a grid between the tightest and the widest timestep."""
 
@@ -29,6 +34,8 @@ def candidate_ranges(
         if top <= 0:
             return torch.zeros(1)
         bottom = torch.maximum(magnitude.min() * 0.3, top * 1e-3)
+        steps = 1 + math.ceil(math.log(float(top / bottom)) / math.log(CANDIDATE_STEP))
+        count = min(max(steps, FEWEST_CANDIDATES), MOST_CANDIDATES)
         return torch.logspace(float(bottom.log10()), float(top.log10()), count)
 
     low, high = stats.low.clamp(max=0), stats.high.clamp(min=0)
@@ -142,6 +149,17 @@ def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torc
     return group_of_timestep, candidates
 
 
+def _wide_ranges(stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds (G,) of ranges around 0 and the group of each timestep (S,). All timesteps share one
+    range but where states grow along the trajectory until small ones would have few codes left."""
+    largest = torch.maximum(-stats.low, stats.high).clamp(min=1e-6)
+    level = ((largest.max() / largest).log() / math.log(SHARED_RANGE)).floor()
+    _, group_of_timestep = level.unique(return_inverse=True)
+    groups = range(int(group_of_timestep.max()) + 1)
+    bound = torch.stack([largest[group_of_timestep == g].max() for g in groups])
+    return HEADROOM * bound, group_of_timestep
+
+
 def assign(
     quantizer: LearnedQuantizer,
     stats: Statistics,
@@ -159,9 +177,9 @@ def assign(
     uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
     goes on from there). scale: mse | minmax (without a search of the clipping).
     """
-    if quantizer.bits > 8:  # codes abound: one range with room to spare, so that nothing clips
-        bound = HEADROOM * torch.maximum(-stats.low.min(), stats.high.max()).clamp(min=1e-6)[None]
-        quantizer.set_ranges(-bound, bound, torch.zeros(len(stats.low)))
+    if quantizer.bits > 8:  # codes abound: ranges with room to spare, so that nothing clips
+        bound, group_of_timestep = _wide_ranges(stats)
+        quantizer.set_ranges(-bound, bound, group_of_timestep)
         return
     if scale == "minmax":
         low, high = stats.low, stats.high

@@ -26,7 +26,7 @@ from .wrapping import activation_quantizers
 
 LOGITS_PER_EXCESS, LOWEST_LOGIT = 10.0, 4.0
 SMALLEST_ERROR, SMALLEST_SHARE = 1e-20, 1e-6
-MOST_GROUPED_BITS = 8  # bits; the inputs of the first and last layer have more, and no groups
+MOST_SEARCHED_BITS = 8  # the inputs of the first and last layer have more, and codes abound
 
 
 @dataclass
@@ -115,9 +115,8 @@ def search(
     arguments and equal models, and share the parts of a round. Raises DivergenceError.
     """
     team = team or Alone()
-    every = [q for _, q in activation_quantizers(model)]
-    quantizers = [q for q in every if q.groups > 1]
-    of_groups = [q for q in every if q.bits <= MOST_GROUPED_BITS]
+    of_groups = [q for _, q in activation_quantizers(model) if q.bits <= MOST_SEARCHED_BITS]
+    quantizers = [q for q in of_groups if q.groups > 1]
     learned = quantizers or of_groups  # those that would have more groups, were there more
     selector = ActiveSelector(importance, settings.exploration, settings.error_weight)
     selector.error = first_errors.clone()

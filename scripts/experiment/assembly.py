@@ -282,7 +282,9 @@ def _embedder(
     if isinstance(found, ClassEmbedder):
         return found
     texts = (*(conditioning.prompts or ()), "")
-    tokens = _or_no_tower(lambda: tokenize(texts, conditioning.tokenizer))
+    missing = f"model.conditioning.tokenizer: {conditioning.tokenizer} gives no vocabulary of CLIP"
+    told = f"{missing}; docs/checkpoints.md tells where to get it"
+    tokens = _or_refused(lambda: tokenize(texts, conditioning.tokenizer), told)
     with torch.no_grad():
         return PromptTable(torch.cat([found(row) for row in tokens.split(1)]))
 
@@ -297,18 +299,18 @@ def _conditioning(
         _fill(embedder, state, prefix, source)
         return embedder
     params = {**VIT_L_14, **conditioning.text_params}
-    tower = _or_no_tower(lambda: CLIPTextTower(params).eval())
+    tower = _or_refused(lambda: CLIPTextTower(params).eval(), "model.conditioning: no text tower")
     chosen = state if prefix is None else checkpoints.select(state, prefix, source)
     checkpoints.load_into(tower, tower.completed(chosen), source)
     return tower
 
 
-def _or_no_tower(make: Callable[[], Any]) -> Any:
+def _or_refused(make: Callable[[], Any], told: str) -> Any:
     try:
         return make()
     except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
         reason = printable(error, 300)
-        raise ConfigError(f"model.conditioning: no text tower: {reason}") from error
+        raise ConfigError(f"{told}: {reason}") from error
 
 
 def _found_scale_factor(

@@ -7,6 +7,7 @@ import torch
 
 from ....models.protocols import roles_of
 from ..end_to_end import finetune as learn_end_to_end
+from ..parking import parked
 from ..reconstruct import HELD_OUT_SHARE, unit_names
 from ..reconstruct import reconstruct as learn_units
 from ..task import Job
@@ -110,21 +111,22 @@ def finetune(job: Job) -> dict[str, Any] | None:
     job.progress.begin("end-to-end steps", iterations)
     for _ in losses:
         job.progress.step("")
-    learn_end_to_end(
-        job.model,
-        job.states,
-        job.tuples,
-        iterations,
-        settings.finetune_batch_size,
-        settings.lr_scale,
-        job.generator("finetune"),
-        on_iteration,
-        job.importance if settings.weigh_steps else None,
-        on_checkpoint,
-        partial.get("progress"),
-        settings.accumulate,
-        job.team,
-    )
+    with parked(job.denoiser):  # the states hold its outputs
+        learn_end_to_end(
+            job.model,
+            job.states,
+            job.tuples,
+            iterations,
+            settings.finetune_batch_size,
+            settings.lr_scale,
+            job.generator("finetune"),
+            on_iteration,
+            job.importance if settings.weigh_steps else None,
+            on_checkpoint,
+            partial.get("progress"),
+            settings.accumulate,
+            job.team,
+        )
     job.progress.end()
     tenth = max(1, len(losses) // 10)
     return {

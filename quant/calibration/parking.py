@@ -1,0 +1,37 @@
+"""The weights of a module in a file, while nothing needs them and others need the memory."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+LARGE = 1 << 30  # bytes of weights, below which the memory is not worth the way to a file and back
+
+
+@contextmanager
+def parked(module: nn.Module) -> Iterator[None]:
+    """Within it the parameters of a large module are empty; afterwards they are as before.
+
+    The file has no name, so that nothing of it stays, whatever ends the process. Without room for
+    it the weights stay where they are.
+    """
+    values = list(module.parameters())
+    if sum(value.nbytes for value in values) < LARGE:
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        try:
+            torch.save([value.data for value in values], file)
+        except (OSError, RuntimeError):  # PyTorch's word for a full disk is the latter
+            yield
+            return
+        for value in values:
+            value.data = value.data.new_empty(0)
+        try:
+            yield
+        finally:
+            file.seek(0)
+            for value, kept in zip(values, torch.load(file, weights_only=True), strict=True):
+                value.data = kept
