@@ -20,7 +20,7 @@ import os, runpy, sys
 class Stop:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_NUM_THREADS"))
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_NUM_THREADS"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Stop())
 sys.path[0] = os.path.dirname(sys.argv[1])
