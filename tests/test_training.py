@@ -88,7 +88,7 @@ def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values",
     [{"iterations": 0}, {"minutes": 0.0}, {"save_every": 0}, {"grid_every": -1}, {"lr": 0.0}]
-    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}]
+    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}, {"warmup": -1}]
     + [{"batch_size": 10**20}, {"seed": 2**64}, {"seed": -(2**64)}],
 )
 def test_settings_of_no_training_are_refused(values: dict) -> None:
@@ -102,6 +102,9 @@ def test_a_refused_option_has_its_own_name(data: Path, tmp_path: Path, capsys) -
     arguments += ["--out", tmp_path / "run", "--first-stage-iterations", 0]
     assert command(*arguments) == 2
     assert "--first-stage-iterations: must be at least 1" in capsys.readouterr().err
+    arguments[-1:] = [5, "--warm-start", tmp_path / "model.pt"]
+    assert command(*arguments) == 2
+    assert "--first-stage-iterations: --warm-start keeps the first" in capsys.readouterr().err
 
 
 def test_images_are_read_as_they_are_seen(tmp_path: Path) -> None:
