@@ -203,9 +203,7 @@ def check_config(config: Config, where: Where) -> None:
         refuse("sampler.eta", f"is of DDIM; {sampler.name} is always as eta 1, leave it out")
     never = sampler.name in ("plms", "ldm_ddim")
     if never and sampler.clip_denoised and where(("sampler", "clip_denoised")).startswith("--"):
-        refuse(
-            "sampler.clip_denoised", f"changes nothing: {sampler.name} never clips; leave it out"
-        )
+        refuse("sampler.clip_denoised", f"is not for {sampler.name}, which never clips")
     if model.scale_factor is not None and model.first_stage is None:
         refuse("model.scale_factor", "is of latents: it needs model.first_stage")
     if sampler.guidance_scale is None:
