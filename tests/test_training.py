@@ -87,7 +87,14 @@ def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"iterations": 0}, {"minutes": 0.0}, {"save_every": 0}, {"grid_every": -1}, {"lr": 0.0}]
+    [
+        {"iterations": 0},
+        {"minutes": 0.0},
+        {"minutes": float("inf")},
+        {"save_every": 0},
+        {"grid_every": -1},
+        {"lr": 0.0},
+    ]
     + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}, {"warmup": -1}]
     + [{"batch_size": 10**20}, {"seed": 2**64}, {"seed": -(2**64)}],
 )
