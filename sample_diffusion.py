@@ -18,6 +18,7 @@ from tinydm.scripts.start import run  # first: it watches over the imports below
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,7 +43,13 @@ from tinydm.scripts.experiment.cli import (
     add_out,
     make_parser,
 )
-from tinydm.scripts.experiment.config import Config, keep_written, load_config, parse_config
+from tinydm.scripts.experiment.config import (
+    Config,
+    Override,
+    keep_written,
+    load_config,
+    parse_config,
+)
 from tinydm.scripts.experiment.device_defaults import SAMPLED, device_memory
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.folder_config import config_of_folder
@@ -109,6 +116,14 @@ def check_paths(args: argparse.Namespace, folder: Path) -> None:
         raise ConfigError(f"--grid {args.grid}: must not lie among the images")
 
 
+def idle_notes(overrides: Sequence[str | Override]) -> list[str]:
+    """A line for each kind of key that was given and is of calibrations alone."""
+    keys = [o.key if isinstance(o, Override) else o for o in overrides]
+    kinds = {"quant.": "quant.*", "calibration.": "calibration.*", "model.bundle": "model.bundle"}
+    given = [name for start, name in kinds.items() if any(k.startswith(start) for k in keys)]
+    return [f"note: {name} changes nothing here; calibrate.py uses it" for name in given]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     rank, world = rank_and_world()
@@ -140,8 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         said = simulated_note(assembly.denoiser), precision_note(assembly.denoiser)
         notes = [note for note in said if note is not None]
-        if any(str(getattr(o, "key", o)).startswith("quant.") for o in args.overrides):
-            notes.append("note: quant.* changes nothing here; calibrate.py uses it")
+        notes += idle_notes(args.overrides)
         note = slow_backend(args)
         if note is not None:
             notes.append(note)

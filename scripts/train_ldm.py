@@ -96,7 +96,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_loop_options(
         parser, FIRST_STAGE, iterations=8000, batch_size=8, lr=2e-3, warmup=50, ema=0.99, **often
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if args.warm_start and name.startswith(FIRST_STAGE) and value != parser.get_default(name):
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: --warm-start keeps the first stage as it is; leave it out")
+    return args
 
 
 def read_labels(source: str, count: int, classes: int) -> torch.Tensor:

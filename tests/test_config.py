@@ -141,6 +141,9 @@ def test_ptq4dm_learns_its_rounding_below_8_bits() -> None:
         ("ddim_unet", "ddim_unte", "model.arch is 'ddim_unte', which is unknown (did you mean"),
         ("name: ddim\n", "name: ddmi\n", "x.yaml:7: sampler.name is 'ddmi', which is unknown"),
         ("name: ddim\n", "name: guided_ddpm\n", "sampler.name guided_ddpm does not fit ddim_unet"),
+        ("name: ddim\n", "name: ddpm\n", None),
+        ("eta: 0", "eta: 0.5", None),
+        ("  arch: ddim", "  scale_factor: 0.18\n  arch: ddim", "it needs model.first_stage"),
         ("steps: 10", "steps: 10\n  steps: 11", "x.yaml:9: key sampler.steps is there twice"),
         ("quant:", "quant: &q", None),
         ("weight: {bits: 4}", "<<: *q", "x.yaml:11: not YAML: aliases are not supported"),
@@ -176,10 +179,19 @@ def test_not_a_configuration(text: str) -> None:
         ("sampling=3", "--set sampling: sampling must be a section, is 3"),
         ("sampler={stps: 3}", "--set sampler: unknown key sampler.stps"),
         ("sampler.steps=[1", "not YAML"),
+        ("sampler={name: ddpm, eta: 0.5}", "sampler.eta is of DDIM; ddpm is always as eta 1"),
     ],
 )
 def test_refused_overrides(pair: str, message: str) -> None:
     assert message in error_of(TEXT, pair)
+
+
+def test_clipping_that_a_sampler_never_does_is_refused_where_it_is_asked_for() -> None:
+    """In a file it may be of the sampler that the command line has replaced."""
+    written = TEXT.replace("eta: 0", "clip_denoised: true")
+    parse_config(written, "x.yaml", ["sampler.name=plms"])
+    told = error_of(TEXT, "sampler.name=plms", "sampler.clip_denoised=true")
+    assert "--set sampler.clip_denoised: sampler.clip_denoised is not for plms" in told
 
 
 def test_overrides_are_yaml_and_the_last_wins() -> None:
@@ -302,6 +314,22 @@ def test_the_method_has_a_short_form() -> None:
     args = parser.parse_args(["--config", "x.yaml", "--method", "gptq"])
     with pytest.raises(ConfigError, match="--method: quant.method is 'gptq', which is unknown"):
         parse_config(TEXT, "x.yaml", args.overrides)
+
+
+@pytest.mark.parametrize("word", ["--config=--", "--set=--", "-c--", "--device=--", "--classes=--"])
+def test_two_dashes_are_no_value(word: str, capsys: pytest.CaptureFixture) -> None:
+    """argparse makes an empty list of them, which no option expects."""
+    with pytest.raises(SystemExit) as ended:
+        sample_diffusion.parse_arguments(["--out", "x", word])
+    assert ended.value.code == 2 and f"error: {word}: '--' is no value" in capsys.readouterr().err
+
+
+def test_keys_of_calibrations_are_noted_where_images_are_made() -> None:
+    args = sample_diffusion.parse_arguments(
+        ["--out", "x", "--wq", "8", "--set", "calibration.seed=1", "model.bundle=true", "name=x"]
+    )
+    notes = sample_diffusion.idle_notes(args.overrides)
+    assert [note.split()[1] for note in notes] == ["quant.*", "calibration.*", "model.bundle"]
 
 
 def test_help_leaves_out_what_changes_nothing(capsys: pytest.CaptureFixture) -> None:

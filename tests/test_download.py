@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.commands import ROOT
 from tests.helpers.narrow import MODEL
 from tests.helpers.web import Web, serving
 from tinydm.models.checkpoint_files import CheckpointError
@@ -136,6 +137,17 @@ def test_published_digests_are_compared(web: Web, whole: bytes, tmp_path: Path) 
     for wrong in ("crc:12", hashlib.sha256(whole).hexdigest(), "md5:", ":", ""):
         config = configured(tmp_path, web.url("/model.ckpt"), digest=wrong)
         assert "must be sha256:HEX or md5:HEX" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("cifar10", "md5:1fa350b952534ae442b1d5235cce5cd3"),
+        ("sd_v1", "sha256:fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
+    ],
+)
+def test_digests_are_pinned_where_they_are_published(name: str, digest: str) -> None:
+    assert load_config(ROOT / f"configs/{name}.yaml").model.digest == digest
 
 
 def test_only_the_web_is_fetched(web: Web, whole: bytes, tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def test_conditioning_is_classes_or_texts() -> None:
     assert "needs n_classes and embed_dim, or prompts" in error_of({"n_classes": 4})
     assert "at least one text" in error_of({"prompts": []})
     assert "cannot be there beside" in error_of({"prompts": ["a"], "n_classes": 4})
+    for unread in ({"tokenizer": "folder"}, {"text_params": {"hidden_size": 8}}):
+        assert "is of prompts" in error_of({"n_classes": 4, "embed_dim": 8} | unread)
 
 
 def test_a_missing_tokenizer_gets_one_line(

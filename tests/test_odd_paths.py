@@ -113,6 +113,14 @@ def test_too_long_a_name_is_told_before_the_work(tmp_path: Path) -> None:
         assert "File name too long; give another name" in line
 
 
+def test_a_line_about_a_long_name_still_says_what_is_wrong() -> None:
+    for length in (240, 5000):
+        line = only_line(run(sample_diffusion.main, "--config", "none", "--out", "x" * length))
+        assert "File name too long; give another name" in line and len(line) < 600
+    line = only_line(run(sample_diffusion.main, "--config", "x" * 5000, "--out", "x"))
+    assert line.endswith("(File name too long)") and "xxx...xxx" in line
+
+
 @pytest.mark.parametrize("option", ["--json", "--save-stats"])
 def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, option: str) -> None:
     images = write_images(tmp_path / "images", 2, 0)

@@ -87,8 +87,15 @@ def test_other_data_does_not_continue_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"iterations": 0}, {"minutes": 0.0}, {"save_every": 0}, {"grid_every": -1}, {"lr": 0.0}]
-    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}]
+    [
+        {"iterations": 0},
+        {"minutes": 0.0},
+        {"minutes": float("inf")},
+        {"save_every": 0},
+        {"grid_every": -1},
+        {"lr": 0.0},
+    ]
+    + [{"batch_size": 0}, {"ema": 1.0}, {"lr": float("nan")}, {"warmup": -1}]
     + [{"batch_size": 10**20}, {"seed": 2**64}, {"seed": -(2**64)}],
 )
 def test_settings_of_no_training_are_refused(values: dict) -> None:
@@ -102,6 +109,9 @@ def test_a_refused_option_has_its_own_name(data: Path, tmp_path: Path, capsys) -
     arguments += ["--out", tmp_path / "run", "--first-stage-iterations", 0]
     assert command(*arguments) == 2
     assert "--first-stage-iterations: must be at least 1" in capsys.readouterr().err
+    arguments[-1:] = [5, "--warm-start", tmp_path / "model.pt"]
+    assert command(*arguments) == 2
+    assert "--first-stage-iterations: --warm-start keeps the first" in capsys.readouterr().err
 
 
 def test_images_are_read_as_they_are_seen(tmp_path: Path) -> None:
@@ -204,9 +214,13 @@ def test_train_ldm_writes_a_model_that_samples(data: Path) -> None:
     assert state["model.diffusion_model.out.2.weight"].dtype == torch.float16
     latents = torch.load(out / "latents.pt", weights_only=True)["latents"]
     assert float(state["scale_factor"]) == pytest.approx(1 / float(latents.std()), rel=1e-5)
-    before = model.read_bytes()
-    assert command(*arguments) == 0  # finished: nothing is trained again
-    assert model.read_bytes() == before
+    parts = [model, out / "denoiser" / "ema.pt", out / "first_stage" / "ema.pt"]
+    whole = [path.read_bytes() for path in parts]
+    for gone in ([], parts):
+        for path in gone:
+            path.unlink()
+        assert command(*arguments) == 0  # finished: nothing is trained again
+        assert [path.read_bytes() for path in parts] == whole
     images = data / "images"
     sample_diffusion.main(
         ["--config", str(data / "narrow.yaml"), "--ckpt", str(model), "--out", str(images)]

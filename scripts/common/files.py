@@ -19,6 +19,7 @@ import torch
 from .errors import ConfigError
 
 LARGEST_TEXT = 1 << 24  # bytes: a hundred thousand prompts are fewer
+BESIDE = ".identity.json.host.1234567.tmp"  # what a folder's name may be longer by
 STALE_SECONDS = 3600  # after that a temporary of another machine has no writer any more
 
 
@@ -182,12 +183,17 @@ def check_output(path: str | Path) -> str:
     if os.path.lexists(path) and (not os.path.isfile(path) or _is_of_the_system(path)):
         raise ConfigError(f"{path}: there is something else than a file; give another name")
     _check_folders(path, Path(path).parents)
+    _check_length(path, _temporary(Path(path)))
+    return str(path)
+
+
+def _check_length(path: str | Path, longest: str | Path) -> None:
+    """longest: of the names that `path` leads to."""
     try:
-        os.lstat(_temporary(Path(path)))
+        os.lstat(longest)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(f"{path}: {error.strerror}; give another name") from error
-    return str(path)
 
 
 def _is_of_the_system(path: str | Path) -> bool:
@@ -201,6 +207,7 @@ def check_folder(path: str | Path) -> str:
     if not str(path):
         raise ConfigError("'' is no name of a folder")
     _check_folders(path, (Path(path), *Path(path).parents))
+    _check_length(path, f"{path}{BESIDE}")
     return str(path)
 
 

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,13 @@ def printable(text: object, limit: int = 80) -> str:
     text = str(text).encode(errors="backslashreplace").decode()  # bytes of a path, not UTF-8
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def whole_line(text: object, limit: int = 2000) -> str:
+    """As printable, of a message whose end says what is wrong: too long a one loses its middle."""
+    line = printable(text, sys.maxsize)
+    half = limit // 2
+    return line if len(line) <= limit else f"{line[:half]}...{line[-half:]}"
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:

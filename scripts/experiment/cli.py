@@ -34,7 +34,7 @@ from ..common import signals
 from ..common.errors import ConfigError, ImageError, MetricError, RunError
 from ..common.files import check_folder, check_output, read_text, write_json
 from ..common.memory import keep_freed_memory
-from ..common.schema import printable
+from ..common.schema import whole_line
 from ..common.streams import unread_output_is_dropped
 from .config import Override
 
@@ -150,8 +150,15 @@ class _Elsewhere(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, without the usage."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if re.fullmatch(r"(--[\w-]+=|-\w)--", word):  # argparse takes it for a list of nothing
+                self.error(f"{word}: '--' is no value")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message, 500)}; see --help\n")
+        self.exit(2, f"error: {whole_line(message, 500)}; see --help\n")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -321,7 +328,7 @@ def print_any_text() -> None:
 def explain(error: Exception, again: str = "run it again", less: str | None = None) -> str | None:
     """One line for what the user can mend, None for a defect of the program. See run."""
     if isinstance(error, USER_ERRORS):
-        return printable(error, 2000)
+        return whole_line(error)
     if is_out_of_memory(error):
         smaller = "" if less is None else f"lower the batch size ({less}), "
         if isinstance(error, torch.OutOfMemoryError):
@@ -331,7 +338,7 @@ def explain(error: Exception, again: str = "run it again", less: str | None = No
         where = f"{error.filename}: " if error.filename is not None else ""
         what = f"{where}{error.strerror or error}"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return printable(what + (f"; make room, {again}" if full else ""), 2000)
+        return whole_line(what + (f"; make room, {again}" if full else ""))
     return None
 
 

@@ -199,6 +199,13 @@ def check_config(config: Config, where: Where) -> None:
             refuse("schedule", f"has {what} in an image at timestep {t}; other betas are needed")
     if sampler.eta > 0 and sampler.name in ("plms", "dpmpp"):
         refuse("sampler.eta", f"must be 0 for {sampler.name}, which adds no noise")
+    if 0 < sampler.eta < 1 and sampler.name in ("ddpm", "guided_ddpm"):
+        refuse("sampler.eta", f"is of DDIM; {sampler.name} is always as eta 1, leave it out")
+    never = sampler.name in ("plms", "ldm_ddim")
+    if never and sampler.clip_denoised and where(("sampler", "clip_denoised")).startswith("--"):
+        refuse("sampler.clip_denoised", f"is not for {sampler.name}, which never clips")
+    if model.scale_factor is not None and model.first_stage is None:
+        refuse("model.scale_factor", "is of latents: it needs model.first_stage")
     if sampler.guidance_scale is None:
         refuse("sampler.guidance_scale", "must be a number; null is for diffusers")
     if sampler.guidance_scale != 1 and model.conditioning is None:
@@ -235,6 +242,9 @@ def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) ->
     if conditioning.prompts is None:
         if None in classes:
             refuse("model.conditioning", "needs n_classes and embed_dim, or prompts")
+        for name in ("tokenizer", "text_params"):
+            if getattr(conditioning, name) != getattr(ConditioningConfig(), name):
+                refuse(f"model.conditioning.{name}", "is of prompts; classes have no texts")
     elif classes != (None, None):
         refuse("model.conditioning.prompts", "cannot be there beside n_classes and embed_dim")
     elif not conditioning.prompts:

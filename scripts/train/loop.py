@@ -60,8 +60,10 @@ class LoopSettings:
         for name, most in {"batch_size": LARGEST_BATCH, "seed": LARGEST_WHOLE - 1}.items():
             if abs(getattr(self, name)) > most:
                 raise ConfigError(f"{_option(name)}: must be at most {most}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"--minutes: must be above 0, is {self.minutes}")
+        if self.warmup < 0:
+            raise ConfigError(f"--warmup: must be at least 0, is {self.warmup}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError(f"--minutes: must be above 0 and finite, is {self.minutes}")
         if not (self.lr > 0 and math.isfinite(self.lr)) or not 0 <= self.ema < 1:
             raise ConfigError("--lr must be above 0, and --ema from 0 to below 1")
 
