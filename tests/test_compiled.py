@@ -12,7 +12,15 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from tests.helpers.integer_layers import context, psnr, quant_layer, quantizer, same, small_unet
+from tests.helpers.integer_layers import (
+    compiled_with,
+    context,
+    psnr,
+    quant_layer,
+    quantizer,
+    same,
+    small_unet,
+)
 from tests.helpers.narrow import SAMPLING
 from tests.helpers.rooms import files_of
 from tests.helpers.sampling import sample
@@ -49,7 +57,7 @@ def compiled() -> Compiled:
 @pytest.fixture(scope="module", params=instructions_here())
 def each(request: pytest.FixtureRequest) -> Compiled:
     """With each set of instructions that this processor has."""
-    return Compiled(request.param)
+    return compiled_with(request.param)
 
 
 def step_of(inverse: float, scale: float, zero_point: int, top: int) -> QuantizerStep:

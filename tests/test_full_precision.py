@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.integer_layers import compiled_with
 from tests.helpers.narrow import SAMPLING, write_narrow
 from tests.helpers.rooms import files_of
 from tests.helpers.sampling import sample
@@ -31,7 +32,7 @@ LAST = torch.channels_last
 @pytest.fixture(scope="module", params=instructions_here())
 def compiled(request: pytest.FixtureRequest) -> Compiled:
     """With each set of instructions that this processor has."""
-    return Compiled(request.param)
+    return compiled_with(request.param)
 
 
 # Channels, outputs, kernel, stride, padding: registers half full, more than one strip, no border.

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.helpers.integer_layers import (
     TIMESTEPS,
+    compiled_with,
     context,
     deployed,
     psnr,
@@ -21,7 +22,7 @@ from tests.helpers.integer_layers import (
 )
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.backends import selection as int8
-from tinydm.quant.backends.build import CompileError, instructions_here
+from tinydm.quant.backends.build import instructions_here
 from tinydm.quant.backends.native import Compiled
 from tinydm.quant.backends.onednn import Int8Layer, Int8MatMul
 from tinydm.quant.backends.selection import (
@@ -67,16 +68,8 @@ def kind(request: pytest.FixtureRequest) -> Kind:
         pytest.skip(f"no int8 execution here: {REASON}")
     if request.param == "vnni" and not onednn_is_fast():
         pytest.skip("oneDNN needs AVX512-VNNI")
-    compiled = compiled_code(request.param) if request.param in instructions_here() else None
+    compiled = compiled_with(request.param) if request.param in instructions_here() else None
     return Kind(request.param == "vnni", compiled)
-
-
-def compiled_code(instructions: str) -> Compiled:
-    """Skips where there is no compiler."""
-    try:
-        return Compiled(instructions)
-    except CompileError as error:
-        pytest.skip(f"not here: {error}")
 
 
 def check_layer(layer: nn.Module, x: torch.Tensor, kind: Kind, **kwargs) -> None:

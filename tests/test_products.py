@@ -2,13 +2,15 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers.integer_layers import context, psnr, small_unet
+from tests.helpers.integer_layers import compiled_with, context, psnr, small_unet
 from tinydm.quant.backends.build import COMPILERS, instructions_here
 from tinydm.quant.backends.native import BlockedWeight, Compiled
 from tinydm.quant.backends.native_layers import CompiledLayer
@@ -28,9 +30,7 @@ LAST = torch.channels_last
 @pytest.fixture(scope="module", params=instructions_here())
 def each(request: pytest.FixtureRequest) -> Compiled:
     """With each set of instructions that this processor has."""
-    made = Compiled(request.param)
-    assert made.instructions == request.param
-    return made
+    return compiled_with(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,9 @@ SHAPES = {  # outputs, channels, kernel, height, width, stride, padding
     "3x3 of two quads' rests": (17, 67, (3, 3), 5, 7, 1, 1),
     "one output": (1, 3, (3, 3), 4, 4, 1, 1),
     "many outputs": (70, 36, (3, 3), 2, 12, 1, 1),
+    "rows of three tiles": (41, 64, (3, 3), 3, 35, 1, 1),
     "stride": (9, 20, (3, 3), 7, 8, 2, 0),
+    "stride of two tiles": (33, 20, (3, 3), 7, 39, 2, 1),
     "5x3": (8, 12, (5, 3), 6, 5, 1, 2),
     "1x1": (24, 130, (1, 1), 3, 11, 1, 0),
 }
@@ -120,10 +122,10 @@ def test_linear_and_split(each: Compiled, bits: int, zero: int):
 @pytest.mark.parametrize("bits, zero", [(8, 128), (4, 8)])
 def test_sixteen_bits(each: Compiled, bits: int, zero: int):
     """Two maps of codes, of the low and the high bytes, whose sums add up in float32."""
-    conv = nn.Conv2d(7, 20, 3, padding=1, bias=False)
+    conv = nn.Conv2d(11, 20, 3, padding=1, bias=False)
     for weight in extremes(conv.weight.shape, -zero, 2**bits - 1 - zero).values():
         exact = integer_module(layer_of(conv, weight, bits, zero, 16), False, each)
-        for codes in extremes((2, 7, 4, 9), 0, 65535).values():
+        for codes in extremes((2, 11, 4, 19), 0, 65535).values():
             padded = F.pad(codes, (1, 1, 1, 1), value=5)
             low, high = (padded & 255) - 5, padded >> 8
             sums = [F.conv2d(v.double(), weight.double()).float() for v in (low, high)]
@@ -132,7 +134,9 @@ def test_sixteen_bits(each: Compiled, bits: int, zero: int):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows, inner, columns", [(7, 53, 37), (50, 3, 1), (2, 130, 16)])
+@pytest.mark.parametrize(
+    "rows, inner, columns", [(7, 53, 37), (50, 3, 1), (2, 130, 16), (50, 64, 20)]
+)
 def test_attention(each: Compiled, rows: int, inner: int, columns: int, transposed: bool):
     left_step, right_step = QuantizerStep(1.0, 1.0, -5, 250), QuantizerStep(1.0, 1.0, -128, 127)
     for left in extremes((2, rows, inner), -5, 250).values():
@@ -171,7 +175,33 @@ def test_networks_are_the_same_bytes(bits: int, by_row: bool):
     x = torch.randn(4, 3, 16, 16).contiguous(memory_format=LAST)
     t = torch.full((4,), 500)
     for name in instructions_here():
-        exact = to_int8(copy.deepcopy(fake), False, Compiled(name)).to(memory_format=LAST)
+        compiled = Compiled(name)  # with AVX512-VNNI where AMX is refused
+        exact = to_int8(copy.deepcopy(fake), False, compiled).to(memory_format=LAST)
         outputs.append(exact(x, t))
     assert psnr(outputs[0], fake(x, t)) >= 47
     assert all(torch.equal(v, outputs[0]) for v in outputs)
+
+
+REFUSED = """
+import ctypes, sys
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(int(sys.argv[2]))
+system = ctypes.CDLL(None, use_errno=True)
+stack = Stack(ctypes.addressof(memory), 0, len(memory))
+assert system.sigaltstack(ctypes.byref(stack), None) == 0, ctypes.get_errno()
+library = ctypes.CDLL(sys.argv[1])
+library.instruction_set.restype = ctypes.c_char_p
+print(library.instruction_set().decode())
+"""
+
+
+@pytest.mark.parametrize("stack, found", [(6144, "avx512-vnni"), (65536, "amx")])
+def test_amx_refused_by_the_system(stack: int, found: str):
+    """Linux refuses the tiles to a process whose stack for signals could not hold them."""
+    if "amx" not in instructions_here():
+        pytest.skip("this processor has no AMX")
+    file = compiled_with("amx")._library._name
+    command = [sys.executable, "-c", REFUSED, file, str(stack)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found

@@ -22,7 +22,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("cpp")
 # The slowest first.
-SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "float_layer", "codes", "layer")
+SOURCE_NAMES = ("tiles_narrow", "tiles_wide", "products", "float_layer", "codes", "amx", "layer")
 SOURCES = tuple(FOLDER / f"{name}.cpp" for name in SOURCE_NAMES)
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a multiplication and an addition round twice, as PyTorch's own passes do.
@@ -37,7 +37,8 @@ INSTRUCTIONS: dict[str | None, tuple[tuple[str, ...], tuple[str, ...]]] = {
     None: (("-march=native",), ()),
     "avx2": (tuple(f"-m{name}" for name in _AVX2), _AVX2),
     "avx-vnni": ((*(f"-m{name}" for name in _AVX2), "-mavxvnni"), (*_AVX2, "avx_vnni")),
-    "avx512-vnni": (("-march=native",), _AVX512_VNNI),
+    "avx512-vnni": (("-march=native", "-DWITHOUT_AMX"), _AVX512_VNNI),
+    "amx": (("-march=native",), (*_AVX512_VNNI, "amx_tile", "amx_int8")),
 }
 KEPT_LIBRARIES = 16  # libraries of a cache, the newest
 LONGEST_SECONDS = 1200  # of one command of the compiler

@@ -1,10 +1,11 @@
 """Integer execution in C++: the files of cpp/, compiled when asked.
 
 codes.cpp makes uint8 codes in one pass, with the GroupNorm and SiLU before them if there are any;
-products.cpp multiplies them with the best instructions of the processor (AVX512-VNNI, AVX-VNNI or
-AVX2, see vectors.h), and layer.cpp does both in one call. Needs a C++ compiler, see build.py, and
-nothing of PyTorch's headers. Results are the same bytes with all of these instructions; they equal
-those of onednn.py bit by bit where nothing but codes is made, up to float rounding elsewhere.
+products.cpp multiplies them with the best instructions of the processor (AMX, AVX512-VNNI, AVX-VNNI
+or AVX2, see vectors.h and amx.h), and layer.cpp does both in one call. Needs a C++ compiler, see
+build.py, and nothing of PyTorch's headers. Results are the same bytes with all of these
+instructions; they equal those of onednn.py bit by bit where nothing but codes is made, up to float
+rounding elsewhere.
 """
 
 import ctypes
@@ -48,7 +49,9 @@ class Compiled:
     """The compiled functions. Raises CompileError. A copy, or a pickle read again, loads them anew.
 
     instructions: a key of build.INSTRUCTIONS, by default the best one of this processor; afterwards
-    the one in use, or "" on a processor that has none. products: whether there is one.
+    the one in use, or "" on a processor that has none: "avx512-vnni" instead of "amx" where the
+    compiler does not know AMX, or the operating system refuses it to this process. products:
+    whether there is one.
     """
 
     def __init__(self, instructions: str | None = None) -> None:

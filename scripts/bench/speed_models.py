@@ -75,6 +75,12 @@ VARIANTS = {
     "int8-w4a8": Variant("int8 W4A8", 4, "int8"),
     "int8-w8a8-compiled": Variant("int8 W8A8, --compile", 8, "int8", compiled=True),
     "int8-w4a8-compiled": Variant("int8 W4A8, --compile", 4, "int8", compiled=True),
+    "avx512vnni-w8a8-compiled": Variant(
+        "int8 W8A8, --compile, AVX512-VNNI", 8, "int8", True, instructions="avx512-vnni"
+    ),
+    "avx512vnni-w4a8-compiled": Variant(
+        "int8 W4A8, --compile, AVX512-VNNI", 4, "int8", True, instructions="avx512-vnni"
+    ),
     "avxvnni-w8a8-compiled": Variant(
         "int8 W8A8, --compile, AVX-VNNI", 8, "int8", True, instructions="avx-vnni"
     ),

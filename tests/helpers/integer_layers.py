@@ -1,10 +1,13 @@
 """Deployed layers with given codes, and a small deployed network."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tinydm.models.ddim_unet import DDIMUNet
+from tinydm.quant.backends.build import CompileError
+from tinydm.quant.backends.native import Compiled
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers, deploy, quantize
 from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.core.operation import Operation
@@ -13,6 +16,18 @@ from tinydm.quant.runtime.layers import QuantLayer
 from tinydm.quant.runtime.quantizer import ActivationQuantizer
 
 TIMESTEPS = (0, 300, 600, 900)
+
+
+def compiled_with(instructions: str) -> Compiled:
+    """Skips where there is no compiler, or where it or the operating system lacks AMX."""
+    try:
+        made = Compiled(instructions)
+    except CompileError as error:
+        pytest.skip(f"not here: {error}")
+    if instructions == "amx" and made.instructions == "avx512-vnni":
+        pytest.skip("AMX is not known to the compiler, or not allowed to this process")
+    assert made.instructions == instructions
+    return made
 
 
 def context() -> TimestepContext:

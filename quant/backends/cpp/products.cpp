@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx.h"
 #include "codes.h"
 #include "tiles.h"
 
@@ -22,25 +23,24 @@ namespace {
 constexpr long DEEPEST = 32;  // groups of four inputs summed in int16; more would gain nothing
 constexpr int32_t LARGEST_SUM = 128;  // of int8 codes of one sign: 255 * 128 < 2^15
 
-// A row of pixels under up to WIDE blocks of weights.
-void strip(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end, long first,
-           long pixels, float* out, const float* plus, const float* rows) {
+// All of a row of pixels under up to WIDE blocks of weights.
+void strip(const Walk& walk, const Pixels& at, const int8_t* w, const Finish& end, long first) {
   const long outputs = std::min(WIDE * BLOCK, end.channels - first);
   const long registers = (outputs + LANES - 1) / LANES;
-  for (long done = 0, count; done < pixels; done += count) {
+  for (long done = 0, count; done < at.stop; done += count) {
     Tile run;
 #ifdef WITH_AVX512
     if (registers > 2) {
-      count = next_tile(pixels - done, {WIDE_SIZES});
+      count = next_tile(at.stop - done, {WIDE_SIZES});
       run = wide_tile(count, registers);
     } else
 #endif
     {
-      count = next_tile(pixels - done, {NARROW_SIZES});
+      count = next_tile(at.stop - done, {NARROW_SIZES});
       run = narrow_tile(count, registers);
     }
-    run(walk, x + done * walk.pixel_step, w, end, first, out + done * end.channels,
-        plus ? plus + done * end.plus_step : nullptr, rows ? rows + done : nullptr);
+    run(walk, at.x + done * walk.pixel_step, w, end, first, at.out + done * end.channels,
+        at.plus ? at.plus + done * end.plus_step : nullptr, at.rows ? at.rows + done : nullptr);
   }
 }
 
@@ -203,7 +203,9 @@ void pack_right(const float* x, long inner_step, long column_step, long inner, l
 
 }  // namespace
 
-extern "C" const char* instruction_set() { return INSTRUCTION_SET; }
+extern "C" const char* instruction_set() {
+  return amx_allowed() ? "amx" : INSTRUCTION_SET;
+}
 
 // Of how many groups of four inputs, one after the other in each of the rows, the products with any
 // uint8 codes may be summed in int16 pairs; 0 if not even of one. codes: (rows, quads, 16, 4).
@@ -217,7 +219,13 @@ extern "C" int64_t depth_of(const int8_t* codes, int64_t rows, int64_t quads) {
 }
 
 void convolution(const uint8_t* codes, const Weight& weight, const float* bias, const Plus& plus,
-                 float* out, const Shape& of, float x_scale, int32_t zero_point, int32_t threads) {
+                 float* out, const Shape& shape, float x_scale, int32_t zero_point,
+                 int32_t threads) {
+  Shape of = shape;
+  if (of.rows * of.columns == 1 && of.height == of.out_height && of.width == of.out_width) {
+    of.out_width = of.width *= of.height;  // one row
+    of.out_height = of.height = 1;
+  }
   const long channels = of.channels;
   const Walk walk{of.rows,
                   of.width * channels,
@@ -227,21 +235,47 @@ void convolution(const uint8_t* codes, const Weight& weight, const float* bias, 
                   weight.depth,
                   weight.planes * of.rows * of.columns * channels * BLOCK};
   const Finish end{weight.sums, weight.scale, bias, x_scale, zero_point, of.outputs, plus.pixel};
-  const long wide = WIDE * BLOCK;
-  const long groups = (of.outputs + wide - 1) / wide, strips = (of.out_width + STRIP - 1) / STRIP;
-  const long tasks = groups * of.batch * of.out_height * strips;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
-  for (long i = 0; i < tasks; ++i) {
-    const long left = i % strips * STRIP, y = i / strips % of.out_height;
-    const long line = i / strips / of.out_height, b = line % of.batch, first = line / of.batch * wide;
-    const long pixel = (b * of.out_height + y) * of.out_width + left;
-    const uint8_t* x =
-        codes + ((b * of.height + y * of.stride_y) * of.width + left * of.stride_x) * channels;
+  const long lines = of.batch * of.out_height;
+  const auto pixels = [&](long line, long left, long start, long stop) {
+    const long b = line / of.out_height, y = line % of.out_height;
+    const long from = (b * of.height + y * of.stride_y) * of.width + left * of.stride_x;
     const float* added = nullptr;
     if (plus.values)
       added = plus.values + b * plus.sample + (y * of.out_width + left) * plus.pixel;
-    strip(walk, x, weight.codes + first / BLOCK * walk.block, end, first,
-          std::min(STRIP, of.out_width - left), out + pixel * of.outputs, added, nullptr);
+    return Pixels{codes + from * channels, out + (line * of.out_width + left) * of.outputs, added,
+                  nullptr, start, stop};
+  };
+  const long depth = of.out_width > 1 ? amx_depth(walk.quads) : 0;
+  if (depth) {
+    const long parts = (of.out_width + PIXELS - 1) / PIXELS;  // of a row of pixels
+    const long size = (of.out_width + parts - 1) / parts, tiles = lines * parts;
+    const long pairs = (tiles + 1) / 2, groups = (of.outputs + AMX_OUTPUTS - 1) / AMX_OUTPUTS;
+#pragma omp parallel num_threads(threads) if (threads > 1 && groups * pairs > 1)
+    {
+      const Amx amx(size, depth);
+#pragma omp for schedule(static)
+      for (long i = 0; i < groups * pairs; ++i) {
+        const long first = i / pairs * AMX_OUTPUTS, start = i % pairs * 2;
+        Pixels pair[2];
+        long count = 0;
+        for (long t = start; t < std::min(start + 2, tiles); ++t) {
+          // The last tile of a row begins earlier, and what it has twice is written once.
+          const long wanted = t % parts * size, left = std::min(wanted, of.out_width - size);
+          pair[count++] = pixels(t / parts, left, wanted - left, size);
+        }
+        amx.run(walk, pair, count, weight.codes + first / BLOCK * walk.block, end, first);
+      }
+    }
+    return;
+  }
+  const long wide = WIDE * BLOCK;
+  const long groups = (of.outputs + wide - 1) / wide, strips = (of.out_width + STRIP - 1) / STRIP;
+  const long tasks = groups * lines * strips;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
+  for (long i = 0; i < tasks; ++i) {
+    const long left = i % strips * STRIP, line = i / strips % lines, first = i / strips / lines * wide;
+    const Pixels row = pixels(line, left, 0, std::min(STRIP, of.out_width - left));
+    strip(walk, row, weight.codes + first / BLOCK * walk.block, end, first);
   }
 }
 
@@ -258,28 +292,40 @@ extern "C" void matrix_product(const float* left, const float* right, float* out
   const Step of_left{left_inverse, left_zero_point, left_top};
   const Step of_right{right_inverse, right_zero_point, right_top};
   const long block = RIGHT_PLANES * quads * 4 * BLOCK, packed_size = blocks * block;
-  const long strips = (rows + STRIP - 1) / STRIP;
+  const long depth = amx_depth(quads), height = depth ? 2 * PIXELS : STRIP;
+  const long strips = (rows + height - 1) / height;
   std::vector<int8_t> packed(batch * packed_size);
   std::vector<int32_t> sums(batch * blocks * BLOCK);
   const Walk walk{1, 0, pitch, quads, RIGHT_PLANES, RIGHT_DEPTH, block};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> codes(STRIP * pitch);
-    std::vector<float> tops(STRIP), buffer(inner);
+    const Amx amx(PIXELS, depth);
+    std::vector<uint8_t> codes(height * pitch);
+    std::vector<float> tops(height), buffer(inner);
 #pragma omp for schedule(static)
     for (long b = 0; b < batch; ++b)
       pack_right(right + b * right_batch, right_inner, right_column, inner, columns, of_right,
                  &packed[b * packed_size], &sums[b * blocks * BLOCK]);
 #pragma omp for schedule(static)
     for (long s = 0; s < batch * strips; ++s) {
-      const long b = s / strips, r = s % strips * STRIP, count = std::min(STRIP, rows - r);
+      const long b = s / strips, r = s % strips * height, count = std::min(height, rows - r);
       const Finish end{&sums[b * blocks * BLOCK], nullptr, nullptr, scale, left_zero_point, columns, 0};
       for (long i = 0; i < count; ++i)
         tops[i] = row_codes(left + b * left_batch + (r + i) * left_row, inner, of_left, kind,
                             score_scale, buffer.data(), codes.data() + i * pitch);
-      for (long first = 0; first < columns; first += WIDE * BLOCK)
-        strip(walk, codes.data(), &packed[b * packed_size] + first / BLOCK * walk.block, end, first,
-              count, out + (b * rows + r) * columns, nullptr, tops.data());
+      const int8_t* weights = &packed[b * packed_size];
+      const Pixels row{codes.data(), out + (b * rows + r) * columns, nullptr, tops.data(), 0, count};
+      if (depth) {
+        Pixels pair[2] = {row, row};
+        pair[0].stop = std::min(count, PIXELS);
+        pair[1].x += PIXELS * pitch, pair[1].out += PIXELS * columns, pair[1].rows += PIXELS;
+        pair[1].stop -= PIXELS;
+        for (long first = 0; first < columns; first += AMX_OUTPUTS)
+          amx.run(walk, pair, count > PIXELS ? 2 : 1, weights + first / BLOCK * block, end, first);
+      } else {
+        for (long first = 0; first < columns; first += WIDE * BLOCK)
+          strip(walk, row, weights + first / BLOCK * block, end, first);
+      }
     }
   }
 }

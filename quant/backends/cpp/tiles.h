@@ -54,6 +54,40 @@ struct Finish {  // null pointers: no such term
   long plus_step;  // values from one pixel's plus to the next
 };
 
+// Pixels that follow each other. plus, rows: null where there are none. Of those that are multiplied,
+// the results from `start` to before `stop` are written.
+struct Pixels {
+  const uint8_t* x;
+  float* out;
+  const float *plus, *rows;
+  long start, stop;
+};
+
+// From the sums of a register of outputs to what is written.
+struct Outputs {
+  long first;
+  Mask mask;
+  Ints shift;
+  Floats scale, bias;
+
+  Outputs(const Finish& end, long o) : first(o), mask(mask_of(end.channels - o)) {
+    shift = mul(load(mask, end.sums + o), all(end.zero_point));
+    scale = all(end.x_scale);
+    bias = all(0.0f);
+    if (end.scale) scale = mul(scale, load(mask, end.scale + o));
+    if (end.bias) bias = load(mask, end.bias + o);
+  }
+
+  // out, plus: of a pixel; row: its factor. plus and row may be null.
+  void operator()(Ints sum, float* out, const float* plus, const float* row) const {
+    Floats y = mul(floats(sub(sum, shift)), scale);
+    if (row) y = mul(y, all(*row));
+    y = add(y, bias);
+    if (plus) y = add(y, load(mask, plus + first));
+    store(out + first, mask, y);
+  }
+};
+
 inline Ints four_codes(const uint8_t* from) {
   int32_t four;
   std::memcpy(&four, from, 4);
@@ -138,20 +172,11 @@ void tile(const Walk& walk, const uint8_t* x, const int8_t* w, const Finish& end
   add_products<M, N>(walk, x, w, sum);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    const long o = first + n * LANES;
-    const Mask mask = mask_of(end.channels - o);
-    const Ints shift = mul(load(mask, end.sums + o), all(end.zero_point));
-    Floats scale = all(end.x_scale), bias = all(0.0f);
-    if (end.scale) scale = mul(scale, load(mask, end.scale + o));
-    if (end.bias) bias = load(mask, end.bias + o);
+    const Outputs finish(end, first + n * LANES);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      Floats y = mul(floats(sub(sum[m][n], shift)), scale);
-      if (rows) y = mul(y, all(rows[m]));
-      y = add(y, bias);
-      if (plus) y = add(y, load(mask, plus + m * end.plus_step + o));
-      store(out + m * end.channels + o, mask, y);
-    }
+    for (int m = 0; m < M; ++m)
+      finish(sum[m][n], out + m * end.channels, plus ? plus + m * end.plus_step : nullptr,
+             rows ? rows + m : nullptr);
   }
 }
 

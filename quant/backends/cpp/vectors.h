@@ -11,6 +11,9 @@
     defined(__AVX512VNNI__)
 #define INSTRUCTION_SET "avx512-vnni"
 #define WITH_AVX512 1
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__) && !defined(WITHOUT_AMX)
+#define WITH_AMX 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__AVXVNNI__)
 #define INSTRUCTION_SET "avx-vnni"
 #define WITH_VNNI 1
