@@ -71,6 +71,7 @@ class _Lesson:
 
     iterations: int
     rate: float  # times the learning rates
+    codes: bool  # whether weights learn other codes
     draw: Callable[[torch.Generator], torch.Tensor]
     loss: Callable[[torch.Tensor], torch.Tensor]
 
@@ -109,9 +110,8 @@ def finetune(
     if run_iterations:
         assert begin is not None
         runs = Runs(model, states, begin)
-        lessons.append(_Lesson(run_iterations, RUN_RATE, runs.draw, runs.loss))
+        lessons.append(_Lesson(run_iterations, RUN_RATE, False, runs.draw, runs.loss))
     groups = parameter_groups(model, lr_scale)
-    rates = [group["lr"] for group in groups]
     start = 0 if progress is None else progress["iterations"]
     if progress is not None:
         generator.set_state(progress["generator"])
@@ -120,7 +120,9 @@ def finetune(
     others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
     before = 0  # iterations of the lessons before
     for lesson in lessons:
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        learning = _learning(groups, layers, lesson.codes)
+        rates = [group["lr"] for group in learning]
+        optimizer = torch.optim.Adam(learning, betas=(0.9, 0.99), fused=True)
         if progress is not None and before < start < before + lesson.iterations:
             optimizer.load_state_dict(progress["optimizer"])
         for i in range(max(0, start - before), lesson.iterations):
@@ -164,6 +166,19 @@ def finetune(
         layer.quantizer.fix_scale()
 
 
+def _learning(groups: list[dict], layers: Sequence[CalibLayer], codes: bool) -> list[dict]:
+    """The groups that learn, for an optimizer of their own: all, or those without latent codes."""
+    latents = {id(layer.quantizer.latent) for layer in layers}
+    learning = []
+    for group in groups:
+        learns = codes or not any(id(p) in latents for p in group["params"])
+        for p in group["params"]:
+            p.requires_grad_(learns)
+        if learns:
+            learning.append(dict(group))
+    return learning
+
+
 def _of_samples(
     model: QuantDenoiser,
     states: CalibrationStates,
@@ -179,7 +194,7 @@ def _of_samples(
     def draw(generator: torch.Generator) -> torch.Tensor:
         return tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
 
-    return _Lesson(iterations, 1.0, draw, lambda part: _loss(model, states, part, root))
+    return _Lesson(iterations, 1.0, True, draw, lambda part: _loss(model, states, part, root))
 
 
 @contextmanager

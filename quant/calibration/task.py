@@ -32,7 +32,8 @@ class Sampler(Protocol):
         self, model: Callable[..., torch.Tensor], trajectories: Sequence[int], calls: int
     ) -> torch.Tensor:
         """Samples as far as to the given number of calls, from the noise of these trajectories of
-        the task's states: what the model would see next, (n, C, H, W), with gradients."""
+        the task's states: what the model would see next, (n, C, H, W), with gradients. Not asked
+        for where the settings have no runs (settings.usable)."""
         ...
 
 

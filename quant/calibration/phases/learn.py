@@ -99,8 +99,8 @@ def finetune(job: Job) -> dict[str, Any] | None:
 
     def on_iteration(i: int, loss: float) -> None:
         losses.append(loss)
-        recent = losses[-20:]
-        what = "eps error" if i < iterations else "of runs"
+        recent = losses[max(i - 19, 0 if i < iterations else iterations) :]
+        what = "eps error" if i < iterations else "error of runs"
         job.progress.step(f"{what} {sum(recent) / len(recent):.2e}")
 
     resumable = iterations >= STEPS_PER_CHECKPOINT
@@ -130,7 +130,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
             settings.accumulate,
             job.team,
             runs,
-            job.sampler.begin,
+            job.sampler.begin if runs else None,
         )
     job.progress.end()
     report = _ends("error", losses[:iterations]) | {"iterations": iterations}
