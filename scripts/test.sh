@@ -9,6 +9,9 @@ NEEDS=test
 . scripts/environment.sh
 # One thread: the tests are many small calls, which two threads only slow down.
 export OMP_NUM_THREADS=1
+# Some environments keep Python from storing what it compiles, and about a hundred processes of the
+# tests would compile everything anew.
+unset PYTHONDONTWRITEBYTECODE
 if [ "${1:-}" = --quick ]; then
     shift
     set -- -m "not slow" "$@"

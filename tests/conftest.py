@@ -5,16 +5,18 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.helpers.checkpoints import narrow_model
-from tests.helpers.images import write_images
 from tests.helpers.packed import small_file, small_model
 from tests.helpers.rooms import write_room
 from tinydm.quant.runtime.denoiser import QuantDenoiser
-from tinydm.scripts.metrics import inception
+
+if TYPE_CHECKING:  # the import takes seconds, also where no fixture needs it
+    from tinydm.scripts.metrics.inception import InceptionFeatures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with the marker `gpu` run where there is a CUDA device."""
+    """Tests with the marker `gpu` run where there is a CUDA device. The longest test comes first:
+    begun last, it would keep one process busy while the other has nothing left."""
+    items.sort(key=lambda item: item.name != "test_kernels_under_the_interpreter")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:
@@ -33,23 +37,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     """Inception weights, converted in a fresh folder that the workers of pytest-xdist share."""
+    from tinydm.scripts.metrics.inception import prepare_inception
+
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     cache = root / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return inception.prepare_inception(cache)
+        return prepare_inception(cache)
 
 
 @pytest.fixture(scope="session")
-def network(weights) -> inception.InceptionFeatures:
-    return inception.InceptionFeatures(weights, device="cpu")
+def network(weights) -> "InceptionFeatures":
+    from tinydm.scripts.metrics.inception import InceptionFeatures
+
+    return InceptionFeatures(weights, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     """Six images of a reference and five others."""
+    from tests.helpers.images import write_images
+
     root = tmp_path_factory.mktemp("images")
     return write_images(root / "ref", 6, 0), write_images(root / "gen", 5, 1, dark=0.7)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_built_once(source: Path, builds: list[Path]):
     assert file.parent.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o077 == 0
     write(source, 42)
     assert library().answer() == 42 and len(builds) == 2 and len(libraries()) == 2
+
+
+def test_who_starts_together_builds_once(source: Path, builds: list[Path]):
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: library().answer(), range(3))) == [41, 41, 41]
+    assert len(builds) == 1 and len(libraries()) == 1
 
 
 def test_options_and_compiler_belong_to_the_name(source: Path, monkeypatch, builds: list[Path]):

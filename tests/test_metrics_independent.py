@@ -16,7 +16,7 @@ from torch import nn
 from tests.helpers.images import load_folder, needs_package
 from tinydm.scripts.metrics import METRICS, evaluate
 
-REFERENCE, GENERATED = 24, 20
+REFERENCE, GENERATED = 12, 10
 K = 3
 
 
@@ -62,7 +62,7 @@ def features_of(network: nn.Module, folder: Path) -> tuple[np.ndarray, np.ndarra
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^(1/2) S2 S1^(1/2))^(1/2), by eigenvalues.
 
-    In the span of the features, which no turn of the axes leaves: 44 dimensions instead of 2048.
+    In the span of the features, which no turn of the axes leaves: 22 dimensions instead of 2048.
     """
     basis = np.linalg.qr(np.concatenate([x, y]).T)[0]  # (D, N + M)
     x, y = x @ basis, y @ basis
@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_the_definitions(weights: Path, tmp_path: Path)
         METRICS,
         inception=tmp_path / "official.pth",
         device="cpu",
-        batch_size=10,
+        batch_size=4,
         progress=False,
     )
     print({name: (found[name], value) for name, value in expected.items()})
@@ -131,8 +131,8 @@ def test_the_numbers_are_those_of_the_definitions(weights: Path, tmp_path: Path)
     assert expected["fid"] > 1 and expected["sfid"] > 1 and expected["is"] > 1.01
     for name in ("fid", "sfid", "is"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-    for name in ("precision", "recall"):  # a distance at a ball's surface may fall on either side
-        assert found[name] == pytest.approx(expected[name], abs=1.01 / GENERATED), name
+    for name in ("precision", "recall"):  # no distance is within 0.1% of a ball's radius
+        assert found[name] == pytest.approx(expected[name]), name
 
 
 def fid_inception_v3_of(state: dict[str, torch.Tensor]) -> nn.Module:

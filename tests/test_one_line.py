@@ -114,6 +114,7 @@ def test_a_compiler_that_compiles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
 ) -> None:
     script(tmp_path / "g++", text)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the user's would keep what is no library
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(native.CompileError, match=words) as caught:
         native.Compiled()

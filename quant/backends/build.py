@@ -64,12 +64,12 @@ def library(instructions: str | None = None) -> ctypes.CDLL:
     if cache is None:
         with tempfile.TemporaryDirectory() as folder:
             return _loaded(_build(compiler, flags, Path(folder)), compiler)
-    for file in sorted(cache.glob(f"{key}-*.so")):
-        if _is_whole(file):
-            with suppress(OSError):  # what the system's libraries have outgrown is built again
-                return ctypes.CDLL(str(file))
+    if (kept := _kept(cache, key)) is not None:
+        return kept
     try:
-        with _workplace(cache) as folder:
+        with _turn(cache), _workplace(cache) as folder:
+            if (kept := _kept(cache, key)) is not None:  # another process has built it meanwhile
+                return kept
             made = _build(compiler, flags, folder)
             file = cache / f"{key}-{_digest(made.read_bytes())}.so"
             os.replace(made, file)
@@ -100,6 +100,15 @@ def private_cache() -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None
     return folder if usable else None
+
+
+def _kept(cache: Path, key: str) -> ctypes.CDLL | None:
+    """The library of this key in the cache, if there is one that can be loaded."""
+    for file in sorted(cache.glob(f"{key}-*.so")):
+        if _is_whole(file):
+            with suppress(OSError):  # what the system's libraries have outgrown is built again
+                return ctypes.CDLL(str(file))
+    return None
 
 
 def _is_private(status: os.stat_result, kind: Callable[[int], bool]) -> bool:
@@ -146,6 +155,21 @@ def _processor() -> tuple[str, frozenset[str]]:
     names = ("vendor_id", "cpu family", "model", "model name", "stepping")
     model = " ".join(first.get(name, "") for name in names)
     return f"{platform.machine()} {model}", frozenset(first.get("flags", "").split())
+
+
+@contextmanager
+def _turn(cache: Path) -> Iterator[None]:
+    """One process builds at a time, so that those that start together do not all compile the same.
+    Where the file system knows no locks of folders they do."""
+    import fcntl  # where there is a private cache there is this
+
+    folder = os.open(cache, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextmanager

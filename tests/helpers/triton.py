@@ -1,12 +1,19 @@
 """What the tests of the integer kernels for CUDA share (triton_cases.py, triton_denoisers.py)."""
 
+from dataclasses import replace
+
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from tinydm.quant.backends.triton_launch import INTERPRETED
 from tinydm.quant.backends.triton_layers import CurrentTimestep
 from tinydm.quant.core.context import TimestepContext
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+LOOKS_FOR_OVERFLOWS = interpreter_builder.options
+# Each +, - and * is done again in 64 bits, which takes almost as long as everything else: once, in
+# test_largest_sums, is enough.
+interpreter_builder.options = replace(LOOKS_FOR_OVERFLOWS, sanitize_overflow=False)
 
 
 def at_timestep(current: CurrentTimestep, at: TimestepContext, t: int) -> int:
