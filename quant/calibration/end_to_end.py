@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,16 +65,18 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     return groups
 
 
+# Shares of a batch's loss, each with its graph once it is called.
+Shares = list[Callable[[], torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class _Lesson:
-    """Steps with one kind of loss. draw(generator): what a batch is of, (n, ...); loss(part): the
-    mean of a part of it."""
+    """Steps with one kind of loss, the sum of what `draw` gives for a batch."""
 
     iterations: int
     rate: float  # times the learning rates
     codes: bool  # whether weights learn other codes
-    draw: Callable[[torch.Generator], torch.Tensor]
-    loss: Callable[[torch.Tensor], torch.Tensor]
+    draw: Callable[[torch.Generator], Shares]
 
 
 def finetune(
@@ -106,11 +109,16 @@ def finetune(
     total = iterations + run_iterations
     if total == 0:
         return
-    lessons = [_of_samples(model, states, tuples, iterations, batch_size, step_weight)]
+    of_samples = _of_samples(model, states, tuples, batch_size, step_weight, accumulate)
+    lessons = [_Lesson(iterations, 1.0, True, of_samples)]
     if run_iterations:
         assert begin is not None
-        runs = Runs(model, states, begin)
-        lessons.append(_Lesson(run_iterations, RUN_RATE, False, runs.draw, runs.loss))
+        runs = Runs(model, states, begin, step_weight)
+
+        def draw(generator: torch.Generator) -> Shares:
+            return of_samples(generator) + runs.draw(generator, accumulate)
+
+        lessons.append(_Lesson(run_iterations, RUN_RATE, False, draw))
     groups = parameter_groups(model, lr_scale)
     start = 0 if progress is None else progress["iterations"]
     if progress is not None:
@@ -126,23 +134,17 @@ def finetune(
         if progress is not None and before < start < before + lesson.iterations:
             optimizer.load_state_dict(progress["optimizer"])
         for i in range(max(0, start - before), lesson.iterations):
-            parts = lesson.draw(generator).chunk(accumulate)
-            size = sum(map(len, parts))
+            shares = lesson.draw(generator)
             optimizer.zero_grad(set_to_none=True)
 
-            def backward(
-                number: int,
-                parts: tuple[torch.Tensor, ...] = parts,
-                size: int = size,
-                lesson: _Lesson = lesson,
-            ) -> Tensors:
-                loss = lesson.loss(parts[number]) * (len(parts[number]) / size)
+            def backward(number: int, shares: Shares = shares) -> Tensors:
+                loss = shares[number]()
                 # Adam is scale free; this keeps tiny gradients above its epsilon.
                 (loss * 100).backward()
                 return {"loss": loss.detach()}
 
             with _weights_made_once(layers) as made:
-                found = add_gradients(team or Alone(), len(parts), backward, [*made, *others])
+                found = add_gradients(team or Alone(), len(shares), backward, [*made, *others])
             loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
             value = finite_loss(loss, before + i, total)
             warm = min(1.0, (i + 1) / (0.05 * lesson.iterations + 1))
@@ -183,18 +185,22 @@ def _of_samples(
     model: QuantDenoiser,
     states: CalibrationStates,
     tuples: torch.Tensor,
-    iterations: int,
     batch_size: int,
     step_weight: torch.Tensor | None,
-) -> _Lesson:
-    """Of single samples; see finetune."""
+    accumulate: int,
+) -> Callable[[torch.Generator], Shares]:
+    """The eps error of single samples; see finetune."""
     root = None if step_weight is None else _balanced_root(step_weight, tuples)
     chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
 
-    def draw(generator: torch.Generator) -> torch.Tensor:
-        return tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
+    def share(part: torch.Tensor) -> torch.Tensor:
+        return _loss(model, states, part, root) * (len(part) / batch_size)
 
-    return _Lesson(iterations, 1.0, True, draw, lambda part: _loss(model, states, part, root))
+    def draw(generator: torch.Generator) -> Shares:
+        index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
+        return [partial(share, part) for part in index.chunk(accumulate)]
+
+    return draw
 
 
 @contextmanager

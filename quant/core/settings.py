@@ -137,8 +137,8 @@ class ReconstructSettings:
     )
     run_share: float = setting(
         0.1,
-        "further end-to-end steps, as a part of the others, that learn from runs through the first "
-        "sampling steps; each costs five of the others",
+        "further end-to-end steps, as a part of the others, that learn also from runs through the "
+        "first sampling steps; each costs four of the others",
         within=(0.0, 10.0),
     )
     weigh_steps: bool = setting(

@@ -100,7 +100,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
     def on_iteration(i: int, loss: float) -> None:
         losses.append(loss)
         recent = losses[max(i - 19, 0 if i < iterations else iterations) :]
-        what = "eps error" if i < iterations else "error of runs"
+        what = "eps error" if i < iterations else "with runs"
         job.progress.step(f"{what} {sum(recent) / len(recent):.2e}")
 
     resumable = iterations >= STEPS_PER_CHECKPOINT
