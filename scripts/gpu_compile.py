@@ -150,9 +150,7 @@ def steps_of(planes: int) -> "kernels.Steps":
     """A quantizer over 100 timesteps, with codes of 8 bits a plane."""
     integers = meta(1, dtype=torch.int32), meta(100, dtype=torch.int32)
     zeros = meta(planes, 100, dtype=torch.int32)
-    return kernels.Steps(
-        integers[0], meta(100), integers[1], meta(planes, 100), zeros, 256**planes - 1
-    )
+    return kernels.Steps(integers[0], meta(100), integers[1], integers[1], meta(planes, 100), zeros)
 
 
 def weight(c: int, o: int, k: int, packed: bool) -> "kernels.Weight":

@@ -152,7 +152,7 @@ def test_the_time_embedding_is_reconstructed_alone(method: str) -> None:
     # Second-order rounding, from which tinyDM starts, is hard to improve on.
     assert name == "embed" and (after <= before if method == "tinydm" else after < before)
     if method == "tinydm":
-        nearest = {"rounding": "nearest"}
+        nearest = {"rounding": "nearest", "bits": 3}
         other = run(denoiser, method, time_embedding="reconstructed", weight=nearest)[1]
         before, after_nearest = other["temporal"]["errors"][name]
         assert after_nearest < before

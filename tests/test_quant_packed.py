@@ -98,9 +98,9 @@ def test_metadata_tells_what_the_file_is(content: bytes, tmp_path: Path) -> None
     table = {row["name"]: row for row in metadata["layers"]}
     assert set(table) == {"time", "first", "join", "scores", "last"}
     assert table["time"]["time"] and table["time"]["inputs"] == [] and table["time"]["bits"] == 8
-    assert table["join"]["split"] == 4 and table["join"]["inputs"] == [6, 6]
+    assert table["join"]["split"] == 4 and table["join"]["inputs"] == [[6, 5, 6], [6, 5, 6]]
     assert table["join"]["bits"] == 3 and table["first"]["bits"] == 8
-    expected = {"name": "scores", "kind": "matmul", "inputs": [6, 6], "by_row": False}
+    expected = {"name": "scores", "kind": "matmul", "inputs": [[6, 5, 6]] * 2, "by_row": False}
     assert table["scores"] == expected
 
 

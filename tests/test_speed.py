@@ -67,7 +67,9 @@ def test_variants_compute(path: Path, tmp_path: Path) -> None:
         if not slow and obstacle(variant) is None:
             outputs[name] = models.call(models.build(variant), 3)()
             assert outputs[name].shape == (3, 3, 4, 4) and torch.isfinite(outputs[name]).all()
-    assert (outputs["bf16"] - outputs["fp32"]).abs().max() < 0.1 * outputs["fp32"].abs().max()
+    if obstacle(VARIANTS["bf16"]) is None:
+        difference = (outputs["bf16"] - outputs["fp32"]).abs().max()
+        assert difference < 0.1 * outputs["fp32"].abs().max()
     for name in (n for n in outputs if n.startswith(("int8", "avx"))):
         fake = outputs[f"fake-{name.split('-')[1]}"]
         assert (outputs[name] - fake).square().mean() < 1e-3 * fake.square().mean()

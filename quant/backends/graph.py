@@ -79,6 +79,7 @@ class GraphQuantizer(nn.Module):
         one = bool((groups == groups[0]).all())
         rows = groups[:1] if one else groups
         self.step, self.shared, self.bits = step, one, quantizer.bits
+        self.clamped = not {quantizer.group_bits[g] for g in rows.tolist()} <= {8, MOST_BITS}
         scale, zero_point = quantizer.scale[rows], quantizer.zero_point[rows]
         self.register_buffer("scale", scale)
         # PyTorch looks nothing up in tables of uint16.
@@ -86,13 +87,13 @@ class GraphQuantizer(nn.Module):
             "zero_point", zero_point.to(torch.uint8) if self.bits <= 8 else zero_point
         )
         self.register_buffer("low", -scale * zero_point)
-        self.register_buffer("high", scale * (2**self.bits - 1 - zero_point))
+        self.register_buffer("high", scale * (quantizer.tops[rows] - zero_point))
 
     def _current(self, table: torch.Tensor) -> torch.Tensor:
         return (table if self.shared else table.index_select(0, self.step.index)).reshape(())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bits not in (8, MOST_BITS):
+        if self.clamped:
             x = torch.minimum(torch.maximum(x, self._current(self.low)), self._current(self.high))
         zero_point = self._current(self.zero_point)
         if self.bits > 8:

@@ -53,7 +53,7 @@ class CodeQuantizer(ActivationQuantizer):
             quantizer.scale,
             quantizer.zero_point,
             quantizer.group_of_timestep,
-            quantizer.bits,
+            quantizer.group_bits,
         )
 
     def codes(self, x: torch.Tensor, index: int) -> list[tuple[torch.Tensor, float, int]]:
@@ -339,8 +339,8 @@ class Int8MatMul(QuantMatMul):
 
 def fits_int8(quantizer: ActivationQuantizer) -> bool:
     """Whether codes - z lies within -128..127 for every group."""
-    z, top = quantizer.zero_point, 2**quantizer.bits - 1
-    return bool((z <= 128).all() and (top - z <= 127).all())
+    z = quantizer.zero_point
+    return bool((z <= 128).all() and (quantizer.tops - z <= 127).all())
 
 
 class TransientLayer(QuantLayer):

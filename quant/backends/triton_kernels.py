@@ -85,13 +85,13 @@ def codes_kernel(
     index_ptr,
     inverse_ptr,
     zero_ptr,
+    top_ptr,
     H,
     W,
     C,
     stride_b,
     stride_p,
     stride_c,
-    top,
     plane,  # values of a plane
     G: tl.constexpr,  # groups of the norm, 0 without: then neither norm nor SiLU
     HAS_FACTOR: tl.constexpr,
@@ -123,6 +123,7 @@ def codes_kernel(
         v = v / (1.0 + tl.exp(-v))
     index = tl.load(index_ptr)
     inverse, zero = tl.load(inverse_ptr + index), tl.load(zero_ptr + index)
+    top = tl.load(top_ptr + index)
     if HAS_FACTOR:
         factors = tl.load(factor_ptr + c, mask=in_c, other=0.0) * inverse
         q = _shifted(v, factors[None, :], zero, top)
@@ -237,9 +238,11 @@ def attention_kernel(
     a_inverse_ptr,
     a_scale_ptr,
     a_zero_ptr,
+    a_top_ptr,
     b_inverse_ptr,
     b_scale_ptr,
     b_zero_ptr,
+    b_top_ptr,
     N,
     K,
     M,
@@ -249,8 +252,6 @@ def attention_kernel(
     b_stride_b,
     b_stride_k,
     b_stride_m,
-    a_top,
-    b_top,
     score_scale,
     SOFTMAX: tl.constexpr,  # the left operand is softmax(a * score_scale)
     BY_ROW: tl.constexpr,  # it is quantized relative to the largest value of each row
@@ -281,6 +282,7 @@ def attention_kernel(
     index = tl.load(index_ptr)
     a_inverse, a_zero = tl.load(a_inverse_ptr + index), tl.load(a_zero_ptr + index)
     b_inverse, b_zero = tl.load(b_inverse_ptr + index), tl.load(b_zero_ptr + index)
+    a_top, b_top = tl.load(a_top_ptr + index), tl.load(b_top_ptr + index)
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     a_sum = tl.zeros((BM,), dtype=tl.int32)
     b_sum = tl.zeros((BN,), dtype=tl.int32)

@@ -22,16 +22,16 @@ NO_FUSED_MULTIPLY_ADD = {"enable_fp_fusion": False}
 class Steps(NamedTuple):
     """A quantizer at every calibrated timestep, and the current one; all on the device.
 
-    current int32 (1,): the index; inverse float32 and zero_point int32, (S,): of the whole codes;
-    scale float32 and plane_zero int32, (planes, S): of each plane; top: the highest code.
+    current int32 (1,): the index; inverse float32, zero_point int32 and top int32, the highest
+    code, (S,): of the whole codes; scale float32 and plane_zero int32, (planes, S): of each plane.
     """
 
     current: torch.Tensor
     inverse: torch.Tensor
     zero_point: torch.Tensor
+    top: torch.Tensor
     scale: torch.Tensor
     plane_zero: torch.Tensor
-    top: int
 
 
 class Weight(NamedTuple):
@@ -84,8 +84,8 @@ def quantize_map(
     grid = triton.cdiv(pixels, block_p), batch, triton.cdiv(channels, block_c)
     codes_kernel[grid](
         *(x, mean, rstd, gamma, beta, x if factors is None else factors, out),
-        *(steps.current, steps.inverse, steps.zero_point),
-        *(height, width, channels, *strides, steps.top, out[0].numel()),
+        *(steps.current, steps.inverse, steps.zero_point, steps.top),
+        *(height, width, channels, *strides, out[0].numel()),
         G=0 if norm is None else norm.num_groups,
         HAS_FACTOR=factors is not None,
         PLANES=planes,
@@ -185,8 +185,8 @@ def attention_product(
     a, b = steps
     attention_kernel[grid](
         *(left, right, out, a.current),
-        *(a.inverse, a.scale, a.zero_point, b.inverse, b.scale, b.zero_point),
-        *(rows, inner, columns, *left.stride(), *right.stride(), a.top, b.top),
+        *(a.inverse, a.scale, a.zero_point, a.top, b.inverse, b.scale, b.zero_point, b.top),
+        *(rows, inner, columns, *left.stride(), *right.stride()),
         1.0 if score_scale is None else score_scale,
         SOFTMAX=score_scale is not None,
         BY_ROW=by_row,

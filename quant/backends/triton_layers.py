@@ -43,16 +43,18 @@ class StepTables(nn.Module):
 
     inverse: torch.Tensor
     zero_point: torch.Tensor
+    top: torch.Tensor
     scale: torch.Tensor
     plane_zero: torch.Tensor
 
     def __init__(self, quantizer: ActivationQuantizer, current: CurrentTimestep):
         super().__init__()
-        self.current, self.top = current, 2**quantizer.bits - 1
+        self.current = current
         groups = quantizer.group_of_timestep.long()
         zero_point, scale = quantizer.zero_point[groups], quantizer.scale[groups]
         self.register_buffer("inverse", quantizer.scale.reciprocal()[groups])
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("top", quantizer.tops[groups])
         wide = quantizer.bits > 8
         self.register_buffer("scale", torch.stack([scale, scale * 256] if wide else [scale]))
         planes = [zero_point & 255, zero_point >> 8] if wide else [zero_point]
@@ -60,8 +62,8 @@ class StepTables(nn.Module):
 
     def steps(self) -> kernels.Steps:
         """What the kernels read: the tables and the index of the current timestep."""
-        tables = self.inverse, self.zero_point, self.scale, self.plane_zero
-        return kernels.Steps(self.current.index, *tables, self.top)
+        whole = self.inverse, self.zero_point, self.top
+        return kernels.Steps(self.current.index, *whole, self.scale, self.plane_zero)
 
 
 class LayerPart(nn.Module):

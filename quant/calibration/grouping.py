@@ -53,22 +53,26 @@ def error_table(
     stats: Statistics,
     low: torch.Tensor,
     high: torch.Tensor,
-    bits: int,
+    bits: int | torch.Tensor,
     symmetric: bool,
     power: float = 2.0,
 ) -> torch.Tensor:
     """Mean |x - x_hat|^power of each timestep under each candidate range (S, C), really
-    quantized."""
-    scale, zero_point = range_to_scale(low, high, bits, symmetric)
-    top = 2**bits - 1
-    x = stats.values  # (S, N)
-    columns = []
-    for s, z in zip(scale.tolist(), zero_point.tolist(), strict=True):
-        difference = (x / s).round_().clamp_(-z, top - z).mul_(s).sub_(x)
-        columns.append(
-            (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1)
-        )
-    return torch.stack(columns, dim=1)
+    quantized; bits: one number, or one for each timestep (S,)."""
+    bits = torch.as_tensor(bits).expand(len(stats.low))
+    table = torch.empty(len(bits), len(low))
+    for count in bits.unique().tolist():
+        scale, zero_point = range_to_scale(low, high, count, symmetric)
+        top = 2**count - 1
+        x = stats.values[bits == count]  # (timesteps, N)
+        columns = []
+        for s, z in zip(scale.tolist(), zero_point.tolist(), strict=True):
+            difference = (x / s).round_().clamp_(-z, top - z).mul_(s).sub_(x)
+            columns.append(
+                (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1)
+            )
+        table[bits == count] = torch.stack(columns, dim=1)
+    return table
 
 
 def contiguous_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,14 +124,41 @@ def refine(
     return group_of_timestep, candidates
 
 
+Solution = tuple[float, torch.Tensor, torch.Tensor]  # cost, group_of_timestep, candidate of group
+
+
 def cheapest_groups(
-    table: torch.Tensor, groups: int, free: bool
+    table: torch.Tensor, groups: int, free: bool, bits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The fewest groups that lose no more than TOLERATED_LOSS beside `groups` of them.
 
     A group that is worth nothing would only take samples from the others. free: groups need not be
-    contiguous.
+    contiguous. bits (S,): of the timesteps; those of a group are the same.
     """
+    kinds = bits.unique().tolist()
+    best: dict[int, Solution] = {0: (0.0, torch.zeros(len(table), dtype=torch.long), bits[:0])}
+    for done, kind in enumerate(kinds, 1):
+        rows = bits == kind
+        most = groups - (len(kinds) - 1)
+        new: dict[int, Solution] = {}
+        for own in _groupings(table[rows], most, free):
+            for before, (cost, group_of_timestep, chosen) in best.items():
+                total = before + len(own[2])
+                if total > groups - (len(kinds) - done):
+                    continue
+                if total not in new or cost + own[0] < new[total][0]:
+                    group_of_timestep = group_of_timestep.clone()
+                    group_of_timestep[rows] = own[1] + before
+                    new[total] = cost + own[0], group_of_timestep, torch.cat([chosen, own[2]])
+        best = new
+    found = [best[count] for count in sorted(best)]
+    limit = found[-1][0] * (1 + TOLERATED_LOSS)
+    # Costs that are not finite are told by the search, which has an error to name.
+    return next((f[1:] for f in found if f[0] <= limit), found[-1][1:])
+
+
+def _groupings(table: torch.Tensor, groups: int, free: bool) -> list[Solution]:
+    """The best solution with each number of groups, of timesteps of the same bits."""
     found = []
     for count in range(1, min(groups, len(table)) + 1):
         group_of_timestep, chosen = contiguous_groups(table, count)
@@ -135,9 +166,7 @@ def cheapest_groups(
             group_of_timestep, chosen = refine(table, group_of_timestep, chosen)
         cost = table[torch.arange(len(table)), chosen[group_of_timestep]].sum()
         found.append((float(cost), group_of_timestep, chosen))
-    limit = found[-1][0] * (1 + TOLERATED_LOSS)
-    # Costs that are not finite are told by the search, which has an error to name.
-    return next((f[1:] for f in found if f[0] <= limit), found[-1][1:])
+    return found
 
 
 def uniform_groups(table: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,11 +196,12 @@ def assign(
     search: str,
     scale: str,
     weight: torch.Tensor | None = None,
+    bits: torch.Tensor | None = None,
 ) -> None:
     """Sets the quantizer's ranges and groups from the statistics.
 
-    weight (S,): how much an error at each calibrated timestep matters; None: all alike. It counts
-    where groups are searched.
+    weight (S,): how much an error at each calibrated timestep matters; None: all alike. bits (S,):
+    of each of them; None: those of the quantizer. Both count where groups are searched.
 
     search: none (one range by the error over all samples, power 2.4 as in the literature) |
     uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
@@ -196,7 +226,8 @@ def assign(
     symmetric = quantizer.symmetric
     low, high = candidate_ranges(stats, symmetric, quantizer.unsigned)
     power = 2.4 if search == "none" else 2.0
-    table = error_table(stats, low, high, quantizer.bits, symmetric, power)
+    bits = torch.full(stats.low.shape, quantizer.bits) if bits is None else bits
+    table = error_table(stats, low, high, bits, symmetric, power)
     if search == "none":
         group_of_timestep = torch.zeros(len(table), dtype=torch.long)
         chosen = (stats.weight @ table).argmin()[None]
@@ -206,6 +237,8 @@ def assign(
         # Relative to each timestep's own best range, however large its activations are.
         table = table / table.min(dim=1, keepdim=True).values.clamp(min=1e-20)
         weighted = table if weight is None else table * (weight / weight.mean())[:, None]
-        group_of_timestep, chosen = cheapest_groups(weighted, groups, free=search != "dp")
+        group_of_timestep, chosen = cheapest_groups(weighted, groups, search != "dp", bits)
         quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
-    quantizer.set_ranges(low[chosen], high[chosen], group_of_timestep)
+    of_groups = torch.full(chosen.shape, quantizer.bits)  # those that no timestep has taken too
+    of_groups[group_of_timestep] = bits
+    quantizer.set_ranges(low[chosen], high[chosen], group_of_timestep, of_groups)

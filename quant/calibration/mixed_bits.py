@@ -13,7 +13,8 @@ bits are then given out one after the other, each to the layer that gains most f
 Legend: O output channels, I input channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from .states import CalibrationStates
 from .weights import WeightQuantizer, roughly_rounded
 
 MOST_BITS = 8
+Key = TypeVar("Key", bound=Hashable)
 
 
 def choices(average_bits: float) -> tuple[int, ...]:
@@ -99,16 +101,16 @@ def losses(layer: CalibLayer, curvature: torch.Tensor, choices: Sequence[int]) -
 
 
 def share_out(
-    losses_of: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], average_bits: float
-) -> dict[str, int]:
-    """Bits of each layer, of a mean over the weights of at most average_bits.
+    losses_of: Mapping[Key, Mapping[int, float]], sizes: Mapping[Key, int], average_bits: float
+) -> dict[Key, int]:
+    """Bits of each part, of a mean weighted by the sizes of at most average_bits.
 
-    losses_of: loss by bits of each layer; sizes: its number of weights.
+    losses_of: loss by bits of each part; sizes: how many numbers have these bits.
     """
     chosen = {name: min(of) for name, of in losses_of.items()}
     left = average_bits * sum(sizes.values()) - sum(sizes[n] * b for n, b in chosen.items())
 
-    def best_step(name: str) -> tuple[float, int]:
+    def best_step(name: Key) -> tuple[float, int]:
         """(loss that a bit of the file saves, new bits); several bits at once may save more."""
         of, now = losses_of[name], chosen[name]
         steps = [

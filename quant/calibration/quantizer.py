@@ -95,9 +95,14 @@ class LearnedQuantizer(nn.Module):
 
     During the search (search.py) every calibrated timestep also holds a softmax over the groups,
     and the output is the mixture of the two likeliest quantizers.
+
+    bits: of the codes, where the groups have none of their own (timestep_bits.py). log_scale (G,)
+    and shared_log_scale are in units of 2^(bits - bits of the group), so that a step of the
+    optimizer moves outer values of each group by as many codes.
     """
 
     group_of_timestep: torch.Tensor
+    group_bits: torch.Tensor
     group_error: torch.Tensor | None
 
     def __init__(self, context: TimestepContext, bits: int, symmetric: bool, unsigned: bool):
@@ -113,6 +118,7 @@ class LearnedQuantizer(nn.Module):
         self.register_buffer(
             "group_of_timestep", torch.zeros(len(context.timesteps), dtype=torch.long)
         )
+        self.register_buffer("group_bits", torch.full((1,), bits))  # (G,)
         # Error of each timestep under each group's range, relative to the timestep's best; until
         # the search.
         self.register_buffer("group_error", None)  # (S, G)
@@ -125,15 +131,21 @@ class LearnedQuantizer(nn.Module):
         return len(self.log_scale)
 
     def set_ranges(
-        self, low: torch.Tensor, high: torch.Tensor, group_of_timestep: torch.Tensor
+        self,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        group_of_timestep: torch.Tensor,
+        bits: torch.Tensor | None = None,
     ) -> None:
         """low, high (G,): ranges of the groups; group_of_timestep (S,): the group of each
-        timestep."""
-        scale, zero_point = range_to_scale(low, high, self.bits, self.symmetric)
+        timestep; bits (G,): of each group, None: those of the quantizer."""
+        bits = torch.full(low.shape, self.bits) if bits is None else bits
+        scale, zero_point = range_to_scale(low, high, bits, self.symmetric)
         if self.unsigned:
             zero_point = torch.zeros_like(zero_point)
         device = self.log_scale.device
-        self.log_scale = nn.Parameter(scale.float().log().to(device))
+        self.group_bits = bits.long().to(device)
+        self.log_scale = nn.Parameter(scale.float().log().to(device) / self._unit())
         self.zero_point = nn.Parameter(
             zero_point.float().to(device), requires_grad=self.zero_point.requires_grad
         )
@@ -142,7 +154,7 @@ class LearnedQuantizer(nn.Module):
     def ranges(self) -> dict[str, torch.Tensor]:
         """What set_ranges and grouping.assign set, for take_ranges."""
         values = {name: getattr(self, name).detach() for name in ("log_scale", "zero_point")}
-        values["group_of_timestep"] = self.group_of_timestep
+        values["group_of_timestep"], values["group_bits"] = self.group_of_timestep, self.group_bits
         if self.group_error is not None:
             values["group_error"] = self.group_error
         return values
@@ -154,22 +166,32 @@ class LearnedQuantizer(nn.Module):
             value, wanted = values[name].to(device), getattr(self, name).requires_grad
             setattr(self, name, nn.Parameter(value, requires_grad=wanted))
         self.group_of_timestep = values["group_of_timestep"].to(device)
+        self.group_bits = values["group_bits"].to(device)
         error = values.get("group_error")
         self.group_error = None if error is None else error.to(device)
 
+    def _tops(self) -> torch.Tensor:
+        """The highest codes, (G,)."""
+        return (2.0**self.group_bits) - 1
+
+    def _unit(self) -> torch.Tensor:
+        """Of log_scale, (G,)."""
+        return 2.0 ** (self.bits - self.group_bits)
+
     def _integral_zero_point(self) -> torch.Tensor:
         zero_point = self.zero_point + self.shared_zero_point
-        return round_ste(zero_point.clamp(0, 2**self.bits - 1))
+        return round_ste(zero_point.clamp(min=0).clamp(max=self._tops()))
 
     def current_scale(self) -> torch.Tensor:
         """(G,)"""
-        return (self.log_scale + self.shared_log_scale).exp()
+        return ((self.log_scale + self.shared_log_scale) * self._unit()).exp()
 
     def _quantize(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         shape = () if group.dim() == 0 else (-1,) + (1,) * (x.dim() - 1)
         scale = self.current_scale()[group].reshape(shape)
         zero_point = self._integral_zero_point()[group].reshape(shape)
-        return _LearnedFakeQuantize.apply(x, scale, zero_point, 2**self.bits - 1)
+        top = self._tops()[group].reshape(shape)
+        return _LearnedFakeQuantize.apply(x, scale, zero_point, top)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -195,7 +217,7 @@ class LearnedQuantizer(nn.Module):
             scale,
             self._integral_zero_point().round(),
             self.group_of_timestep,
-            self.bits,
+            self.group_bits.tolist(),
         )
 
 

@@ -25,6 +25,7 @@ from .timesteps import ActiveSelector, normalised_entropy, tuples_of_steps
 from .wrapping import activation_quantizers
 
 LOGITS_PER_EXCESS, LOWEST_LOGIT = 10.0, 4.0
+BARRED = -1e4  # logit of groups of other bits than the timestep's
 SMALLEST_ERROR, SMALLEST_SHARE = 1e-20, 1e-6
 MOST_SEARCHED_BITS = 8  # the inputs of the first and last layer have more, and codes abound
 
@@ -48,10 +49,12 @@ def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
 
     A group whose range costs a timestep a tenth more than its best one starts one unit of logit
     lower, so that sigma is undecided just where groups are nearly as good. Without a table the
-    assigned group starts at LOWEST_LOGIT above the others.
+    assigned group starts at LOWEST_LOGIT above the others. A timestep keeps its bits, so that their
+    mean stays: groups of others are barred.
     """
     logits = []
     for q in quantizers:
+        barred = q.group_bits[q.group_of_timestep][:, None] != q.group_bits  # (S, G)
         if q.group_error is None:
             value = torch.full(
                 (len(q.group_of_timestep), q.groups), -LOWEST_LOGIT, device=q.log_scale.device
@@ -60,9 +63,9 @@ def start(quantizers: list[LearnedQuantizer]) -> list[nn.Parameter]:
         else:
             # Exact values have no error: the softmax over the one token of a class is always 1.
             error = q.group_error.clamp(min=SMALLEST_ERROR)
-            best = error.amin(1, keepdim=True)
+            best = error.masked_fill(barred, math.inf).amin(1, keepdim=True)
             value = (LOGITS_PER_EXCESS * (1 - error / best)).clamp(min=-LOWEST_LOGIT)
-        q.logits = nn.Parameter(value)
+        q.logits = nn.Parameter(value.masked_fill(barred, BARRED))
         logits.append(q.logits)
     return logits
 

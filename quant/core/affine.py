@@ -144,20 +144,21 @@ def _pieces(x: torch.Tensor, channel_dim: int) -> Sequence[torch.Tensor]:
 
 
 def range_to_scale(
-    low: torch.Tensor, high: torch.Tensor, bits: int, symmetric: bool
+    low: torch.Tensor, high: torch.Tensor, bits: int | torch.Tensor, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point (float holding an integer) of the range [low, high] made to contain 0.
 
-    symmetric: z is the middle code 2^(b-1) and the range is that of the larger side.
+    bits: one number, or one for each range. symmetric: z is the middle code 2^(b-1) and the range
+    is that of the larger side.
     Degenerate ranges get the smallest scale instead of zero.
     """
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         scale = torch.maximum(high / (top // 2), -low / (top // 2 + 1)).clamp(min=SMALLEST_SCALE)
-        return scale, torch.full_like(scale, top // 2 + 1)
+        return scale, torch.zeros_like(scale) + (top // 2 + 1)
     scale = ((high - low) / top).clamp(min=SMALLEST_SCALE)
-    return scale, (-low / scale).round().clamp(0, top)
+    return scale, (-low / scale).round().clamp(min=0).clamp(max=top)
 
 
 def per_channel(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,11 @@ class ActivationSettings:
         "runs (dp); in equal runs; or one group of all",
         choices=("differentiable", "kmeans", "dp", "uniform", "none"),
     )
+    bits_by_group: bool = setting(
+        True,
+        "groups have bits of their own, more where errors move the image most, and `bits` in the "
+        "mean of the sampling steps; of groups that are learned, with weighted steps",
+    )
     scale: str = setting(
         "mse", "ranges that lose least, or of the extremes", choices=("mse", "minmax")
     )
@@ -268,7 +273,9 @@ def preset(
         tinydm,
         method=method,
         weight=replace(tinydm.weight, rounding="adaround"),
-        activation=replace(tinydm.activation, groups=1, search="none", softmax="uniform"),
+        activation=replace(
+            tinydm.activation, groups=1, search="none", bits_by_group=False, softmax="uniform"
+        ),
         reconstruct=BLOCK_WISE,
         equivalent_scaling=False,
         correction="ptqd" if method == "ptqd" else "none",

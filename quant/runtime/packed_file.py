@@ -79,7 +79,7 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
     """One row per quantized layer or product of a deployed model, in the file's order."""
     table = []
     for name, time, module in _deployed(model):
-        inputs = [q.bits for q in _layer_quantizers(module)]
+        inputs = [_input_bits(q) for q in _layer_quantizers(module)]
         if isinstance(module, QuantMatMul):
             kind = {"name": name, "kind": "matmul"}
             table.append(kind | {"inputs": inputs, "by_row": module.by_row})
@@ -98,6 +98,12 @@ def layer_table(model: QuantDenoiser) -> list[dict[str, Any]]:
             }
         )
     return table
+
+
+def _input_bits(quantizer: ActivationQuantizer) -> int | list[int]:
+    """Bits of an operand: a number, or one for each group where they differ."""
+    bits = quantizer.group_bits
+    return bits[0] if len(set(bits)) == 1 else bits
 
 
 def to_bytes(

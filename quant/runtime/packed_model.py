@@ -61,19 +61,22 @@ class ModelBuilder:
         self._check(len(part) == count, f"{name} is too short")
         return part.clone()
 
-    def _quantizer(self, bits: int) -> ActivationQuantizer:
-        self._check(isinstance(bits, int) and 2 <= bits <= 16, f"{bits} activation bits")
+    def _quantizer(self, bits: int | list[int]) -> ActivationQuantizer:
+        """bits: of an operand, see packed_file.layer_table."""
+        scale = self.tensors["activations.scale"]
+        each = [bits] * scale.shape[1] if isinstance(bits, int) else bits
+        good = isinstance(each, list) and 0 < len(each) <= scale.shape[1]
+        good = good and all(isinstance(b, int) and 2 <= b <= 16 for b in each)
+        self._check(good, f"{bits} activation bits")
         row, self.row = self.row, self.row + 1
-        zero_point = self._get("activations.zero_point", torch.int32)[row]
-        good = int(zero_point.min()) >= 0 and int(zero_point.max()) < 2**bits
+        scale = scale[row, : len(each)].clone()
+        zero_point = self._get("activations.zero_point", torch.int32)[row, : len(each)].clone()
+        group = self.tensors["activations.group"][row].clone()
+        self._check(int(group.max()) < len(each), "a group out of range")
+        quantizer = ActivationQuantizer(self.context, scale, zero_point, group, each)
+        good = bool((zero_point >= 0).all() and (zero_point <= quantizer.tops).all())
         self._check(good, "an activation zero point out of range")
-        return ActivationQuantizer(
-            self.context,
-            self.tensors["activations.scale"][row].clone(),
-            zero_point.clone(),
-            self.tensors["activations.group"][row].clone(),
-            bits,
-        )
+        return quantizer
 
     def _layer(self, entry: dict[str, Any], layer: nn.Module) -> QuantLayer:
         name, bits, shape = entry["name"], entry["bits"], entry["shape"]

@@ -3,7 +3,7 @@
 Legend: B batch, G groups of timesteps, S calibrated timesteps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,13 +16,15 @@ from .derived import KeepsDerived
 class ActivationQuantizer(KeepsDerived):
     """Deployed per-tensor activation quantizer: G scales, chosen by the timestep's group.
 
-    bits: of its codes. Buffers: scale float32 (G,), zero_point int32 (G,), group_of_timestep
-    uint8 (S,).
+    bits: of the codes of all groups, or of each of them (G,); the attribute is the largest number.
+    Buffers: scale float32 (G,), zero_point int32 (G,), group_of_timestep uint8 (S,); tops int32
+    (G,), the highest codes, made from the bits.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
     group_of_timestep: torch.Tensor
+    tops: torch.Tensor
 
     def __init__(
         self,
@@ -30,13 +32,17 @@ class ActivationQuantizer(KeepsDerived):
         scale: torch.Tensor,
         zero_point: torch.Tensor,
         group_of_timestep: torch.Tensor,
-        bits: int,
+        bits: int | Sequence[int],
     ):
         super().__init__()
-        self.context, self.bits = context, bits
+        self.context = context
+        self.group_bits = [bits] * len(scale) if isinstance(bits, int) else list(bits)
+        self.bits = max(self.group_bits)
         self.register_buffer("scale", scale.detach().float())
         self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
         self.register_buffer("group_of_timestep", group_of_timestep.to(torch.uint8))
+        tops = torch.tensor([2**b - 1 for b in self.group_bits], dtype=torch.int32)
+        self.register_buffer("tops", tops.to(scale.device), persistent=False)
         self._groups = [
             int(g) for g in self.group_of_timestep
         ]  # look-ups without a tensor per call
@@ -51,8 +57,7 @@ class ActivationQuantizer(KeepsDerived):
         """The numbers of the calibrated timestep `index`."""
         if self._steps is None:
             inverses = self.scale.reciprocal()  # rounded to float32 as in fake_quantize
-            top, zero_points = 2**self.bits - 1, self.zero_point.tolist()
-            ends = [-z for z in zero_points], [top - z for z in zero_points]
+            ends = (-self.zero_point).tolist(), (self.tops - self.zero_point).tolist()
             numbers = zip(inverses.tolist(), self.scale.tolist(), *ends, strict=True)
             self._steps = [QuantizerStep(*values) for values in numbers]
             # 0-d tensors multiply faster than numbers.
@@ -60,13 +65,15 @@ class ActivationQuantizer(KeepsDerived):
             self._unscaled = [BroadcastStep(v, None, low, high) for v, low, high in tensors]
         return self._steps[self._groups[index]]
 
-    def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the current timestep: 0-d, or (B, 1, ...) of `dims` axes."""
+    def current(self, dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scale, zero point and highest code of the current timestep: 0-d, or (B, 1, ...) of
+        `dims` axes."""
         index = self.context.index
         one = isinstance(index, int)
         group = self._groups[index] if one else self.group_of_timestep[index].long()
         shape = () if one else (-1,) + (1,) * (dims - 1)
-        return self.scale[group].view(shape), self.zero_point[group].view(shape)
+        scale, zero_point, top = self.scale, self.zero_point, self.tops
+        return scale[group].view(shape), zero_point[group].view(shape), top[group].view(shape)
 
     def shared(
         self, x: torch.Tensor, index: int, inplace: bool = False
@@ -81,8 +88,8 @@ class ActivationQuantizer(KeepsDerived):
         index = self.context.index
         if isinstance(index, int):
             return fake_quantize_shared(x, self.step(index))
-        scale, zero_point = self.current(x.dim())
-        return fake_quantize(x, scale, zero_point.to(x.dtype), 2**self.bits - 1)
+        scale, zero_point, top = self.current(x.dim())
+        return fake_quantize(x, scale, zero_point.to(x.dtype), top)
 
 
 def quantizers_of(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:

@@ -26,13 +26,14 @@ KINDS = {
 class Quantizers:
     """L activation quantizers in the order of the network, S calibrated timesteps, ascending.
 
-    rank (L, S): group in use, numbered by its scale from 0, the finest. low, high (L, S): the
-    range that its codes reach; operands: which input of its layer, where there are several.
+    rank (L, S): group in use, numbered by its scale from 0, the finest. bits (L, S): of its codes.
+    low, high (L, S): the range that these reach; operands: which input of its layer, where there
+    are several.
     """
 
     layers: list[str]
     operands: list[str]
-    bits: list[int]
+    bits: np.ndarray
     timesteps: list[int]
     rank: np.ndarray
     low: np.ndarray
@@ -55,11 +56,14 @@ def read_quantizers(path: Path) -> Quantizers:
     with safe_open(path, framework="np") as handle:
         names = ("scale", "zero_point", "group")
         scale, zero, group = (handle.get_tensor(f"activations.{name}") for name in names)
-    bits = [b for entry in metadata["layers"] for b in entry["inputs"]]
+    bits = np.ones(scale.shape, np.int64)  # (L, G), as wide as the widest
+    given = [b for entry in metadata["layers"] for b in entry["inputs"]]
+    for row, of_groups in zip(bits, given, strict=True):
+        row[: len(of_groups) if isinstance(of_groups, list) else None] = of_groups
     operands = [o for entry in metadata["layers"] for o in _operands(entry)]
     rows = np.arange(len(bits))[:, None]
-    scale, zero = scale[rows, group], zero[rows, group]  # (L, S)
-    top = 2.0 ** np.array(bits, np.float64)[:, None] - 1
+    scale, zero, bits = scale[rows, group], zero[rows, group], bits[rows, group]  # (L, S)
+    top = 2.0**bits - 1
     low, high = -zero * scale, (top - zero) * scale
     return Quantizers(layers, operands, bits, timesteps, rank, low, high)
 

@@ -50,7 +50,8 @@ def _panel(q: Quantizers, row: int, low: np.ndarray | None, high: np.ndarray | N
     seen = np.array([]) if low is None else np.concatenate([low, high])
     seen = seen[np.isfinite(seen)]
     lines = [] if low is None else [low, high]
-    label, bits = escape(q.labels[row]), q.bits[row]
+    label, fewest, most = escape(q.labels[row]), q.bits[row].min(), q.bits[row].max()
+    bits = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     short = label.removeprefix(f"{escape(block_of(q.layers[row]))}.").replace(".", ".<wbr>")
     extremes = "" if not seen.size else f"; seen {seen.min():.3g} .. {seen.max():.3g}"
     return (

@@ -35,11 +35,12 @@ def context() -> TimestepContext:
 
 
 def quantizer(at: TimestepContext, bits: int, zero_point: list[int] | None = None):
-    """An activation quantizer of two groups with arbitrary scales."""
+    """An activation quantizer of two groups with arbitrary scales, the second with a bit less."""
     top = 2**bits - 1
     zero = torch.randint(0, top + 1, (2,)) if zero_point is None else torch.tensor(zero_point)
+    zero[1].clamp_(max=2 ** (bits - 1) - 1)
     scale = (torch.rand(2) + 0.5) * 6 / top
-    return ActivationQuantizer(at, scale, zero, torch.tensor([0, 1, 1, 0]), bits)
+    return ActivationQuantizer(at, scale, zero, torch.tensor([0, 1, 1, 0]), [bits, bits - 1])
 
 
 def quant_layer(
@@ -93,7 +94,8 @@ def deployed(net: nn.Module, *call: torch.Tensor, **policy) -> QuantDenoiser:
         q.enabled = True
         if name in ranges:
             low, high = ranges[name]
-            q.set_ranges(low * spread, high * spread, torch.arange(20) % 3)
+            of_groups = torch.tensor([q.bits, q.bits, q.bits - 1])
+            q.set_ranges(low * spread, high * spread, torch.arange(20) % 3, of_groups)
     return deploy(model)
 
 

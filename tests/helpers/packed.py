@@ -58,7 +58,9 @@ def quantized(
     model = quantize(denoiser, context, policy)
     for _, q in activation_quantizers(model):
         low, high = -torch.rand(groups, generator=g) - 0.1, torch.rand(groups, generator=g) * 3 + 1
-        q.set_ranges(low, high, torch.randint(groups, (len(context.timesteps),), generator=g))
+        group = torch.randint(groups, (len(context.timesteps),), generator=g)
+        fewer = torch.arange(groups) == 1  # a group with bits of its own
+        q.set_ranges(low, high, group, torch.where(fewer, q.bits - 1, q.bits))
     return deploy(model)
 
 

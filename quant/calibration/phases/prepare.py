@@ -14,6 +14,7 @@ from ..search import search as search_groups
 from ..sharing import Tensors
 from ..statistics import Statistics, collect
 from ..task import Job
+from ..timestep_bits import bits_of_timesteps
 from ..wrapping import activation_quantizers
 
 STATISTICS_TRAJECTORIES = 8  # at each timestep
@@ -88,16 +89,21 @@ def ranges(job: Job) -> dict[str, Any]:
     job.progress.begin("activation ranges", passes * len(quantizers))
     stats = statistics_of(job)
     report: dict[str, Any] = {"quantizers": len(quantizers)}
-    weight = None
+    weight = bits = None
     for _ in range(passes):
-        shared = job.team.share(len(quantizers), partial(_assigned, job, quantizers, stats, weight))
+        assigned = partial(_assigned, job, quantizers, stats, weight, bits)
+        shared = job.team.share(len(quantizers), assigned)
         for (_, quantizer), values in zip(quantizers, shared, strict=True):
             quantizer.take_ranges(values)
             job.progress.step("")
         if searched and weight is None:
             errors = step_errors(job)
             report["step_errors"] = errors.tolist()
-            weight = _contributions(job, errors)
+            weight = _by_timestep(job, _importance(job) * errors)
+            if passes == 2 and activation.bits_by_group:
+                calls = _by_timestep(job, torch.ones(len(errors))).long()
+                bits = bits_of_timesteps(weight, calls, activation.bits, activation.groups)
+                report["bits_of_timesteps"] = bits.tolist()
     job.progress.end()
     return report
 
@@ -107,23 +113,29 @@ def _assigned(
     quantizers: list[tuple[str, LearnedQuantizer]],
     stats: dict[str, Statistics],
     weight: torch.Tensor | None,
+    bits: torch.Tensor | None,
     number: int,
 ) -> Tensors:
-    """The ranges and groups of one quantizer."""
+    """The ranges and groups of one quantizer. bits (S,): of those that have the bits of the
+    settings."""
     (name, quantizer), activation = quantizers[number], job.settings.activation
     grouping.assign(
-        quantizer, stats[name], activation.groups, activation.search, activation.scale, weight
+        quantizer,
+        stats[name],
+        activation.groups,
+        activation.search,
+        activation.scale,
+        weight,
+        bits if quantizer.bits == activation.bits else None,
     )
     return quantizer.ranges()
 
 
-def _contributions(job: Job, errors: torch.Tensor) -> torch.Tensor:
-    """How much each calibrated timestep adds to the error of the image. errors (S,): eps errors of
-    the sampling steps."""
+def _by_timestep(job: Job, values: torch.Tensor) -> torch.Tensor:
+    """Values of the sampling steps added up at the calibrated timesteps that they use."""
     context = job.model.context
     nearest = context.nearest(torch.tensor(job.states.timesteps))
-    sums = torch.zeros(len(context.timesteps))
-    return sums.index_add(0, nearest, _importance(job) * errors)
+    return torch.zeros(len(context.timesteps)).index_add(0, nearest, values)
 
 
 def _importance(job: Job) -> torch.Tensor:
