@@ -102,7 +102,7 @@ def test_runs_bring_the_model_back_to_the_trajectory_with_the_codes_it_has(
     start = distance()
     tuples = torch.tensor([[k, j] for k in range(len(states.timesteps)) for j in range(COUNT)])
     generator = torch.Generator().manual_seed(0)
-    finetune(model, states, tuples, 1, 4, 5e-3, generator, run_iterations=12, begin=begin)
+    finetune(model, states, tuples, 1, 4, 5e-3, generator, run_iterations=24, begin=begin)
     assert distance() < 0.7 * start
     for before, (_, layer) in zip(codes, weight_layers(model), strict=True):
         assert torch.equal(before, layer.quantizer.codes(layer.weight))
