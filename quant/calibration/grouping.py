@@ -19,6 +19,7 @@ TOLERATED_LOSS = 0.01  # of a tensor's error, that groups which are left out may
 HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
 SHARED_RANGE = 16.0  # timesteps whose extremes differ by more do not share one of these ranges
 FEWEST_CANDIDATES, MOST_CANDIDATES = 20, 40  # of the lowest and of the highest value each
+VALUES_AT_ONCE = 1 << 16  # of the table: its passes stay in the cache
 CANDIDATE_STEP = 1.13  # factor from one to the next, as far as the number of them allows
 
 
@@ -65,13 +66,15 @@ def error_table(
         scale, zero_point = range_to_scale(low, high, count, symmetric)
         top = 2**count - 1
         x = stats.values[bits == count]  # (timesteps, N)
-        columns = []
-        for s, z in zip(scale.tolist(), zero_point.tolist(), strict=True):
+        rows = []
+        at_once = max(1, VALUES_AT_ONCE // x.numel())
+        for s, z in zip(scale.split(at_once), zero_point.split(at_once), strict=True):
+            s, z = s.view(-1, 1, 1), z.view(-1, 1, 1)
             difference = (x / s).round_().clamp_(-z, top - z).mul_(s).sub_(x)
-            columns.append(
-                (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(1)
+            rows.append(
+                (difference.square_() if power == 2 else difference.abs_().pow_(power)).mean(2)
             )
-        table[bits == count] = torch.stack(columns, dim=1)
+        table[bits == count] = torch.cat(rows).T
     return table
 
 

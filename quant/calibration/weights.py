@@ -64,20 +64,20 @@ def _search_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mse_scale of a few rows, whose ranges are low and high (R,). seen: weights (R, N) that stand
     for `stride` each, then others that stand for themselves."""
-    best_error = torch.full_like(low, float("inf"))
-    best_scale, best_zero = range_to_scale(low, high, bits, symmetric=bits >= 8)
-    for ratio in ratios:
-        scale, zero = range_to_scale(low * ratio, high * ratio, bits, symmetric=bits >= 8)
-        errors = []
+    # (ratios, R): ratios together where rows are few, which saves operators
+    of_ratio = torch.tensor(ratios, device=low.device)[:, None]
+    scale, zero = range_to_scale(low * of_ratio, high * of_ratio, bits, symmetric=bits >= 8)
+    errors = []
+    at_once = max(1, WEIGHTS_AT_ONCE // seen[0].numel())
+    for s, z in zip(scale.split(at_once), zero.split(at_once), strict=True):
+        s, z = s[..., None], z[..., None]
+        parts = []
         for w in seen:
-            w_hat = dequantize(round_to_nearest(w, scale, zero, bits), scale, zero)
-            errors.append((w - w_hat).abs_().pow_(power).sum(1))
-        error = errors[0] if len(errors) == 1 else errors[0] * stride + errors[1]
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+            w_hat = (w / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s)
+            parts.append((w - w_hat).abs_().pow_(power).sum(2))
+        errors.append(parts[0] if len(parts) == 1 else parts[0] * stride + parts[1])
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
 def roughly_rounded(weight: torch.Tensor, bits: int, scale_search: str) -> torch.Tensor:
