@@ -269,9 +269,8 @@ def test_one_argument_is_enough(
     folder = make_pipeline(kind, tmp_path / "folder", scheduler)
     run, few = tmp_path / "run", ["--steps", "3", *options, "--set", *TINY]
     calibrate.main(["--ckpt", str(folder), "--out", str(run), *few])
-    said = capsys.readouterr().out
-    assert ("no correction of the output" in said) == (kind == "consistency")
-    assert "no runs through the first sampling steps: diffusers samples without gradients" in said
+    note = "no correction of the output" in capsys.readouterr().out
+    assert note == (kind == "consistency")
     quantized = str(run / "quantized.safetensors")
     sample_diffusion.main(["--quantized", quantized, "--out", str(tmp_path / "q")])
     sample_diffusion.main(["--config", str(run / "config.yaml"), "--out", str(tmp_path / "full")])
