@@ -197,14 +197,6 @@ def _observed(model: Denoiser, on_output: OnOutput) -> Denoiser:
     return lambda x, t: on_output(x, t, model(x, t))
 
 
-class _Reached(Exception):
-    """A sampler has come as far as it was asked to."""
-
-    def __init__(self, state: torch.Tensor):
-        super().__init__()
-        self.state = state
-
-
 @dataclass(frozen=True)
 class Pipeline:
     """Everything around a denoiser; see build_pipeline. timesteps are in the order of use."""
@@ -301,6 +293,12 @@ class Pipeline:
 
         on_output(x, t, eps) -> the output that the sampler goes on with, after guidance.
         """
+        generators = [image_generator(seed, index) for index in indices]
+
+        def draw() -> torch.Tensor:
+            draws = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+            return draws.contiguous(memory_format=torch.channels_last)
+
         labels = self.labels(indices, seed, classes)
         model: Denoiser = FixedBatch(denoiser, self.micro_batch)
         model = self.conditioned(model, None if labels is None else labels.to(device))
@@ -308,48 +306,6 @@ class Pipeline:
             model = _observed(model, on_output)
         # Offered by a denoiser whose eps brings noise of its own (protocols.NoiseScale).
         noise_scale = getattr(denoiser, "noise_scale", None)
-        return self._from_noise(model, indices, seed, device, noise_scale, on_step)
-
-    def begin(
-        self,
-        denoiser: Callable[..., torch.Tensor],
-        indices: Sequence[int],
-        seed: int,
-        calls: int,
-        classes: Sequence[int] | None = None,
-        device: str | torch.device = "cpu",
-    ) -> torch.Tensor:
-        """The state of `latents` that its call number `calls`, counted from 0, would see, (B, C, H,
-        W). With gradients, and without padding of the batch."""
-        labels = self.labels(indices, seed, classes)
-        model = self.conditioned(denoiser, None if labels is None else labels.to(device))
-        left = iter(range(calls))
-
-        def until(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if next(left, None) is None:
-                raise _Reached(x)
-            return model(x, t)
-
-        try:
-            return self._from_noise(until, indices, seed, device)
-        except _Reached as reached:
-            return reached.state
-
-    def _from_noise(
-        self,
-        model: Denoiser,
-        indices: Sequence[int],
-        seed: int,
-        device: str | torch.device,
-        noise_scale: NoiseScale | None = None,
-        on_step: StepHook | None = None,
-    ) -> torch.Tensor:
-        generators = [image_generator(seed, index) for index in indices]
-
-        def draw() -> torch.Tensor:
-            draws = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
-            return draws.contiguous(memory_format=torch.channels_last)
-
         start = draw().to(device)
         with drawn_ahead(draw, device) as noise:
             return self._run(model, start, noise, noise_scale, on_step)

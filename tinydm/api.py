@@ -27,7 +27,7 @@ from .quant.calibration.distinct import enough_trajectories
 from .quant.calibration.record import Recorder
 from .quant.calibration.states import CalibrationStates, joined
 from .quant.calibration.task import OnOutput, Task
-from .quant.core.settings import CalibrationSettings, QuantSettings, usable
+from .quant.core.settings import CalibrationSettings, QuantSettings
 from .quant.runtime.denoiser import QuantDenoiser
 from .quant.runtime.packed_file import PackedFileError, load_quantized, read_metadata, to_bytes
 
@@ -104,14 +104,14 @@ def calibrate(
             raise ValueError("a module needs sample=, a function that samples with it")
         denoiser, limit = model, train_timesteps
         source: Any = _OwnSampler(sample)
-        settings = usable(settings, corrected=True, run=False)
     else:
         _, module = denoiser_of(model)
         denoiser = DiffusersDenoiser(module)
         more = {"guidance_scale": guidance_scale, "prompts": prompts, "device": module.device}
         pipeline = DiffusersPipeline(model, denoiser, steps, micro_batch=batch_size, **more)
         source, limit = _PipelineSampler(pipeline, classes), pipeline.train_timesteps
-        settings = usable(settings, corrected=pipeline.uncorrected() is None, run=False)
+        if pipeline.uncorrected() is not None:
+            settings = replace(settings, correction="none")
     device = str(next(denoiser.parameters()).device)
     first = source.states(denoiser, range(batch_size), device)
     total = calibration.trajectories

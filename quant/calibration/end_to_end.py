@@ -1,16 +1,13 @@
 """End-to-end steps: the quantized denoiser learns to predict the full-precision noise.
 
-The last phase of tinyDM, data-free. Weights move as latent codes with straight-through rounding,
-activation scales by LSQ, biases and norms as they are. The loss is the eps error at calibration
-samples, and then, in runs through the first sampling steps (runs.py), the error of the state that
-these lead to.
+The last phase of tinyDM. Weights move as latent codes with straight-through rounding, activation
+scales by LSQ, biases and norms as they are; the loss is the eps error at calibration samples,
+data-free.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +16,6 @@ from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .layers import CalibLayer
 from .quantizer import rate_of_scale, scale_groups
-from .runs import RUN_RATE, Begin, Runs
 from .sharing import Alone, Team, Tensors, add_gradients
 from .states import CalibrationStates
 from .wrapping import activation_quantizers, weight_layers
@@ -65,20 +61,6 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     return groups
 
 
-# Shares of a batch's loss, each with its graph once it is called.
-Shares = list[Callable[[], torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """Steps with one kind of loss, the sum of what `draw` gives for a batch."""
-
-    iterations: int
-    rate: float  # times the learning rates
-    codes: bool  # whether weights learn other codes
-    draw: Callable[[torch.Generator], Shares]
-
-
 def finetune(
     model: QuantDenoiser,
     states: CalibrationStates,
@@ -93,8 +75,6 @@ def finetune(
     progress: dict[str, Any] | None = None,
     accumulate: int = 1,
     team: Team | None = None,
-    run_iterations: int = 0,
-    begin: Begin | None = None,
 ) -> None:
     """Trains in place. tuples (n, 2) of the states. on_iteration(i, loss) is for progress.
 
@@ -103,104 +83,56 @@ def finetune(
     iteration; an interrupted run goes on when it is given that `progress` beside the model's state
     of the moment.
     accumulate: parts of a batch, whose gradients are added up. team: processes that call it
-    together, with the same arguments and equal models, and share the parts. run_iterations: steps
-    behind the others that learn from runs, which `begin` makes. Raises DivergenceError.
+    together, with the same arguments and equal models, and share the parts. Raises DivergenceError.
     """
-    total = iterations + run_iterations
-    if total == 0:
+    if iterations == 0:
         return
-    of_samples = _of_samples(model, states, tuples, batch_size, step_weight, accumulate)
-    lessons = [_Lesson(iterations, 1.0, True, of_samples)]
-    if run_iterations:
-        assert begin is not None
-        runs = Runs(model, states, begin, step_weight)
-
-        def draw(generator: torch.Generator) -> Shares:
-            return of_samples(generator) + runs.draw(generator, accumulate)
-
-        lessons.append(_Lesson(run_iterations, RUN_RATE, False, draw))
     groups = parameter_groups(model, lr_scale)
-    start = 0 if progress is None else progress["iterations"]
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    start = 0
     if progress is not None:
+        start = progress["iterations"]
+        optimizer.load_state_dict(progress["optimizer"])
         generator.set_state(progress["generator"])
+    root = None if step_weight is None else _balanced_root(step_weight, tuples)
+    chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
     layers = [layer for _, layer in weight_layers(model)]
     of_weights = {id(p) for layer in layers for p in layer.quantizer.parameters()}
     others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
-    before = 0  # iterations of the lessons before
-    for lesson in lessons:
-        learning = _learning(groups, layers, lesson.codes)
-        rates = [group["lr"] for group in learning]
-        optimizer = torch.optim.Adam(learning, betas=(0.9, 0.99), fused=True)
-        if progress is not None and before < start < before + lesson.iterations:
-            optimizer.load_state_dict(progress["optimizer"])
-        for i in range(max(0, start - before), lesson.iterations):
-            shares = lesson.draw(generator)
-            optimizer.zero_grad(set_to_none=True)
-
-            def backward(number: int, shares: Shares = shares) -> Tensors:
-                loss = shares[number]()
-                # Adam is scale free; this keeps tiny gradients above its epsilon.
-                (loss * 100).backward()
-                return {"loss": loss.detach()}
-
-            with _weights_made_once(layers) as made:
-                found = add_gradients(team or Alone(), len(shares), backward, [*made, *others])
-            loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
-            value = finite_loss(loss, before + i, total)
-            warm = min(1.0, (i + 1) / (0.05 * lesson.iterations + 1))
-            cosine = 0.5 * (1 + math.cos(math.pi * i / lesson.iterations))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * lesson.rate * warm * cosine
-            optimizer.step()
-            for layer in layers:
-                layer.quantizer.clamp_latent()
-            on_iteration(before + i, value)
-            on_checkpoint(
-                {
-                    "iterations": before + i + 1,
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                }
-            )
+    for i in range(start, iterations):
+        index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
         optimizer.zero_grad(set_to_none=True)
-        before += lesson.iterations
+        parts = index.chunk(accumulate)
+
+        def backward(number: int, parts: tuple[torch.Tensor, ...] = parts) -> Tensors:
+            part = parts[number]
+            loss = _loss(model, states, part, root) * (len(part) / batch_size)
+            (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
+            return {"loss": loss.detach()}
+
+        with _weights_made_once(layers) as made:
+            found = add_gradients(team or Alone(), len(parts), backward, [*made, *others])
+        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
+        value = finite_loss(loss, i, iterations)
+        done = i / iterations
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.step()
+        for layer in layers:
+            layer.quantizer.clamp_latent()
+        on_iteration(i, value)
+        on_checkpoint(
+            {
+                "iterations": i + 1,
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+            }
+        )
+    optimizer.zero_grad(set_to_none=True)
     for layer in layers:
         layer.quantizer.fix_scale()
-
-
-def _learning(groups: list[dict], layers: Sequence[CalibLayer], codes: bool) -> list[dict]:
-    """The groups that learn, for an optimizer of their own: all, or those without latent codes."""
-    latents = {id(layer.quantizer.latent) for layer in layers}
-    learning = []
-    for group in groups:
-        learns = codes or not any(id(p) in latents for p in group["params"])
-        for p in group["params"]:
-            p.requires_grad_(learns)
-        if learns:
-            learning.append(dict(group))
-    return learning
-
-
-def _of_samples(
-    model: QuantDenoiser,
-    states: CalibrationStates,
-    tuples: torch.Tensor,
-    batch_size: int,
-    step_weight: torch.Tensor | None,
-    accumulate: int,
-) -> Callable[[torch.Generator], Shares]:
-    """The eps error of single samples; see finetune."""
-    root = None if step_weight is None else _balanced_root(step_weight, tuples)
-    chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
-
-    def share(part: torch.Tensor) -> torch.Tensor:
-        return _loss(model, states, part, root) * (len(part) / batch_size)
-
-    def draw(generator: torch.Generator) -> Shares:
-        index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
-        return [partial(share, part) for part in index.chunk(accumulate)]
-
-    return draw
 
 
 @contextmanager

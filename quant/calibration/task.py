@@ -1,6 +1,6 @@
 """What a calibration works on, and what it needs from outside."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,14 +26,6 @@ class Sampler(Protocol):
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """Samples `count` fresh images at once, the same ones each time. on_output sees and may
         change each output that the sampler gets (after guidance)."""
-        ...
-
-    def begin(
-        self, model: Callable[..., torch.Tensor], trajectories: Sequence[int], calls: int
-    ) -> torch.Tensor:
-        """Samples as far as to the given number of calls, from the noise of these trajectories of
-        the task's states: what the model would see next, (n, C, H, W), with gradients. Not asked
-        for where the settings have no runs (settings.usable)."""
         ...
 
 

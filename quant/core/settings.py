@@ -140,12 +140,6 @@ class ReconstructSettings:
     accumulate: int = setting(
         2, "parts of that batch, which processes share; the more, the less memory", within=(1, 4096)
     )
-    run_share: float = setting(
-        0.1,
-        "further end-to-end steps, as a part of the others, that learn also from runs through the "
-        "first sampling steps; each costs four of the others",
-        within=(0.0, 10.0),
-    )
     weigh_steps: bool = setting(
         True,
         "weigh most the timesteps whose errors move the final image most, in the search and in "
@@ -195,16 +189,6 @@ class QuantSettings:
     )
 
 
-def usable(settings: QuantSettings, corrected: bool, run: bool) -> QuantSettings:
-    """The settings without what a sampler has no use for: the correction of its output, and runs
-    through its first steps."""
-    if not corrected:
-        settings = replace(settings, correction="none")
-    if not run:
-        settings = replace(settings, reconstruct=replace(settings.reconstruct, run_share=0.0))
-    return settings
-
-
 @dataclass(frozen=True)
 class CalibrationSettings:
     """What it is calibrated on."""
@@ -240,7 +224,6 @@ BLOCK_WISE = ReconstructSettings(
     lr_scale=5e-3,
     finetune_iterations=0,
     finetune_batch_size=16,
-    run_share=0.0,
     weigh_steps=False,
 )
 
@@ -287,7 +270,7 @@ def preset(
         return replace(
             plain,
             weight=replace(plain.weight, rounding="nearest"),
-            reconstruct=replace(tinydm.reconstruct, run_share=0.0),
+            reconstruct=tinydm.reconstruct,
             correction="drift" if method == "e2e" else "none",
         ), uniform
     if method == "tfmq":

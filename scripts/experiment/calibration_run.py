@@ -5,7 +5,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,7 @@ import torch
 from torch import nn
 
 from ...models.architecture import describe
-from ...models.pipeline import Pipeline
 from ...models.protocols import roles_of
-from ...models.samplers import SamplingError
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
@@ -25,7 +23,7 @@ from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ...quant.calibration.task import OnOutput, Task
-from ...quant.core.settings import QuantSettings, usable
+from ...quant.core.settings import QuantSettings
 from ...quant.runtime.denoiser import QuantDenoiser
 from ...quant.runtime.packed_file import (
     PackedFileError,
@@ -110,26 +108,11 @@ class CalibrationRun:
         return trajectories_of(config.calibration, len(pipeline.timesteps), pipeline.guided, size)
 
     def settings(self) -> QuantSettings:
-        """Those of the configuration, without what the sampler has no use for: see without."""
-        corrected = self.assembly.pipeline.uncorrected() is None
-        return usable(self.config.quant, corrected, self._no_runs() is None)
-
-    def _no_runs(self) -> str | None:
-        """Why the first sampling steps cannot be learned from as runs, or None."""
-        pipeline = self.assembly.pipeline
-        if not isinstance(pipeline, Pipeline):
-            return "diffusers samples without gradients"
-        return "with guidance a step has two rows of the denoiser" if pipeline.guided else None
-
-    def without(self) -> list[str]:
-        """What the configuration asks for and this sampler has no use for, a line each."""
-        wanted, used = self.config.quant, self.settings()
-        lines = []
-        if used.correction != wanted.correction:
-            lines.append(f"no correction of the output: {self.assembly.pipeline.uncorrected()}")
-        if used.reconstruct != wanted.reconstruct and wanted.reconstruct.finetune_iterations:
-            lines.append(f"no runs through the first sampling steps: {self._no_runs()}")
-        return lines
+        """Those of the configuration, without a correction where the sampler has no use for it."""
+        quant = self.config.quant
+        if self.assembly.pipeline.uncorrected() is None:
+            return quant
+        return replace(quant, correction="none")
 
     def run(self, model: nn.Module, on_output: OnOutput, count: int) -> None:
         """See quant.calibration.task.Sampler."""
@@ -141,19 +124,6 @@ class CalibrationRun:
             device=self.device,
             on_output=on_output,
         )
-
-    def begin(
-        self, model: Callable[..., torch.Tensor], trajectories: Sequence[int], calls: int
-    ) -> torch.Tensor:
-        """See quant.calibration.task.Sampler."""
-        pipeline, config = self.assembly.pipeline, self.config
-        assert isinstance(pipeline, Pipeline)  # of settings()
-        seed = SEED_DOMAIN + config.calibration.seed
-        classes = config.sampling.classes
-        try:
-            return pipeline.begin(model, trajectories, seed, calls, classes, self.device)
-        except SamplingError as error:
-            raise DivergenceError(str(error)) from error
 
 
 def is_done(run: CalibrationRun) -> bool:
@@ -277,8 +247,9 @@ def calibrate_run(
             "to be reconstructed; use quantized"
         )
     _ = run.trajectories  # a mistake is told before the work
-    for line in run.without():
-        print(f"note: {line}", flush=True)
+    if run.settings() != config.quant:
+        why = assembly.pipeline.uncorrected()
+        print(f"note: no correction of the output: {why}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run

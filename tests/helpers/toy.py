@@ -1,6 +1,6 @@
 """A toy denoiser that notices wrong pairs of state and timestep, its states and its sampler."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -66,17 +66,6 @@ class ToySampler:
             x[:, 0], x[:, 1] = t / 1000, y.view(-1, 1, 1)  # see Toy
             steps = torch.full((count,), t)
             x = x + 0.3 * on_output(x, steps, model(x, steps, y))
-
-    def begin(
-        self, model: Callable[..., torch.Tensor], trajectories: Sequence[int], calls: int
-    ) -> torch.Tensor:
-        y = torch.tensor(trajectories).float()
-        x = torch.randn(len(y), 4, 6, 6, generator=torch.Generator().manual_seed(5))
-        for t in STEPS[:calls]:
-            x = torch.cat([torch.full_like(x[:, :1], t / 1000), x[:, 1:]], 1)
-            x = torch.cat([x[:, :1], y.view(-1, 1, 1, 1).expand_as(x[:, :1]), x[:, 2:]], 1)
-            x = x + 0.3 * model(x, torch.full((len(y),), t), y=y)
-        return x
 
 
 def eps_error(model: nn.Module, states: CalibrationStates) -> float:

@@ -10,13 +10,7 @@ from ..task import Job
 from . import correct, learn, prepare
 
 Values = dict[str, Any]
-END_TO_END_ALONE = {
-    "finetune_iterations",
-    "finetune_batch_size",
-    "accumulate",
-    "weigh_steps",
-    "run_share",
-}
+END_TO_END_ALONE = {"finetune_iterations", "finetune_batch_size", "accumulate", "weigh_steps"}
 BLOCKS_ALONE = {"iterations", "batch_size", "lr_rounding", "regulariser"}
 
 

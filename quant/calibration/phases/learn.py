@@ -92,16 +92,13 @@ def finetune(job: Job) -> dict[str, Any] | None:
         return None
     enough = -(-MOST_VIEWS * len(job.tuples) // settings.finetune_batch_size)
     iterations = min(settings.finetune_iterations, enough)
-    enough = len(job.states.timesteps) > 1
-    runs = round(settings.run_share * iterations) if enough else 0
     partial = job.state.partial or {}
     losses: list[float] = list(partial.get("losses", ()))
 
     def on_iteration(i: int, loss: float) -> None:
         losses.append(loss)
-        recent = losses[max(i - 19, 0 if i < iterations else iterations) :]
-        what = "eps error" if i < iterations else "with runs"
-        job.progress.step(f"{what} {sum(recent) / len(recent):.2e}")
+        recent = losses[-20:]
+        job.progress.step(f"eps error {sum(recent) / len(recent):.2e}")
 
     resumable = iterations >= STEPS_PER_CHECKPOINT
     if resumable:
@@ -111,7 +108,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
         if resumable and len(losses) % STEPS_PER_CHECKPOINT == 0:
             job.save_partial({"losses": list(losses), "progress": progress})
 
-    job.progress.begin("end-to-end steps", iterations + runs)
+    job.progress.begin("end-to-end steps", iterations)
     for _ in losses:
         job.progress.step("")
     with parked(job.denoiser):  # the states hold its outputs
@@ -129,16 +126,11 @@ def finetune(job: Job) -> dict[str, Any] | None:
             partial.get("progress"),
             settings.accumulate,
             job.team,
-            runs,
-            job.sampler.begin if runs else None,
         )
     job.progress.end()
-    report = _ends("error", losses[:iterations]) | {"iterations": iterations}
-    return report | _ends("run_error", losses[iterations:]) | {"run_iterations": runs}
-
-
-def _ends(name: str, losses: list[float]) -> dict[str, float]:
-    """The mean of the first and of the last tenth of the losses, if there are any."""
     tenth = max(1, len(losses) // 10)
-    ends = {"start": losses[:tenth], "end": losses[-tenth:]}
-    return {f"{name}_{end}": sum(values) / tenth for end, values in ends.items() if values}
+    return {
+        "error_start": sum(losses[:tenth]) / tenth,
+        "error_end": sum(losses[-tenth:]) / tenth,
+        "iterations": iterations,
+    }
