@@ -74,14 +74,14 @@ def bytes_beside(config: Config) -> int:
 
 def bops_of(rows: list[LayerRow]) -> int:
     """MACs times the bits of both operands; what is not quantized has 32."""
-    total = 0
+    total = 0.0
     for row in rows:
         inputs = row.activation_bits or (FLOAT_BITS,)
         if row.weights:
             total += row.macs * (row.weight_bits or FLOAT_BITS) * max(inputs)
         else:
             total += row.macs * inputs[0] * inputs[-1]
-    return total
+    return round(total)
 
 
 def packed(

@@ -1,13 +1,17 @@
 """Bits of the activations at each timestep: how they are shared out, and that groups keep them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.calibrated import run, tiny
+from tests.helpers.narrow import BENCH, write_narrow
 from tests.helpers.packed import Attention, meta, small_file, small_model
 from tests.helpers.toy import STEPS, Toy
+from tinydm.quant.calibration.coverage import format_table, layer_rows
 from tinydm.quant.calibration.grouping import assign
 from tinydm.quant.calibration.quantizer import LearnedQuantizer
 from tinydm.quant.calibration.search import start, take_most_likely
@@ -17,6 +21,8 @@ from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.core.settings import METHODS, preset
 from tinydm.quant.runtime.packed_file import layer_table, load_quantized
 from tinydm.quant.runtime.quantizer import quantizers_of
+from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.experiment.config import load_config
 
 
 def ones(count: int) -> torch.Tensor:
@@ -128,13 +134,24 @@ def test_a_calibration_keeps_the_mean_and_says_what_it_chose() -> None:
     assert (errors[first] > errors[last]) == bool(chosen[-1] > chosen[0])
 
 
+def test_the_table_of_layers_has_the_mean_of_the_timesteps() -> None:
+    model, denoiser = small_model(), Attention().eval()
+    rows = layer_rows(denoiser, model, denoiser.layer_roles(), {})
+    (row,) = (r for r in rows if r.name == "join")
+    first, second = (q for name, q in quantizers_of(model) if ".join." in name)
+    for q, bits in zip((first, second), row.activation_bits, strict=True):
+        of_timesteps = [q.group_bits[g] for g in q.group_of_timestep.tolist()]
+        assert 5 < bits < 6 and bits == sum(of_timesteps) / len(of_timesteps)
+    assert f"{row.activation_bits[0]:.3g}+" in format_table(rows)
+
+
 def test_the_file_holds_the_bits_of_each_group() -> None:
     model = small_model()
     table = {row["name"]: row for row in layer_table(model)}
     assert table["join"]["inputs"] == [[6, 5, 6], [6, 5, 6]]
 
 
-def test_a_file_with_bits_of_groups_loads(tmp_path) -> None:
+def test_a_file_with_bits_of_groups_loads(tmp_path: Path) -> None:
     model = small_model()
     path = tmp_path / "quantized.safetensors"
     path.write_bytes(small_file(model))
@@ -144,6 +161,23 @@ def test_a_file_with_bits_of_groups_loads(tmp_path) -> None:
     x = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(0)) * 3
     t = torch.tensor(model.context.timesteps)
     assert torch.equal(model(x, t), loaded(x, t))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["quant.method=e2e"],
+        ["quant.activation.search=uniform"],
+        ["quant.activation.scale=minmax"],
+        ["quant.reconstruct.weigh_steps=false"],
+    ],
+)
+def test_asked_for_without_effect_is_refused(keys: list[str], tmp_path: Path) -> None:
+    path = write_narrow(tmp_path, BENCH) / "narrow.yaml"
+    load_config(path, keys)
+    load_config(path, ["quant.activation.bits_by_group=true"])
+    with pytest.raises(ConfigError, match="quant.activation.bits_by_group needs"):
+        load_config(path, [*keys, "quant.activation.bits_by_group=true"])
 
 
 def test_only_tinydm_has_them() -> None:

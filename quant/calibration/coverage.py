@@ -13,14 +13,17 @@ from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: weights (count), macs of one sample, bits; None bits: not quantized."""
+    """One layer: weights (count), macs of one sample, bits; None bits: not quantized.
+
+    activation_bits: of each operand, in the mean of the calibrated timesteps.
+    """
 
     name: str
     kind: str
     weights: int
     macs: int
     weight_bits: int | None
-    activation_bits: tuple[int, ...]
+    activation_bits: tuple[float, ...]
     note: str = ""
 
 
@@ -69,13 +72,13 @@ def layer_rows(
             replaced, note = replaced.layer, "once per timestep, kept"
         weights = module.weight.numel() if isinstance(module, LAYER_TYPES) else 0
         bits: int | None = None
-        inputs: tuple[int, ...] = ()
+        inputs: tuple[float, ...] = ()
         if isinstance(replaced, QuantLayer):
-            bits, inputs = replaced.bits, tuple(q.bits for q in replaced.inputs)
+            bits, inputs = replaced.bits, tuple(q.mean_bits for q in replaced.inputs)
             if replaced.split:
                 note = f"input split at channel {replaced.split}"
         elif isinstance(replaced, QuantMatMul):
-            inputs = (replaced.left.bits, replaced.right.bits)
+            inputs = (replaced.left.mean_bits, replaced.right.mean_bits)
         kind = type(module).__name__
         rows.append(LayerRow(name, kind, weights, macs.get(name, 0), bits, inputs, note))
     return rows
@@ -105,7 +108,7 @@ def format_table(rows: list[LayerRow]) -> str:
         weight_bits = "-" if r.weight_bits is None else str(r.weight_bits)
         if r.weight_bits is None and r.weights:
             weight_bits = "32"
-        inputs = "+".join(map(str, r.activation_bits)) or "32"
+        inputs = "+".join(f"{bits:.3g}" for bits in r.activation_bits) or "32"
         lines.append(
             f"{r.name:{width}}  {r.kind:7} {r.weights:>9,} {r.macs / 1e6:>8.2f}  "
             f"{weight_bits:2} {inputs:5}  {r.note}".rstrip()

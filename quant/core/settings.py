@@ -12,6 +12,7 @@ from typing import Any
 FEWEST_BITS = 2  # of a weight or an activation
 QUALITIES = ("fast", "best")
 BEST_FACTOR = 8  # iterations and steps of `best`, times those of `fast`
+WEIGHTED_SEARCHES = ("differentiable", "kmeans", "dp")
 METHODS = ("tinydm", "e2e", "e2e_plain", "qdiffusion", "ptqd", "tfmq", "apqdm", "ptq4dm", "minmax")
 
 
@@ -62,7 +63,9 @@ class WeightSettings:
 class ActivationSettings:
     """Quantization of the activations, and of attention's operands."""
 
-    bits: int = setting(8, "bits of the activations", within=(2, 8))
+    bits: int = setting(
+        8, "bits of the activations, with bits_by_group in the mean of the steps", within=(2, 8)
+    )
     groups: int = setting(
         8, "quantizers of a tensor at most, which the timesteps share", within=(1, 255)
     )
@@ -75,7 +78,8 @@ class ActivationSettings:
     bits_by_group: bool = setting(
         True,
         "groups have bits of their own, more where errors move the image most, and `bits` in the "
-        "mean of the sampling steps; of groups that are learned, with weighted steps",
+        "mean of the sampling steps; with a search of the groups (but for equal runs) and weighted "
+        "steps",
     )
     scale: str = setting(
         "mse", "ranges that lose least, or of the extremes", choices=("mse", "minmax")
@@ -187,6 +191,18 @@ class QuantSettings:
         "drift",
         choices=("none", "ptqd", "drift"),
     )
+
+
+def weighted_groups(settings: QuantSettings) -> bool:
+    """Whether groups are searched with weights of the timesteps."""
+    activation = settings.activation
+    searched = activation.search in WEIGHTED_SEARCHES and activation.scale == "mse"
+    return searched and settings.reconstruct.weigh_steps
+
+
+def bits_by_group(settings: QuantSettings) -> bool:
+    """Whether groups have bits of their own."""
+    return settings.activation.bits_by_group and weighted_groups(settings)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,11 @@ class ActivationQuantizer(KeepsDerived):
         ]  # look-ups without a tensor per call
         self._forget()
 
+    @property
+    def mean_bits(self) -> float:
+        """Of the calibrated timesteps."""
+        return sum(self.group_bits[g] for g in self._groups) / len(self._groups)
+
     def _forget(self) -> None:
         """Drops what is made from the buffers: the steps of the groups, and those without scale."""
         self._steps: list[QuantizerStep] | None = None

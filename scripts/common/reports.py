@@ -11,7 +11,7 @@ class LayerReport(TypedDict):
     weights: int
     macs: int
     weight_bits: int | None
-    activation_bits: list[int]
+    activation_bits: list[float]
     note: str
 
 

@@ -16,7 +16,13 @@ from ...models.pipeline import (
     sampling_plan,
 )
 from ...models.schedule import SCHEDULES
-from ...quant.core.settings import FEWEST_BITS, CalibrationSettings, QuantSettings, setting
+from ...quant.core.settings import (
+    FEWEST_BITS,
+    CalibrationSettings,
+    QuantSettings,
+    bits_by_group,
+    setting,
+)
 from ..common.errors import ConfigError
 from ..common.schema import Key, Where, check_arguments
 
@@ -156,6 +162,10 @@ def check_config(config: Config, where: Where) -> None:
     def refuse(key: str, why: str) -> None:
         raise ConfigError(f"{where(tuple(key.split('.')))}: {key} {why}")
 
+    def asked(key: str) -> bool:
+        """Whether the command names the key, and not only its section."""
+        return where(tuple(key.split("."))) == f"--set {key}"
+
     model, schedule, sampler = config.model, config.schedule, config.sampler
     if model.arch not in SAMPLERS[sampler.name]:
         fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
@@ -163,6 +173,14 @@ def check_config(config: Config, where: Where) -> None:
     _check_conditioning(model.conditioning, refuse)
     if 0 < config.quant.weight.average_bits < FEWEST_BITS:
         refuse("quant.weight.average_bits", f"must be 0 or at least {FEWEST_BITS}")
+    own_bits = "quant.activation.bits_by_group"
+    if (
+        config.quant.activation.bits_by_group
+        and asked(own_bits)
+        and not bits_by_group(config.quant)
+    ):
+        needed = "quant.activation.search=differentiable, kmeans or dp, quant.activation.scale=mse"
+        refuse(own_bits, f"needs {needed} and quant.reconstruct.weigh_steps=true")
     temporal = config.quant.time_embedding == "reconstructed"
     if temporal and config.quant.reconstruct.iterations == 0:
         refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
@@ -202,7 +220,7 @@ def check_config(config: Config, where: Where) -> None:
     if 0 < sampler.eta < 1 and sampler.name in ("ddpm", "guided_ddpm"):
         refuse("sampler.eta", f"is of DDIM; {sampler.name} is always as eta 1, leave it out")
     never = sampler.name in ("plms", "ldm_ddim")
-    if never and sampler.clip_denoised and where(("sampler", "clip_denoised")).startswith("--"):
+    if never and sampler.clip_denoised and asked("sampler.clip_denoised"):
         refuse("sampler.clip_denoised", f"is not for {sampler.name}, which never clips")
     if model.scale_factor is not None and model.first_stage is None:
         refuse("model.scale_factor", "is of latents: it needs model.first_stage")

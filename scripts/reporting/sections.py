@@ -163,7 +163,7 @@ def layers_section(run: Run, measured: Measured) -> Section:
 
 
 def _layer_row(row: Plain, alone: dict[str, float], largest: float) -> list[Any]:
-    inputs = "+".join(map(str, row["activation_bits"])) or "32"
+    inputs = "+".join(f"{bits:.3g}" for bits in row["activation_bits"]) or "32"
     weight = row["weight_bits"] or (32 if row["weights"] else "")
     cells = [row["name"], weight, inputs]
     if alone:

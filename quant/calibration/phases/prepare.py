@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...core.settings import bits_by_group, weighted_groups
 from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
 from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out
@@ -85,7 +86,8 @@ def ranges(job: Job) -> dict[str, Any]:
     if activation.search == "none":
         _select(job, None)
     searched = activation.search == "differentiable"
-    passes = 2 if searched and job.settings.reconstruct.weigh_steps else 1
+    weighted = weighted_groups(job.settings)
+    passes = 2 if weighted else 1
     job.progress.begin("activation ranges", passes * len(quantizers))
     stats = statistics_of(job)
     report: dict[str, Any] = {"quantizers": len(quantizers)}
@@ -96,11 +98,11 @@ def ranges(job: Job) -> dict[str, Any]:
         for (_, quantizer), values in zip(quantizers, shared, strict=True):
             quantizer.take_ranges(values)
             job.progress.step("")
-        if searched and weight is None:
+        if (searched or weighted) and weight is None:
             errors = step_errors(job)
             report["step_errors"] = errors.tolist()
             weight = _by_timestep(job, _importance(job) * errors)
-            if passes == 2 and activation.bits_by_group:
+            if bits_by_group(job.settings):
                 calls = _by_timestep(job, torch.ones(len(errors))).long()
                 bits = bits_of_timesteps(weight, calls, activation.bits, activation.groups)
                 report["bits_of_timesteps"] = bits.tolist()
