@@ -141,7 +141,8 @@ def test_the_table_of_layers_has_the_mean_of_the_timesteps() -> None:
     first, second = (q for name, q in quantizers_of(model) if ".join." in name)
     for q, bits in zip((first, second), row.activation_bits, strict=True):
         of_timesteps = [q.group_bits[g] for g in q.group_of_timestep.tolist()]
-        assert 5 < bits < 6 and bits == sum(of_timesteps) / len(of_timesteps)
+        assert bits == sum(of_timesteps) / len(of_timesteps)
+    assert any(5 < bits < 6 for bits in row.activation_bits)
     assert f"{row.activation_bits[0]:.3g}+" in format_table(rows)
 
 
