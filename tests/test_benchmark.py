@@ -26,6 +26,12 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_narrow(tmp_path_factory.mktemp("bench"), BENCH)
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`first`, which is a process of its own, draws them; others need not."""
+    monkeypatch.setattr("tinydm.scripts.bench.plots.write_plots", lambda *_: [])
+
+
 def options(room: Path, out: str, *arguments: str) -> list[str]:
     place = ["--config", str(room / "narrow.yaml"), "--out", str(room / out)]
     return [*place, "--trajectories", "2", *arguments]

@@ -131,8 +131,7 @@ SHORT = ["quant.weight.scale=minmax", "quant.activation.symmetric=true"]
 @pytest.mark.parametrize(
     ("method", "keys", "team"),
     [
-        ("tinydm", [], Team()),
-        ("tinydm", SHORT, Member(0, 2)),
+        ("tinydm", [], Member(0, 2)),
         (
             "ptqd",
             [*SHORT, "quant.reconstruct.iterations=2", "quant.time_embedding=reconstructed"],

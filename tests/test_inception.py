@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pytorch_fid import inception as fid_inception
 
 from tests.helpers.images import load_folder, needs_package
 from tinydm.scripts.common.errors import ConfigError, MetricError
@@ -31,6 +32,10 @@ def test_conversion_is_exact_and_marked(weights):
     before = weights.stat().st_mtime_ns
     assert inception.prepare_inception(weights.parent) == weights
     assert weights.stat().st_mtime_ns == before
+
+
+def test_the_weights_are_those_that_pytorch_fid_downloads() -> None:
+    assert fid_inception.FID_WEIGHTS_URL == inception.WEIGHTS_URL
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_calibration_resumed_anywhere_gives_the_same_bytes(
     method: str, parts: int, weight: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After any phase, after each block, between end-to-end steps."""
-    monkeypatch.setattr("tinydm.quant.calibration.phases.learn.STEPS_PER_CHECKPOINT", 12)
+    monkeypatch.setattr("tinydm.quant.calibration.phases.learn.STEPS_PER_CHECKPOINT", 6)
     denoiser = Toy()
     limits = {"memory_gb": 1e-6}  # a block a chunk
     model, _, _, saved = run(denoiser, method, weight=weight, **limits)

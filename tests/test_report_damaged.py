@@ -112,7 +112,7 @@ def test_an_older_configuration_is_told_not_guessed(copy: Path) -> None:
 @pytest.mark.slow
 @given(data=st.data())
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
 @seed(1)
 def test_a_changed_file_gives_a_page_or_one_line(worn: Path, data: st.DataObject) -> None:
@@ -137,7 +137,7 @@ def test_a_changed_file_gives_a_page_or_one_line(worn: Path, data: st.DataObject
 @pytest.mark.slow
 @given(data=st.data())
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
 @seed(2)
 def test_compare_with_a_changed_report(worn: Path, data: st.DataObject) -> None:

