@@ -41,6 +41,7 @@ from tinydm.scripts.experiment.cli import (
     SAMPLING_OPTIONS,
     add_config,
     add_out,
+    input_path,
     make_parser,
 )
 from tinydm.scripts.experiment.config import (
@@ -74,7 +75,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_config(parser, (*SAMPLER_OPTIONS, *SAMPLING_OPTIONS), required=False, hidden=QUANT_OPTIONS)
     add_out(parser, "folder of the images")
-    parser.add_argument("--quantized", metavar="FILE", help="quantized.safetensors of calibrate.py")
+    parser.add_argument(
+        "--quantized",
+        type=input_path,
+        metavar="FILE",
+        help="quantized.safetensors of calibrate.py",
+    )
     add_backend(parser)
     add_precision(parser)
     parser.add_argument("--overwrite", action="store_true", help="remove another run's images")

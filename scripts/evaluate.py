@@ -21,7 +21,13 @@ import sys
 from tinydm.scripts.common.errors import MetricError
 from tinydm.scripts.common.files import refuse_overwriting, write_json
 from tinydm.scripts.common.reference import full_statistics
-from tinydm.scripts.experiment.cli import input_path, make_parser, output_file
+from tinydm.scripts.experiment.cli import (
+    add_device,
+    input_path,
+    make_parser,
+    output_file,
+    spellings,
+)
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
@@ -67,8 +73,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.npz",
         help="keep the statistics of REF",
     )
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=50)
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+    parser.add_argument(
+        *spellings("--batch_size"),
+        type=int,
+        default=50,
+        metavar="N",
+        help="images that go through Inception at once (50)",
+    )
+    add_device(parser)
     parser.add_argument(
         "--preprocess",
         choices=("pytorch-fid", "tf"),

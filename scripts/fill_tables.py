@@ -24,12 +24,14 @@ from tinydm.scripts.common.files import write_text
 from tinydm.scripts.common.json_files import DamagedJsonError, parse_json
 from tinydm.scripts.common.reports import ResultsReport
 from tinydm.scripts.common.schema import printable
-from tinydm.scripts.experiment.cli import make_parser, output_file
+from tinydm.scripts.experiment.cli import input_path, make_parser, output_file
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("results", nargs="*", metavar="RESULTS.json", help="of benchmark.py")
+    parser.add_argument(
+        "results", nargs="*", type=input_path, metavar="RESULTS.json", help="of benchmark.py"
+    )
     parser.add_argument("--published", action="store_true", help="also what others published")
     parser.add_argument(
         "--out", type=output_file(".md"), metavar="FILE", help="Markdown file, instead of printing"

@@ -62,7 +62,9 @@ REPEATS = 20
 def parse_arguments(argv: list[str] | None) -> Any:
     parser = make_parser(__doc__)
     add_out(parser, "folder of the report")
-    parser.add_argument("--device", default="cuda", metavar="cuda|cuda:N|cpu")
+    parser.add_argument(
+        "--device", default="cuda", metavar="cuda|cuda:N|cpu", help="what is looked at"
+    )
     parser.add_argument("--quick", action="store_true", help="small networks, few calls")
     return parser.parse_args(argv)
 

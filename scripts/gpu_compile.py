@@ -67,7 +67,13 @@ class Compiled:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--targets", nargs="+", default=["80", "86", "90"], metavar="NN")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=["80", "86", "90"],
+        metavar="NN",
+        help="compute capabilities, 80 for 8.0",
+    )
     parser.add_argument("--out", type=output_file(".json"), metavar="FILE", help="the same as JSON")
     args = parser.parse_args(argv)
     if triton is None:

@@ -25,7 +25,7 @@ import torch
 
 from tinydm.scripts.common.errors import RunError
 from tinydm.scripts.common.files import write_text
-from tinydm.scripts.experiment.cli import input_path, make_parser, output_folder
+from tinydm.scripts.experiment.cli import add_device, input_path, make_parser, output_folder
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.reporting import image_sections, sections
 from tinydm.scripts.reporting.contents import read_quantizers
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--figures", type=output_folder, metavar="DIR", help="also write NAME-groups.png there"
     )
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+    add_device(parser)
     args = parser.parse_args(argv)
     for name in ("trajectories", "states"):
         if not 0 <= getattr(args, name) <= 10_000:

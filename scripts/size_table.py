@@ -30,7 +30,7 @@ from tinydm.scripts.bench.random_models import deployed_of, example_call, parame
 from tinydm.scripts.common.files import write_json
 from tinydm.scripts.common.paths import ROOT
 from tinydm.scripts.experiment.assembly import empty_denoiser
-from tinydm.scripts.experiment.cli import make_parser, output_file
+from tinydm.scripts.experiment.cli import input_path, make_parser, output_file
 from tinydm.scripts.experiment.config import Config, load_config, resolved_yaml
 
 DEFAULT = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("imagenet256", "lsun_bedroom"))
@@ -109,8 +109,23 @@ def rows_of(config: Config, bit_widths: list[int]) -> Iterator[Row]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--configs", nargs="+", metavar="FILE", default=list(DEFAULT))
-    parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), default=[8, 4])
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        type=input_path,
+        metavar="FILE",
+        default=list(DEFAULT),
+        help="YAML of experiments (imagenet256, lsun_bedroom)",
+    )
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=int,
+        choices=range(2, 9),
+        default=[8, 4],
+        metavar="N",
+        help="of the weights, 2 to 8 (8 4)",
+    )
     parser.add_argument(
         "--json", type=output_file(".json"), metavar="FILE", help="also write the rows there"
     )

@@ -27,7 +27,7 @@ from tinydm.scripts.common.files import refuse_overwriting
 from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, read_value
 from tinydm.scripts.experiment.assembly import build_checked
-from tinydm.scripts.experiment.cli import input_path, make_parser, output_folder
+from tinydm.scripts.experiment.cli import add_device, input_path, make_parser, output_folder
 from tinydm.scripts.experiment.config_sections import check_image_size
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
@@ -72,12 +72,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=output_folder, required=True, help="run folder")
     add_loop_options(parser, iterations=20000)
-    parser.add_argument("--warm-start", type=input_path, help="state dict to start from")
+    parser.add_argument(
+        "--warm-start", type=input_path, metavar="FILE", help="state dict to start from"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="model params")
     parser.add_argument("--no-flip", action="store_true", help="no random horizontal flips")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+    add_device(parser)
     return parser.parse_args(argv)
 
 

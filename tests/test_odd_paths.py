@@ -17,7 +17,16 @@ import calibrate
 import sample_diffusion
 from tests.helpers import forks
 from tests.helpers.images import write_images
-from tinydm.scripts import compare, evaluate, report, train_ddim, train_ldm
+from tinydm.scripts import (
+    benchmark,
+    compare,
+    evaluate,
+    fill_tables,
+    report,
+    size_table,
+    train_ddim,
+    train_ldm,
+)
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import check_output, write_text
 
@@ -139,6 +148,12 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, option: str) -> 
         (evaluate.main, ["images", "images", "--paired", ""]),
         (compare.main, ["--run", "", "--full", "a", "--quantized", "b"]),
         (report.main, [""]),
+        (sample_diffusion.main, ["--config", "", "--out", "x"]),
+        (sample_diffusion.main, ["--quantized", "", "--out", "x"]),
+        (benchmark.main, ["--config", "x.yaml", "--out", "x", "--fid", "--reference", ""]),
+        (benchmark.main, ["--speed", "--out", "x", "--configs", ""]),
+        (fill_tables.main, [""]),
+        (size_table.main, ["--configs", ""]),
     ],
 )
 def test_a_variable_that_is_not_set_is_not_the_folder_of_today(

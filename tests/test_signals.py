@@ -3,12 +3,14 @@
 python -m pytest tests/test_signals.py
 """
 
+import argparse
 import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,11 @@ def test_every_command_watches_first(command: str) -> None:
     assert any(line.startswith("    run(") for line in lines)
 
 
+def main_of(command: str) -> Callable:
+    module = command.removesuffix(".py").replace("/", ".")
+    return importlib.import_module(f"tinydm.{module}" if "." in module else module).main
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_advice_for_less_memory_names_an_option_of_the_command(
     command: str, capsys: pytest.CaptureFixture
@@ -92,11 +99,23 @@ def test_advice_for_less_memory_names_an_option_of_the_command(
         return
     given = re.search(r'less="(\S+)', words.partition("\n")[0])
     option = given[1].rstrip('")') if given else "--set"
-    module = command.removesuffix(".py").replace("/", ".")
-    main = importlib.import_module(f"tinydm.{module}" if "." in module else module).main
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main_of(command)(["--help"])
     assert option in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "scripts/benchmark.py --speed"])
+def test_help_says_of_every_option_what_it_does(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[argparse.Action] = []
+    real = argparse.ArgumentParser._add_action
+    noted = lambda parser, action: given.append(action) or real(parser, action)  # noqa: E731
+    monkeypatch.setattr(argparse.ArgumentParser, "_add_action", noted)
+    command, *more = command.split()
+    with pytest.raises(SystemExit):
+        main_of(command)([*more, "--help"])
+    assert given and [action.dest for action in given if not action.help] == []
 
 
 @pytest.mark.slow

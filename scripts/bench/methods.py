@@ -15,6 +15,7 @@ from ..experiment.cli import (
     SAMPLING_OPTIONS,
     add_config,
     add_out,
+    input_path,
     make_parser,
 )
 from ..experiment.device_defaults import device_memory
@@ -74,7 +75,9 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
     )
     add_backend(parser)
     parser.add_argument("--fid", action="store_true", help="also FID, sFID, IS, precision")
-    parser.add_argument("--reference", metavar="FILE", help="statistics or images, for --fid")
+    parser.add_argument(
+        "--reference", type=input_path, metavar="FILE", help="statistics or images, for --fid"
+    )
     parser.add_argument(
         "--ablate",
         nargs="?",

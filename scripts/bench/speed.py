@@ -40,7 +40,7 @@ from ..common.errors import ConfigError
 from ..common.files import write_text
 from ..common.json_files import read_json
 from ..common.paths import ROOT
-from ..experiment.cli import add_out, make_parser
+from ..experiment.cli import add_out, input_path, make_parser
 from ..experiment.config import load_config, parse_config
 from ..experiment.config_sections import calls_per_image
 from ..experiment.devices import (
@@ -79,16 +79,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_out(parser, "folder of the measurement")
     default = [ROOT / path for path in DEFAULT]
-    parser.add_argument("--configs", nargs="+", metavar="FILE", default=default)
+    names = ", ".join(path.stem for path in default)
+    parser.add_argument(
+        "--configs",
+        nargs="+",
+        type=input_path,
+        metavar="FILE",
+        default=default,
+        help=f"YAML of experiments ({names})",
+    )
     known = ",".join(VARIANTS)
     parser.add_argument("--variants", metavar="A,B", default=known, help=f"some of {known} (all)")
     parser.add_argument("--batches", metavar="N,M", default="1,4,16", help="images of one call")
     parser.add_argument("--threads", metavar="N,M", default="1,2", help="of the process")
     known = ",".join(PEERS)
     parser.add_argument("--peers", metavar="A,B", default="", help=f"some of {known} (none)")
-    parser.add_argument("--quantized", metavar="FILE", help="in place of random weights, --configs")
-    parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N")
-    parser.add_argument("--merge", metavar="JSON", help="of scripts/gpu_check.py: adds its rows")
+    parser.add_argument(
+        "--quantized",
+        type=input_path,
+        metavar="FILE",
+        help="in place of random weights, --configs",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda|cuda:N", help="what is measured (cpu)"
+    )
+    parser.add_argument(
+        "--merge", type=input_path, metavar="JSON", help="of scripts/gpu_check.py: adds its rows"
+    )
     parser.add_argument("--repeats", metavar="N", default="7", help="pairs of calls (7)")
     return parser.parse_args(argv)
 

@@ -165,6 +165,8 @@ def load_tensors(path: str | Path) -> Any:
 def read_text(path: str | Path) -> str:
     """A text file in UTF-8. Raises ConfigError for what is none: a pipe would wait for a writer, a
     device would never end."""
+    if not str(path):
+        raise ConfigError("'' is no name of a file")
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ConfigError(f"{path}: cannot be read (is no file)")

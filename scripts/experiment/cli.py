@@ -189,7 +189,9 @@ def add_config(
     """
     parser.set_defaults(overrides=[])
     unseen = {key for _, key, *_ in hidden}
-    parser.add_argument("--config", metavar="FILE", required=required, help="YAML of an experiment")
+    parser.add_argument(
+        "--config", type=input_path, metavar="FILE", required=required, help="YAML of an experiment"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -200,7 +202,7 @@ def add_config(
         help="override keys of the configuration",
     )
     if device:
-        parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N")
+        add_device(parser)
     for names, key, form, metavar, text in (*options, *hidden):
         parser.add_argument(
             *spellings(*names),
@@ -212,6 +214,13 @@ def add_config(
             metavar=metavar,
             help=argparse.SUPPRESS if key in unseen else f"{text} ({key})",
         )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    words = "auto|cpu|cuda|cuda:N"
+    parser.add_argument(
+        "--device", default="auto", metavar=words, help="auto: a GPU if there is one"
+    )
 
 
 def refuse_options(

@@ -34,6 +34,17 @@ from ..experiment.cli import spellings
 from ..experiment.runs import locked
 
 LARGEST_BATCH = 65536
+HELP = {  # field of LoopSettings -> what the option does
+    "iterations": "steps of the optimizer",
+    "minutes": "end after so much training, if it comes first",
+    "batch_size": "images of a step",
+    "lr": "learning rate, behind the warm-up",
+    "warmup": "steps in which it rises from 0",
+    "ema": "decay of the averaged weights",
+    "seed": "of the weights and all draws",
+    "save_every": "steps between two saves",
+    "grid_every": "steps between two grids of samples",
+}
 # (generator of all draws) -> loss of one fresh batch
 Loss = Callable[[torch.Generator], torch.Tensor]
 Grid = Callable[[State], np.ndarray]  # averaged weights -> picture (H, W, 3) uint8
@@ -99,7 +110,10 @@ def add_loop_options(parser: argparse.ArgumentParser, prefix: str = "", **defaul
         kind, word = (int, "N") if field.type is int else (float, "X")
         default = defaults.get(field.name, field.default)
         names = spellings(f"--{prefix}{field.name}")
-        parser.add_argument(*names, type=kind, metavar=word, default=default)
+        shown = "" if default is None else f" ({default})"
+        parser.add_argument(
+            *names, type=kind, metavar=word, default=default, help=f"{HELP[field.name]}{shown}"
+        )
 
 
 def settings_of(args: argparse.Namespace, prefix: str = "") -> LoopSettings:
