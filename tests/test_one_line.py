@@ -5,6 +5,7 @@ python -m pytest tests/test_one_line.py
 
 import io
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -143,6 +144,31 @@ def test_check_environment(arguments: list[str], code: int, words: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_check_environment_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "scripts/check_environment.py", tmp_path / "pipe"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "pipe is no list of requirements" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_check_environment_ends_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """The shell scripts begin with it: Ctrl-C there was a traceback."""
+    (tmp_path / "re.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-S", "scripts/check_environment.py", "--python"],  # site may need `re`
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"error: interrupted\n")
 
 
 # ---- bars ----
