@@ -152,6 +152,8 @@ class DDIMUNet(nn.Module):
         norm_groups: int = 32,
     ):
         super().__init__()
+        if ch // 2 == 1:
+            raise ValueError(f"ch is {ch}, for which there are no frequencies of timesteps")
         self.ch, self.image_size, self.in_channels = ch, image_size, in_channels
         self.num_res_blocks, self.num_levels = num_res_blocks, len(ch_mult)
         emb = 4 * ch

@@ -28,7 +28,7 @@ from tinydm.scripts.common.images import grid, load_images, to_uint8
 from tinydm.scripts.common.schema import check_arguments, read_value
 from tinydm.scripts.experiment.assembly import build_checked
 from tinydm.scripts.experiment.cli import add_device, input_path, make_parser, output_folder
-from tinydm.scripts.experiment.config_sections import check_image_size
+from tinydm.scripts.experiment.config_sections import check_image_size, check_sizes
 from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.train.diffusion import eps_loss
 from tinydm.scripts.train.loop import (
@@ -58,6 +58,7 @@ def build(params: dict[str, Any]) -> DDIMUNet:
     def refuse(key: str, why: str) -> None:
         raise ConfigError(f"--set: {key.rpartition('.')[2]} {why}")
 
+    check_sizes(params, ("--set",), refuse)
     check_image_size(params, refuse)
     model = build_checked("--set: these build no denoiser", lambda: DDIMUNet(**params))
     if (model.in_channels, model.conv_out.out_channels) != (3, 3):

@@ -53,6 +53,23 @@ def test_a_size_of_zero_is_one_line(room: Path, tmp_path: Path, key: str) -> Non
     assert "--set: these build no denoiser" in line
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("ch=2", "ch is 2, for which there are no frequencies"),
+        ("norm_groups=-1", "has -1 groups"),
+        ("num_res_blocks=-1", "num_res_blocks is -1, must be at least 0"),
+        ("num_res_blocks=9999999", "num_res_blocks is 1e+07, at most 64 is sensible"),
+        ("ch_mult=[1,99999999]", "ch_mult is 1e+08, at most 65536 is sensible"),
+    ],
+)
+def test_sizes_that_build_what_cannot_run(room: Path, tmp_path: Path, key: str, words: str) -> None:
+    arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "x", "--set")
+    assert words in only_line(forks.run(sample_diffusion.main, *arguments, f"model.params.{key}"))
+    arguments = ("--data", tmp_path, "--out", tmp_path / "y", "--set")
+    assert words in only_line(forks.run(train_ddim.main, *arguments, key))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "plms", "dpmpp"])
 @pytest.mark.parametrize(
     ("schedule", "words"),

@@ -74,6 +74,12 @@ def test_class_folders_are_read_and_noted(tmp_path: Path) -> None:
     assert "sub-folders" not in "".join(inputs.open_source(mixed / "thumbnails").images.notes)
 
 
+def test_the_root_of_all_files_is_not_searched() -> None:
+    for read in (inputs.open_source, lambda path: load_images(path, 8)):
+        with pytest.raises((MetricError, ImageError), match="/: is the root of all files"):
+            read(Path("/"))
+
+
 def deep_pictures(folder: Path) -> list[Path]:
     """More than 8 bits a channel in every form that Pillow reads; some it would cut down."""
     folder.mkdir()

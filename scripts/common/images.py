@@ -42,6 +42,13 @@ DAMAGED = (
 )
 
 
+def refuse_root(folder: Path) -> None:
+    """Raises ImageError for the root of all files, below which every picture would be looked for:
+    as of "$UNSET/"."""
+    if folder.resolve() == Path(folder.resolve().anchor):
+        raise ImageError(f"{folder}: is the root of all files, not a folder of images")
+
+
 def load_images(source: str | Path, size: int) -> torch.Tensor:
     """All images of a folder (recursive) or of array `x` in a .npz, (N, 3, size, size) uint8.
 
@@ -52,6 +59,7 @@ def load_images(source: str | Path, size: int) -> torch.Tensor:
         return _load_array(source, size)
     if not source.is_dir():
         raise ImageError(f"{source}: not a folder of images and not a .npz file")
+    refuse_root(source)
     paths = sorted(p for p in source.rglob("*") if is_picture(p) and not p.is_dir())
     if not paths:
         raise ImageError(f"{source}: no image in this folder ({' '.join(ENDINGS)})")

@@ -202,6 +202,9 @@ def build_checked(what: str, maker: Callable[[], nn.Module]) -> nn.Module:
     for name, value in model.named_parameters():
         if value.numel() == 0:
             raise ConfigError(f"{what}: {name} is empty {tuple(value.shape)}; a size is 0")
+    for name, module in model.named_modules():  # -1 divides the channels: torch makes such a layer
+        if isinstance(module, nn.GroupNorm) and module.num_groups < 1:
+            raise ConfigError(f"{what}: {name} has {module.num_groups} groups")
     return model
 
 

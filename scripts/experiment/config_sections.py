@@ -192,11 +192,11 @@ def check_config(config: Config, where: Where) -> None:
     check_arguments(denoiser, model.params, where, ("model", "params"), extra)
     if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
-    _check_sizes(model.params, ("model", "params"), refuse)
+    check_sizes(model.params, ("model", "params"), refuse)
     check_image_size(model.params, refuse)
     _check_channels(config, refuse)
     if model.first_stage is not None:
-        _check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
+        check_sizes(model.first_stage.params, ("model", "first_stage", "params"), refuse)
     for name in ("first_stage", "conditioning"):
         if getattr(model, name) is not None and model.arch != "ldm_unet":
             refuse(f"model.{name}", "belongs to arch ldm_unet only")
@@ -269,20 +269,25 @@ def _check_conditioning(conditioning: ConditioningConfig | None, refuse: Any) ->
         refuse("model.conditioning.prompts", "must hold at least one text")
 
 
-def _check_sizes(value: Any, key: Key, refuse: Any) -> None:
-    """Building even an empty network takes time and memory by these: no file may ask for any."""
-    name = key[-1]
-    most = MOST_ENTRIES if name.endswith(("blocks", "depth")) else LARGEST_SIZE
+def check_sizes(value: Any, key: Key, refuse: Any) -> None:
+    """Building even an empty network takes time and memory by these: no file may ask for any.
+
+    refuse(key, why) raises.
+    """
+    counted = key[-1].endswith(("blocks", "depth"))
+    most = MOST_ENTRIES if counted else LARGEST_SIZE
     if isinstance(value, dict):
         for inner in value:
-            _check_sizes(value[inner], (*key, inner), refuse)
+            check_sizes(value[inner], (*key, inner), refuse)
     elif isinstance(value, list | tuple):
         if len(value) > MOST_ENTRIES:
             refuse(".".join(key), f"has {len(value)} entries, at most {MOST_ENTRIES} are sensible")
         for inner in value:
-            _check_sizes(inner, key, refuse)
+            check_sizes(inner, key, refuse)
     elif isinstance(value, int | float) and not -most <= value <= most:
         refuse(".".join(key), f"is {value:.6g}, at most {most} is sensible")
+    elif counted and isinstance(value, int | float) and value < 0:
+        refuse(".".join(key), f"is {value:.6g}, must be at least 0")
 
 
 def _check_channels(config: Config, refuse: Any) -> None:

@@ -30,6 +30,7 @@ from ..common.images import (
     is_picture,
     picture_size,
     read_rgb,
+    refuse_root,
 )
 
 ARRAY_KEYS = ("x", "arr_0")
@@ -138,6 +139,7 @@ def _listed(folder: Path) -> tuple[list[Path], list[str]]:
     if not folder.is_dir():
         problem = "not a folder of images" if folder.exists() else "no such folder"
         raise MetricError(f"{folder}: {problem}")
+    _told(refuse_root, folder)
     try:
         entries = sorted(folder.iterdir())
         files = [f for f in entries if is_picture(f) and not f.is_dir()]
