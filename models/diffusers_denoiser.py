@@ -295,6 +295,8 @@ class LikeDiffusers(nn.Module):
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a folder. Raises CheckpointError."""
+    if path.exists() and not path.is_file():  # a pipe would wait for a writer
+        raise failure(path, "is no file", "download the whole folder")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

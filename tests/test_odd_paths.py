@@ -28,7 +28,9 @@ from tinydm.scripts import (
     train_ldm,
 )
 from tinydm.scripts.common.errors import ConfigError
-from tinydm.scripts.common.files import check_output, write_text
+from tinydm.scripts.common.files import append_lines, check_output, load_tensors, write_text
+from tinydm.scripts.common.json_files import read_json
+from tinydm.scripts.experiment.config import keep_written
 
 
 def make_device(path: Path) -> None:
@@ -189,6 +191,34 @@ def test_what_is_no_file_is_not_read(room: Path, tmp_path: Path, option: str, ma
     arguments = ("--config", room / "tiny.yaml", "--out", tmp_path / "images")
     line = only_line(run(sample_diffusion.main, *arguments, option, tmp_path / "x"))
     assert str(tmp_path / "x") in line
+
+
+@pytest.mark.parametrize("make", ODD_WITH_DEVICE)
+def test_results_that_are_no_file(tmp_path: Path, make: Make) -> None:
+    make(tmp_path / "results.json")
+    assert "results.json: " in only_line(run(fill_tables.main, tmp_path / "results.json"))
+
+
+def test_results_that_no_memory_holds(tmp_path: Path) -> None:
+    with open(tmp_path / "results.json", "wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    line = only_line(run(fill_tables.main, tmp_path / "results.json"))
+    assert "results.json: not a results.json" in line and "larger than 256 MiB" in line
+
+
+def test_pipes_in_place_of_what_a_run_has_written(tmp_path: Path) -> None:
+    """Reading one would wait for a writer, adding to one for a reader."""
+    os.mkfifo(tmp_path / "pipe")
+    readers = (
+        lambda path: read_json(path, dict),
+        load_tensors,
+        lambda path: append_lines(path, ["a line"]),
+        lambda path: keep_written(path, None, None, False),
+    )
+    for read in readers:
+        with pytest.raises(OSError, match="is no file") as caught:
+            read(tmp_path / "pipe")
+        assert caught.value.filename == str(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("make", [*ODD, make_file])

@@ -23,7 +23,7 @@ from tests.helpers import forks
 from tests.helpers.commands import ROOT
 from tests.helpers.images import write_images
 from tinydm.quant.backends import native
-from tinydm.scripts import evaluate, train_ddim
+from tinydm.scripts import evaluate, gpu_compile, train_ddim
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.progress import ImageBar
 from tinydm.scripts.experiment.assembly import assemble
@@ -93,6 +93,13 @@ def test_a_schedule_without_noise_or_without_image(
         assembly = assemble(config)
         x = assembly.pipeline.sample(assembly.denoiser, range(1), 0)
         assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("target", ["0", "00", "\u00b2", "999", ""])
+def test_compute_capabilities_that_there_are_not(target: str) -> None:
+    """Triton would answer with the whole of a program."""
+    line = only_line(forks.run(gpu_compile.main, "--targets", target))
+    assert f"--targets: invalid choice: {target!r}" in line
 
 
 # ---- surroundings ----

@@ -105,7 +105,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Adds lines to a log, encoded as by write_text."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(regular(Path(path)), "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
@@ -156,7 +156,7 @@ def save_tensors(path: str | Path, value: Any) -> None:
 
 def load_tensors(path: str | Path) -> Any:
     """What save_tensors wrote, on the CPU. Raises whatever a damaged file makes it raise."""
-    with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+    with zipfile.ZipFile(regular(Path(path))) as archive:  # torch does not compare the checksums
         if archive.testzip() is not None:
             raise ValueError("a checksum does not match")
     return torch.load(path, weights_only=True, map_location="cpu")
@@ -176,6 +176,14 @@ def read_text(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
+
+
+def regular(path: Path) -> Path:
+    """The path itself. Raises OSError for what is there and no file: a pipe would wait for another
+    process, a device never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return path
 
 
 def check_output(path: str | Path) -> str:

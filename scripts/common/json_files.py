@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Union
 
 from .errors import RunError
+from .files import regular
 from .schema import printable
 
 LARGEST_NUMBER = 1e30  # whatever is drawn or multiplied with it stays finite
 DEEPEST_NESTING = 12
+LARGEST_FILE = 1 << 28  # bytes: a results.json with the errors of millions of images
 
 
 class DamagedJsonError(ValueError):
@@ -35,6 +37,8 @@ def read_json(path: Path, kind: Any) -> Any:
 
 def parse_json(path: Path, kind: Any) -> Any:
     """Raises DamagedJsonError, or OSError."""
+    if regular(path).stat().st_size > LARGEST_FILE:
+        raise DamagedJsonError(f"it is larger than {LARGEST_FILE >> 20} MiB")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs are no text

@@ -32,7 +32,7 @@ from ...quant.runtime.packed_file import (
     to_bytes,
 )
 from ..common.errors import ConfigError, RunError
-from ..common.files import remove_stale, write_bytes, write_json, write_text
+from ..common.files import regular, remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from ..common.progress import Bar, ImageBar
 from .assembly import Assembly, bundled
@@ -146,7 +146,7 @@ def is_done(run: CalibrationRun) -> bool:
 def identity_there(folder: Path) -> Any:
     """The identity of the run whose report lies in a folder; None where there is none."""
     try:
-        return json.loads((folder / REPORT).read_text(encoding="utf-8"))["identity"]
+        return json.loads(regular(folder / REPORT).read_text(encoding="utf-8"))["identity"]
     except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
@@ -291,7 +291,7 @@ def correct_run(run: CalibrationRun, base: Path, states: CalibrationStates) -> l
     The reported seconds count those of the base.
     """
     config, assembly = run.config, run.assembly
-    report = json.loads((base / REPORT).read_text(encoding="utf-8"))
+    report = json.loads(regular(base / REPORT).read_text(encoding="utf-8"))
     began = time.perf_counter() - report["seconds"]
     phases = report["phases"]
     model = load_quantized(base / RESULT, copy.deepcopy(assembly.denoiser))

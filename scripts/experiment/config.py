@@ -18,7 +18,7 @@ import yaml
 from ...models.pipeline import DIFFUSERS
 from ...quant.core.settings import METHODS, QUALITIES, QuantSettings, WeightSettings, preset
 from ..common.errors import ConfigError
-from ..common.files import read_text
+from ..common.files import read_text, regular
 from ..common.paths import ROOT
 from ..common.schema import Key, Tree, build, printable, read_value, read_yaml, suggestion
 from . import device_defaults
@@ -125,7 +125,7 @@ def keep_written(path: Path, config: Config, source: str | Path | None, ours: bo
     if not path.exists():
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path).read_text(encoding="utf-8")
         if text in (resolved_yaml(config), resolved_yaml(load_config(path))):
             return
     except (ConfigError, UnicodeDecodeError):

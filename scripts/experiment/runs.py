@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RunError
-from ..common.files import remove_stale, write_json
+from ..common.files import regular, remove_stale, write_json
 from ..common.images import is_picture, is_whole_png
 from ..common.schema import printable
 
@@ -158,7 +158,7 @@ def _wait_for(note: Path, identity: Mapping[str, Any]) -> None:
 
 def _read(note: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(note.read_text(encoding="utf-8"))
+        value = json.loads(regular(note).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):

@@ -7,6 +7,7 @@ from typing import Any
 from ...models.checkpoint import sha256_of
 from ...quant.runtime.packed_file import read_metadata
 from ..common.errors import ConfigError, RunError
+from ..common.files import regular
 from ..common.json_files import read_json
 from ..common.reports import CalibrationReport, Comparison, ImagesIdentity, ImagesReport, Plain
 from ..experiment.calibration_run import RESULT
@@ -90,7 +91,11 @@ def _configuration(
 ) -> tuple[str | None, Config | None]:
     """config.yaml, or what the quantized file holds: its text, and parsed if it can be."""
     path = folder / "config.yaml"
-    text = path.read_text("utf-8", "replace") if path.exists() else (metadata or {}).get("config")
+    text = (
+        regular(path).read_text("utf-8", "replace")
+        if path.exists()
+        else (metadata or {}).get("config")
+    )
     if text is None:
         return None, None
     try:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ...models.checkpoint_files import CheckpointError, State, unreadable_now
 from ...models.samplers import SamplingError
 from ..common.errors import ConfigError, RunError
-from ..common.files import load_tensors, remove_stale, save_tensors, write_json
+from ..common.files import load_tensors, regular, remove_stale, save_tensors, write_json
 from ..common.images import is_whole_png, write_png
 from ..common.schema import LARGEST_WHOLE
 from ..experiment.cli import spellings
@@ -331,6 +331,6 @@ def _holds(path: Path, ema: State) -> bool:
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        return isinstance(json.loads(regular(path).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError, RecursionError):
         return False
