@@ -26,7 +26,7 @@ from pathlib import Path
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.files import check_output
-from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.assembly import assemble, unread_note
 from tinydm.scripts.experiment.backend import (
     Backend,
     add_backend,
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             check_there(sampling, own)
             return
         said = simulated_note(assembly.denoiser), precision_note(assembly.denoiser)
+        said = (*said, unread_note(args.overrides, assembly.sources))
         notes = [note for note in said if note is not None]
         notes += idle_notes(args.overrides)
         note = slow_backend(args)

@@ -28,6 +28,7 @@ from tinydm.scripts.experiment.cli import (
     output_file,
     spellings,
 )
+from tinydm.scripts.experiment.devices import resolve_device
 from tinydm.scripts.experiment.processes import team_of_processes
 from tinydm.scripts.metrics import METRICS, evaluate, paired_psnr
 from tinydm.scripts.metrics.inception import FILE_NAME, prepare_inception
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     for option, path in (("--json", args.json), ("--save-stats", args.save_stats)):
         if path is not None:
             refuse_overwriting(option, path, args.ref, args.gen, args.inception)
+    resolve_device(args.device)  # so that a mistake is told without metrics too
     names = [] if args.metrics == "none" else [m.strip() for m in args.metrics.split(",")]
     with team_of_processes() as team:
         first = team.rank == 0

@@ -28,7 +28,7 @@ from tinydm.quant.backends.graph import as_graph
 from tinydm.quant.runtime.packed_file import PackedFileError, read_metadata
 from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.common.files import refuse_overwriting
-from tinydm.scripts.experiment.assembly import assemble
+from tinydm.scripts.experiment.assembly import assemble, unread_note
 from tinydm.scripts.experiment.calibration_run import RESULT
 from tinydm.scripts.experiment.cli import (
     CHECKPOINT_OPTION,
@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     config = few_steps(read_config(args, file))
     refuse_overwriting("--out", out, *checkpoints_of(config))
     assembly = assemble(config, file)
+    if (note := unread_note(args.overrides, assembly.sources)) is not None:
+        print(note)
     calls = record_calls(assembly, config.sampling.classes, one=not args.check)
     written = write_onnx(as_graph(assembly.denoiser), calls[0], out)
     inputs = ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in written.inputs.items())

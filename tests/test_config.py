@@ -18,6 +18,7 @@ from tinydm.scripts.common import files, schema
 from tinydm.scripts.common.errors import ConfigError
 from tinydm.scripts.common.schema import read_yaml
 from tinydm.scripts.experiment import cli
+from tinydm.scripts.experiment.assembly import unread_note
 from tinydm.scripts.experiment.config import load_config, parse_config, resolved_yaml
 
 TEXT = """\
@@ -330,6 +331,15 @@ def test_keys_of_calibrations_are_noted_where_images_are_made() -> None:
     )
     notes = sample_diffusion.idle_notes(args.overrides)
     assert [note.split()[1] for note in notes] == ["quant.*", "calibration.*", "model.bundle"]
+
+
+def test_a_checkpoint_that_is_not_read_is_noted() -> None:
+    """Whatever it names, where a quantized file holds all that is needed."""
+    args = sample_diffusion.parse_arguments(["--out", "x", "--ckpt", "/no/such/file"])
+    note = unread_note(args.overrides, {"quantized": "0"})
+    assert note is not None and "model.checkpoint was not read" in note
+    assert unread_note(args.overrides, {"quantized": "0", "checkpoint": "1"}) is None
+    assert unread_note(["name=x"], {"quantized": "0"}) is None
 
 
 def test_help_leaves_out_what_changes_nothing(capsys: pytest.CaptureFixture) -> None:

@@ -184,6 +184,19 @@ def test_an_empty_name_is_not_the_folder_of_today(command: ModuleType) -> None:
     assert "'' is no name of a folder" in only_line(run(command.main, "--out", "", "--data", "x"))
 
 
+@pytest.mark.parametrize("root", ["/", "//", "/tmp/.."])
+def test_the_root_of_all_files_is_no_folder_for_results(root: str) -> None:
+    """As of --out "$UNSET/"."""
+    line = only_line(run(sample_diffusion.main, "--config", "x.yaml", "--out", root))
+    assert f"{root}: is the root of all files; give another name" in line
+
+
+def test_no_metrics_need_a_device_all_the_same(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 2, 0)
+    arguments = (images, images, "--metrics", "none", "--device", "gpu")
+    assert "--device gpu: must be auto" in only_line(run(evaluate.main, *arguments))
+
+
 @pytest.mark.parametrize("make", ODD_WITH_DEVICE)
 @pytest.mark.parametrize("option", ["--config", "--prompts", "--ckpt", "--quantized"])
 def test_what_is_no_file_is_not_read(room: Path, tmp_path: Path, option: str, make: Make) -> None:

@@ -216,6 +216,8 @@ def check_folder(path: str | Path) -> str:
     """The name of a folder that is to be written to. Raises ConfigError where none can be."""
     if not str(path):
         raise ConfigError("'' is no name of a folder")
+    if os.path.realpath(path) == os.path.realpath(os.sep):  # as of "$UNSET/"
+        raise ConfigError(f"{path}: is the root of all files; give another name")
     _check_folders(path, (Path(path), *Path(path).parents))
     _check_length(path, f"{path}{BESIDE}")
     return str(path)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..common.errors import ConfigError
 from ..common.memory import return_freed_memory
 from ..common.schema import printable
 from .bundle import CONDITIONING, FIRST_STAGE, bundle_of, unpacked
-from .config import Config, parse_config, repository_path
+from .config import Config, Override, parse_config, repository_path
 from .config_sections import ConditioningConfig
 from .downloads import hub_folder
 from .precision import PRECISIONS, in_precision
@@ -96,6 +96,15 @@ def assemble(
     model = model.to(device).to(memory_format=torch.channels_last)
     model = in_precision(model, precision)
     return Assembly(model, parts, files.digests, files.sizes)
+
+
+def unread_note(overrides: Sequence[str | Override], sources: Mapping[str, str]) -> str | None:
+    """A line where a checkpoint was given beside a quantized file that needs none. sources: of the
+    Assembly."""
+    keys = (o.key if isinstance(o, Override) else o.partition("=")[0] for o in overrides)
+    if set(sources) != {"quantized"} or "model.checkpoint" not in keys:
+        return None
+    return "note: model.checkpoint was not read; the quantized file holds all that is needed"
 
 
 def source_digest(config: Config) -> str:
