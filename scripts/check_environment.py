@@ -1,4 +1,4 @@
-"""Exit 0 if this Python can run tinyDM, else say in one line what it lacks.
+"""Exit 0 if this Python can run tinyDM, else say in one line what it lacks (1) or what is wrong (2).
 
     python scripts/check_environment.py requirements.txt [scripts/requirements-test.txt]
     python scripts/check_environment.py --python             # its version alone
@@ -54,13 +54,13 @@ def version_of(name):
 def problems(path):
     found = []
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
-        return [path + " is no list of requirements"]
+        raise ValueError(path + " is no list of requirements")
     with io.open(path, encoding="utf-8", errors="replace") as handle:
         lines = [line.split("#")[0].strip() for line in handle]
     for line in filter(None, lines):
         matched = re.match(r"[A-Za-z0-9_.-]+", line)
         if matched is None:
-            return [path + " is no list of requirements"]
+            raise ValueError(path + " is no list of requirements")
         name = matched.group()
         have = version_of(name)
         if have is None:
@@ -73,7 +73,7 @@ def problems(path):
 
 
 def complain(line):
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(" ".join(line.split()) + "\n")
 
 
 def main(arguments):
@@ -91,6 +91,9 @@ def main(arguments):
         found = [problem for path in files for problem in problems(path)]
     except OSError as error:
         complain("error: {}: {}".format(error.filename, error.strerror))
+        return 2
+    except ValueError as error:
+        complain("error: {}".format(error))
         return 2
     for name in [CARRIER] + (["tinydm"] if "--installed" in arguments else []):
         if version_of(name) is None:

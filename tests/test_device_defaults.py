@@ -98,9 +98,15 @@ def test_the_section_of_the_cpu() -> None:
     assert parse_config(text, "x.yaml", memory=A5000).sampling.micro_batch == 256
     with pytest.raises(ConfigError, match=r"x.yaml:5: cpu.sampling.seed is not one of the sizes"):
         parse_config(PLAIN + "cpu:\n  sampling: {seed: 7}\n", "x.yaml")
+    for value in ("-1", "[1]", "x", "true", "null"):
+        written = PLAIN + "sampling: {batch_size: 2}\ncpu:\n  sampling:\n    batch_size: "
+        told = "x.yaml:7: cpu.sampling.batch_size must be auto or a whole number"
+        for memory in (None, A5000):  # it counts nowhere here
+            with pytest.raises(ConfigError, match=told):
+                parse_config(f"{written}{value}\n", "x.yaml", memory=memory)
     with pytest.raises(ConfigError, match=r"x.yaml:4: cpu is not one of the sizes"):
         parse_config(PLAIN + "cpu: 3\n", "x.yaml", memory=A5000)
-    with pytest.raises(ConfigError, match="x.yaml:4: sampling.micro_batch must be a whole number"):
+    with pytest.raises(ConfigError, match="x.yaml:4: cpu.sampling.micro_batch must be auto or"):
         parse_config(PLAIN + "cpu: {sampling: {micro_batch: many}}\n", "x.yaml")
 
 

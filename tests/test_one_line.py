@@ -159,7 +159,8 @@ def test_a_library_without_our_functions(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["--help"], 0, "python scripts/check_environment.py"),
         (["no such file"], 2, "error: no such file: No such file"),
-        ([sys.executable], 1, "is no list of requirements"),
+        (["no such\nfile"], 2, "error: no such file: No such file"),
+        ([sys.executable], 2, "is no list of requirements"),
         (["requirements.txt", "--x"], 2, "error: --x: No such file"),
     ],
 )
@@ -174,7 +175,7 @@ def test_check_environment_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "scripts/check_environment.py", tmp_path / "pipe"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "pipe is no list of requirements" in done.stderr
+    assert done.returncode == 2 and "pipe is no list of requirements" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -85,10 +85,15 @@ def for_calibration(config: Config) -> Config:
 
 
 def _section_of_cpu(tree: Tree) -> Iterator[tuple[Key, Any]]:
-    """The keys of the section `cpu` and their values. Raises ConfigError for others than KEYS."""
+    """The keys of the section `cpu` and their values. Raises ConfigError for others than KEYS, and
+    for values that are none, which nothing else notices where the key itself is written."""
 
     def walk(value: Any, key: Key) -> Iterator[tuple[Key, Any]]:
         if key in KEYS:
+            if value != AUTO and (type(value) is not int or value < 1):
+                name = ".".join((SECTION, *key))
+                where = tree.where((SECTION, *key))
+                raise ConfigError(f"{where}: {name} must be auto or a whole number from 1 on")
             yield key, value
         elif isinstance(value, dict) and any(known[: len(key)] == key for known in KEYS):
             for name, inner in value.items():
