@@ -1,4 +1,4 @@
-"""Exit 0 if this Python can run tinyDM, else say in one line what it lacks (1) or what is wrong (2).
+"""Exit 0 if this Python can run tinyDM, else say in one line what it lacks (1) or is wrong (2).
 
     python scripts/check_environment.py requirements.txt [scripts/requirements-test.txt]
     python scripts/check_environment.py --python             # its version alone

@@ -42,7 +42,7 @@ except ImportError:
     triton = None
 
 # Triton says in a page of its own what is wrong with others.
-TARGETS = ("80", "86", "87", "89", "90", "100", "101", "103", "120", "121")
+TARGETS = ("80", "86", "87", "89", "90", "100", "103", "120", "121")
 INTEGER = re.compile(r"IMMA|IGMMA|mma.*\.s32\.s8")
 SHOWN = re.compile(r"[IH]G?MMA|LDL|STL|LDGSTS|UTMALDG|mma|cp\.async")
 NAMES = ("product_kernel", "codes_kernel", "group_statistics_kernel", "attention_kernel")
