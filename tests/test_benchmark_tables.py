@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.narrow import BENCH, write_narrow
-from tinydm.scripts.bench import leads, measure, methods, tables
+from tinydm.scripts.bench import leads, measure, methods, speed, tables
 from tinydm.scripts.bench.ablations import PARTS
 from tinydm.scripts.bench.cells import Bench
 from tinydm.scripts.bench.plan import (
@@ -24,6 +24,7 @@ from tinydm.scripts.bench.plan import (
     ablation_cells,
     is_current,
     read_bits,
+    read_numbers,
     study_cells,
 )
 from tinydm.scripts.bench.studies import STUDIES
@@ -195,3 +196,16 @@ def test_intervals() -> None:
     assert measure.interval(measure.psnr_of_means, errors[:, :1]) is None
     same = measure.interval(measure.psnr_of_means, np.zeros((1, 5)))
     assert same == (np.inf, np.inf) and methods.finite({"psnr": same}) == {"psnr": [None, None]}
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "\u00b2", "\u0663", "-1", "1.0", "0x1", "nan", ""])
+def test_numbers_that_are_none(text: str) -> None:
+    """Python reads no more than 4300 digits, and calls other digits decimal too."""
+    with pytest.raises(ConfigError, match="--seeds"):
+        read_numbers("--seeds", text)
+
+
+def test_more_threads_than_a_process_can_have(tmp_path: Path) -> None:
+    """OpenMP ends the process by a signal."""
+    with pytest.raises(ConfigError, match="--threads 99999: must be whole numbers from 1 to 1024"):
+        speed.main(["--threads", "99999", "--out", str(tmp_path)])

@@ -278,7 +278,9 @@ def test_calibration_without_its_helper_ends_with_one_line(
         assert first.errors()[0].startswith("error: rank 0: rank 1 is gone")
 
 
-@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1"), ("0", "0")])
+@pytest.mark.parametrize(
+    ("rank", "world"), [("2", "2"), ("9" * 5000, "2"), ("-1", "2"), ("x", "1"), ("0", "0")]
+)
 def test_nonsense_places_are_refused(
     monkeypatch: pytest.MonkeyPatch, rank: str, world: str
 ) -> None:

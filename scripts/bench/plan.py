@@ -35,6 +35,7 @@ METHODS = ("fp", *QUANTIZED)
 # Methods that differ from another one in the correction of the output alone -> that one.
 BASES = {"ptqd": "qdiffusion", "e2e": "e2e_plain"}
 LARGEST_SEED = 2**63 - 1
+MOST_DIGITS = 100  # leading zeros among them; Python reads no more than 4300
 OF = " of "  # in the table's name of a study
 
 
@@ -231,9 +232,11 @@ def _items(text: str) -> list[str]:
     return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
 
 
-def _number(option: str, text: str, lowest: int = 1) -> int:
-    if not (text.isascii() and text.isdecimal() and lowest <= int(text) <= LARGEST_SEED):
-        raise ConfigError(f"{option} {text}: must be whole numbers from {lowest}")
+def _number(option: str, text: str, lowest: int = 1, highest: int = LARGEST_SEED) -> int:
+    digits = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    if not (digits and lowest <= int(text) <= highest):
+        to = "" if highest == LARGEST_SEED else f" to {highest}"
+        raise ConfigError(f"{option} {text}: must be whole numbers from {lowest}{to}")
     return int(text)
 
 
@@ -244,8 +247,8 @@ def _list(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
     return values
 
 
-def read_numbers(option: str, text: str, lowest: int = 1) -> list[int]:
-    return _list(option, text, lambda item: _number(option, item, lowest))
+def read_numbers(option: str, text: str, lowest: int = 1, highest: int = LARGEST_SEED) -> list[int]:
+    return _list(option, text, lambda item: _number(option, item, lowest, highest))
 
 
 def read_names(option: str, text: str, known: Sequence[str]) -> list[str]:

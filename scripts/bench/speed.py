@@ -60,6 +60,7 @@ from .speed_models import CPU, PEER_VARIANTS, VARIANTS, Call, Models, Variant
 DEFAULT = tuple(f"configs/{name}.yaml" for name in ("emoji32", "emoji64", "cifar10", "imagenet256"))
 FULL = "fp32"  # what all are compared with
 SHOWN = 8  # operators of a profile
+MOST_THREADS = 1024  # OpenMP ends the process where it finds no room for their stacks
 REST = "C++ of --compile and Python"
 Values = dict[str, Any]
 
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         read_names("--variants", args.variants, tuple(VARIANTS))
         + [name for name, variant in PEER_VARIANTS.items() if variant.peer in peers],
         read_numbers("--batches", args.batches),
-        read_numbers("--threads", args.threads),
+        read_numbers("--threads", args.threads, highest=MOST_THREADS),
         read_numbers("--repeats", args.repeats)[0],
     )
     if args.quantized is None:

@@ -33,7 +33,9 @@ Tensors = dict[str, torch.Tensor]
 def rank_and_world() -> tuple[int, int]:
     """(rank, world size) from the environment; (0, 1) without one. Raises ConfigError."""
     texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(text.isdecimal() for text in texts) or not int(texts[0]) < int(texts[1]):
+    if not all(text.isdecimal() and len(text) < 10 for text in texts) or not int(texts[0]) < int(
+        texts[1]
+    ):
         raise ConfigError(f"RANK={texts[0]} WORLD_SIZE={texts[1]}: not a place; use torchrun")
     return int(texts[0]), int(texts[1])
 
