@@ -2,7 +2,7 @@
 
     folder = DiffusersFolder.open("path/or/name-in-the-local-cache")
     denoiser = folder.full_precision()
-    pipe = folder_pipe(folder, tap, scheduler_of(folder))  # diffusers' own, the tap in its place
+    pipe = folder_pipe(folder, tap, scheduler)  # diffusers' own, the tap in its place
 
 Pixel models without a text run in a loop of their own, since diffusers' pipelines for them give
 neither classes nor every scheduler what they want.
@@ -222,23 +222,6 @@ class PixelLoop:
             x = self.scheduler.step(out, t, x, **more).prev_sample
         images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return SimpleNamespace(images=images.cpu().numpy())
-
-
-def scheduler_of(folder: DiffusersFolder) -> Any:
-    """The scheduler of the folder's file. Raises CheckpointError for one that does not exist."""
-    config = folder.scheduler_config()
-    diffusers = library()
-    name = str(config.get("_class_name"))
-    kind: Any = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
-        what = f"names the scheduler {printable(name, 60)}, which diffusers does not have"
-        raise failure(folder.scheduler, what, "use a newer diffusers or another folder")
-    if folder.kind == "DDIMPipeline":  # which samples with DDIM whatever the file says
-        kind = diffusers.DDIMScheduler
-    try:
-        return kind.from_config(config)
-    except Exception as error:  # a library's, for values that it does not take
-        raise failure(folder.scheduler, f"{name}: {error}", "mend that field") from error
 
 
 def folder_pipe(

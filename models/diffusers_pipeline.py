@@ -28,9 +28,9 @@ from .diffusers_loading import (
     DiffusersFolder,
     folder_pipe,
     pipe_beside,
-    scheduler_of,
     write_parts,
 )
+from .diffusers_scheduler import scheduler_of, told_in_one_line
 from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import FiniteCheck, SamplingError
 
@@ -51,6 +51,8 @@ LINEAR_STEPS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
+# Schedulers that cannot do without a learned variance where their file names one.
+NEEDS_VARIANCE = ("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler")
 
 
 class _LastStep(Exception):
@@ -197,7 +199,8 @@ class DiffusersPipeline:
     def step_importance(self, floor: float = 0.02) -> np.ndarray:
         """See Pipeline.step_importance; all alike for a scheduler without alphas_cumprod."""
         table = getattr(self._scheduler, "alphas_cumprod", None)
-        if table is None or self.train_timesteps is None:
+        inside = self.train_timesteps is not None
+        if table is None or not inside or max(self.timesteps) > len(table) - 1:
             return np.ones(len(self.timesteps))
         bar = np.asarray(table, np.float64)[np.round(self.timesteps).astype(int)].clip(
             1e-4, 1 - 1e-6
@@ -329,6 +332,9 @@ class DiffusersPipeline:
         if kind not in ("learned", "learned_range") or output.shape[1] != channels:
             return output
         if given is None or given.shape[1] != 2 * channels or len(given) != len(output):
+            if type(self._scheduler).__name__ in NEEDS_VARIANCE:
+                name = f"variance_type {kind} of {type(self._scheduler).__name__}"
+                raise SamplingError(f"{name} needs a variance, which the denoiser does not give")
             return output
         return torch.cat([output, given[:, channels:]], dim=1)
 
@@ -353,7 +359,8 @@ class DiffusersPipeline:
                 output = self._shown(on_output, output, t, x)
             output = self._with_variance(output, x)
             wanted = named.pop("return_dict", True)
-            result = step(output, t, x, *args, **named, return_dict=True)
+            with told_in_one_line(scheduler):
+                result = step(output, t, x, *args, **named, return_dict=True)
             done += 1
             check(result.prev_sample, float(t))
             if latent and done == len(scheduler.timesteps):

@@ -333,6 +333,20 @@ def test_a_prediction_type_that_nobody_knows(tmp_path: Path) -> None:
         sampled(assembled(folder))
 
 
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"steps_offset": 2000}, "DDIMScheduler cannot step"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "needs a variance"),
+    ],
+)
+def test_a_step_that_fails_is_one_line(tmp_path: Path, values: dict[str, Any], what: str) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDIMScheduler())
+    changed(folder / "scheduler/scheduler_config.json", **values)
+    with pytest.raises(SamplingError, match=what):
+        sampled(assembled(folder), 1)
+
+
 def test_a_folder_without_its_scheduler(tmp_path: Path) -> None:
     folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
     (folder / "scheduler/scheduler_config.json").unlink()
