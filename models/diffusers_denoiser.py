@@ -224,6 +224,8 @@ def flat(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
     for name, value in named.items():
         inner = value if isinstance(value, Mapping) else {"": value}
         for key, tensor in inner.items():
+            if tensor is None:  # as PixArt's resolution, where there is none
+                continue
             if not isinstance(tensor, torch.Tensor):
                 what = f"{type(model).__name__} is called with {name}, which is no tensor"
                 raise CheckpointError(f"{what}; this kind of pipeline is not supported")

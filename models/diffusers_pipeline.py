@@ -31,7 +31,7 @@ from .diffusers_loading import (
     write_parts,
 )
 from .diffusers_scheduler import scheduler_of, told_in_one_line
-from .pipeline import FixedBatch, OnOutput, image_generator, labels_of
+from .pipeline import LOOKS_BACK, FixedBatch, OnOutput, image_generator, labels_of
 from .samplers import FiniteCheck, SamplingError
 
 Eps = Callable[..., torch.Tensor]  # (x, t, **named) -> the output of the denoiser
@@ -39,14 +39,17 @@ Numbers = Sequence[int]
 Device = str | torch.device
 
 PICTURES = ("image", "mask_image")  # arguments that are files
-# Schedulers of one call a step, which is linear in the state and the output.
+# Schedulers of one call a step, which is linear in the state and the output ...
 LINEAR_STEPS = (
     "DDIMScheduler",
     "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+)
+# ... and in the outputs before it, unless their solver_order is 1.
+MULTISTEP = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "UniPCMultistepScheduler",
@@ -185,16 +188,17 @@ class DiffusersPipeline:
         """Rows of the denoiser that an image takes."""
         return len(self.timesteps) * (2 if self.guided else 1)
 
-    def uncorrected(self) -> str | None:
-        """Why PTQD's and the drift's corrections do not apply, or None."""
+    def uncorrected(self, correction: str) -> str | None:
+        """See Pipeline.uncorrected."""
         name = type(self._scheduler).__name__
         kind = getattr(self._scheduler.config, "prediction_type", "something else")
         if kind != "epsilon":
             return f"the denoiser predicts {kind}, not epsilon"
         several = name == "PNDMScheduler" and not self._scheduler.config.skip_prk_steps
-        if name not in LINEAR_STEPS or several:
+        if several or name not in (*LINEAR_STEPS, *MULTISTEP):
             return f"{name} calls the denoiser more than once a step, or not linearly"
-        return None
+        looks_back = name in MULTISTEP and getattr(self._scheduler.config, "solver_order", 4) > 1
+        return f"{name} {LOOKS_BACK}" if looks_back and correction == "drift" else None
 
     def step_importance(self, floor: float = 0.02) -> np.ndarray:
         """See Pipeline.step_importance; all alike for a scheduler without alphas_cumprod."""

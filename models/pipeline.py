@@ -47,6 +47,9 @@ SAMPLERS = {
     "guided_ddim": ("adm_unet",),
     "scheduler": (DIFFUSERS,),  # of the folder
 }
+MULTISTEP = ("plms", "dpmpp")
+# What the fit takes off the drift would come back at the next step, perhaps larger.
+LOOKS_BACK = "weighs earlier outputs along with the last one"
 
 
 def build_denoiser(arch: str, params: Mapping[str, Any]) -> nn.Module:
@@ -232,10 +235,10 @@ class Pipeline:
         calls = len(self.timesteps) + (self.sampler == "plms")
         return calls * (2 if self.guided else 1)
 
-    def uncorrected(self) -> str | None:
-        """Why PTQD's and the drift's corrections do not apply, or None: they do to all samplers
-        here."""
-        return None
+    def uncorrected(self, correction: str) -> str | None:
+        """Why a correction, ptqd or drift, does not apply, or None."""
+        looks_back = correction == "drift" and self.sampler in MULTISTEP
+        return f"{self.sampler} {LOOKS_BACK}" if looks_back else None
 
     def step_importance(self, data_std: float = 2.0, floor: float = 0.02) -> np.ndarray:
         """How much an eps error at each step moves the final image, (S,), mean 1 before the floor.

@@ -269,8 +269,8 @@ def test_one_argument_is_enough(
     folder = make_pipeline(kind, tmp_path / "folder", scheduler)
     run, few = tmp_path / "run", ["--steps", "3", *options, "--set", *TINY]
     calibrate.main(["--ckpt", str(folder), "--out", str(run), *few])
-    note = "no correction of the output" in capsys.readouterr().out
-    assert note == (kind == "consistency")
+    told = {"consistency": "more than once a step", "dit": "weighs earlier outputs"}.get(kind, "")
+    assert told in capsys.readouterr().out
     quantized = str(run / "quantized.safetensors")
     sample_diffusion.main(["--quantized", quantized, "--out", str(tmp_path / "q")])
     sample_diffusion.main(["--config", str(run / "config.yaml"), "--out", str(tmp_path / "full")])
@@ -364,6 +364,33 @@ def test_values_of_a_folder_can_be_written_by_hand() -> None:
         parse_config(
             "name: x\nmodel: {arch: ddim_unet}\nsampler: {guidance_scale: null}\n", "x.yaml"
         )
+
+
+def test_absent_values_within_an_argument() -> None:
+    """As PixArt's resolution and aspect ratio, where the network takes none."""
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 8)
+    more = {"encoder_hidden_states": text, "added_cond_kwargs": {"resolution": None}}
+    named = diffusers_denoiser.flat(text_unet(), (x, 5), more)
+    assert sorted(named) == ["encoder_hidden_states", "t", "x"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "corrected"),
+    [
+        (diffusers.EulerDiscreteScheduler(), ("drift", "ptqd")),
+        (diffusers.DPMSolverMultistepScheduler(solver_order=1), ("drift", "ptqd")),
+        (diffusers.DPMSolverMultistepScheduler(), ("ptqd",)),
+        (diffusers.PNDMScheduler(skip_prk_steps=True), ("ptqd",)),
+        (diffusers.HeunDiscreteScheduler(), ()),
+        (diffusers.DDIMScheduler(prediction_type="v_prediction"), ()),
+    ],
+)
+def test_corrections_that_a_step_takes(
+    tmp_path: Path, scheduler: Any, corrected: tuple[str, ...]
+) -> None:
+    pipeline = assembled(make_pipeline("pixels", tmp_path, scheduler)).pipeline
+    kinds = ("drift", "ptqd")
+    assert tuple(kind for kind in kinds if pipeline.uncorrected(kind) is None) == corrected
 
 
 @pytest.mark.parametrize("make", [pixel_unet, text_unet, small_dit])

@@ -1,11 +1,15 @@
 """The correction of the drift, on samplers and errors that are known exactly."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.calibrated import Silent
 from tinydm.quant.calibration.drift import Call, CallRecorder, DriftFit, step_coefficients
+from tinydm.quant.calibration.phases.correct import correct
 from tinydm.quant.core.context import TimestepContext
 from tinydm.quant.runtime.correction import OutputCorrection
 
@@ -137,6 +141,38 @@ def test_the_tables_stay_within_what_a_file_may_hold() -> None:
     correction = fit.correction()
     assert float(correction.k.abs().max()) == pytest.approx(1 - 1 / 1.1, abs=1e-6)
     OutputCorrection.from_state(correction.context, correction.state_dict())
+
+
+@pytest.mark.parametrize("solver", [[55 / 24, -59 / 24, 37 / 24, -9 / 24], [1.0]])
+def test_a_fit_that_leads_away_is_left_out(solver: list[float]) -> None:
+    """PLMS weighs the last output with 55/24, the one before with -59/24: what the fit removes of
+    the drift comes back larger at the next step."""
+    steps = [*range(900, 0, -50)]
+
+    class Model(torch.nn.Module):
+        def __init__(self, error: float) -> None:
+            super().__init__()
+            self.context, self.correction, self.error = TimestepContext(steps, 1000), None, error
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            off = torch.sin(40 * x) + torch.sin(t[0] / 7)
+            return full_precision(x, int(t[0])) + self.error * off
+
+    class Multistep:
+        @torch.no_grad()
+        def run(self, model: torch.nn.Module, on_output: Any, count: int) -> None:
+            x = torch.randn(count, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+            outputs: list[torch.Tensor] = []
+            for t in steps:
+                rows = torch.full((count,), t)
+                outputs.insert(0, on_output(x, rows, model(x, rows)))
+                weights = solver if len(outputs) >= len(solver) else [1.0]
+                x = A * x + B * sum(w * e for w, e in zip(weights, outputs, strict=False))
+
+    model, trajectories = Model(0.05), SimpleNamespace(trajectories=6, timesteps=steps)
+    report = correct("drift", model, Model(0.0), Multistep(), trajectories, Silent())
+    assert report["kept"] == (len(solver) == 1)
+    assert bool(model.correction.k.any()) == bool(model.correction.mu.any()) == report["kept"]
 
 
 def test_another_sampler_is_refused() -> None:

@@ -110,7 +110,7 @@ def calibrate(
         more = {"guidance_scale": guidance_scale, "prompts": prompts, "device": module.device}
         pipeline = DiffusersPipeline(model, denoiser, steps, micro_batch=batch_size, **more)
         source, limit = _PipelineSampler(pipeline, classes), pipeline.train_timesteps
-        if pipeline.uncorrected() is not None:
+        if pipeline.uncorrected(settings.correction) is not None:
             settings = replace(settings, correction="none")
     device = str(next(denoiser.parameters()).device)
     first = source.states(denoiser, range(batch_size), device)

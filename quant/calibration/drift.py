@@ -10,8 +10,10 @@ A step is taken as linear, x' = a x + b eps; a and b come from the full-precisio
 that any sampler of one call a step will do.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import torch
 
@@ -36,10 +38,11 @@ class Call:
 
 
 class CallRecorder:
-    """Keeps the calls of a sampler and leaves the outputs as they are."""
+    """Keeps the last calls of a sampler, all of them if `most` is None, and leaves the outputs as
+    they are."""
 
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, most: int | None = None) -> None:
+        self.calls: deque[Call] = deque(maxlen=most)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         self.calls.append(Call(plain_timestep(t[0]), x, eps))
@@ -54,7 +57,7 @@ class DriftFit:
     calls.
     """
 
-    def __init__(self, context: TimestepContext, calls: list[Call]):
+    def __init__(self, context: TimestepContext, calls: Sequence[Call]):
         count, channels = len(context.timesteps), calls[0].eps.shape[1]
         self.context = context
         self.scale = torch.ones(count, channels)  # of all output channels
@@ -62,7 +65,7 @@ class DriftFit:
         self.indices = [int(context.nearest(call.timestep)) for call in calls]
         self.fitted: set[int] = set()
         self.drift: list[float] = []  # mean square of x_q - x at each call
-        self._rest = zip_longest(calls, calls[1:])
+        self._rest = zip_longest(calls, islice(calls, 1, None))
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         call, following = next(self._rest)
@@ -102,6 +105,12 @@ class DriftFit:
         """The tables; the sampler's own noise, where there is any, is not changed by them."""
         k, mu = 1 / self.scale - 1, -self.offset / self.scale
         return OutputCorrection(self.context, k, mu, torch.zeros(len(k)))
+
+
+def no_correction(tables: OutputCorrection) -> OutputCorrection:
+    """Tables of the same shape that change nothing."""
+    zeros = (torch.zeros_like(v) for v in (tables.k, tables.mu, tables.sigma))
+    return OutputCorrection(tables.context, *zeros)
 
 
 def _by_channel(x: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (C, N H W) float64

@@ -169,7 +169,7 @@ class Bench:
         states, seconds = full.calibration_states(config)
         assembly = assemble(config, device=self.device)
         run = CalibrationRun(config, assembly, folder, self.device)
-        corrected = assembly.pipeline.uncorrected() is None
+        corrected = assembly.pipeline.uncorrected(config.quant.correction) is None
         if base is not None and corrected and not (folder / RESULT).exists():
             correct_run(run, base, states)
         calibrate_run(run, resume=True, states=states)

@@ -110,7 +110,7 @@ class CalibrationRun:
     def settings(self) -> QuantSettings:
         """Those of the configuration, without a correction where the sampler has no use for it."""
         quant = self.config.quant
-        if self.assembly.pipeline.uncorrected() is None:
+        if self.assembly.pipeline.uncorrected(quant.correction) is None:
             return quant
         return replace(quant, correction="none")
 
@@ -248,7 +248,7 @@ def calibrate_run(
         )
     _ = run.trajectories  # a mistake is told before the work
     if run.settings() != config.quant:
-        why = assembly.pipeline.uncorrected()
+        why = assembly.pipeline.uncorrected(config.quant.correction)
         print(f"note: no correction of the output: {why}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
@@ -279,6 +279,8 @@ def calibrate_run(
         states = shared_states(team, states, run.device)
     with closing(Bars(run.device)) as bars:
         deployed, phases = _calibrate(run, states, bars, state, save)
+    if phases.get("correction", {}).get("kept") is False:
+        print("note: no correction of the output: it leads the sampler further away", flush=True)
     lines = write_result(run, states, Outcome(deployed, phases, began, bars.peaks))
     (folder / STATE).unlink(missing_ok=True)
     return lines

@@ -10,7 +10,7 @@ from torch import nn
 from ...core.context import plain_timestep
 from ...runtime.correction import OutputCorrection
 from ...runtime.denoiser import QuantDenoiser
-from ..drift import CallRecorder, DriftFit
+from ..drift import CallRecorder, DriftFit, no_correction
 from ..ptqd import fit_tables
 from ..sharing import Alone, SharedRows, Team
 from ..states import CalibrationStates
@@ -54,12 +54,12 @@ def correct(
     kind: as in quant.correction. denoiser: full precision. states: of the calibration.
     team: processes that call it together, with the same arguments.
     """
-    fit, title, most = {
-        "ptqd": (_noise_tables, "noise correction", NOISE_TRAJECTORIES),
-        "drift": (_drift_tables, "drift correction", DRIFT_TRAJECTORIES),
+    fit, title, most, runs = {
+        "ptqd": (_noise_tables, "noise correction", NOISE_TRAJECTORIES, 2),
+        "drift": (_drift_tables, "drift correction", DRIFT_TRAJECTORIES, 3),
     }[kind]
     count = min(most, states.trajectories)
-    progress.begin(title, 2 * len(states.timesteps))
+    progress.begin(title, runs * len(states.timesteps))
 
     def run(network: nn.Module, on_output: OnOutput) -> None:
         def call(x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
@@ -104,8 +104,13 @@ def _noise_tables(
 def _drift_tables(
     model: QuantDenoiser, denoiser: nn.Module, run: Run
 ) -> tuple[OutputCorrection, dict[str, Any]]:
-    recorder = CallRecorder()
+    """Those of the drift, where they bring the sampler nearer to full precision than none does."""
+    recorder, plain = CallRecorder(), CallRecorder(most=1)
     run(denoiser, recorder)
     fit = DriftFit(model.context, recorder.calls)
     run(model, fit)
-    return fit.correction(), {"drift": fit.drift}
+    run(model, plain)
+    without = float((plain.calls[-1].x - recorder.calls[-1].x).square().mean())
+    kept = fit.drift[-1] <= without
+    report = {"drift": fit.drift, "drift_without": without, "kept": kept}
+    return fit.correction() if kept else no_correction(fit.correction()), report
