@@ -137,8 +137,8 @@ class DiffusersDenoiser(nn.Module):
             self.model.enable_gradient_checkpointing(_recomputed)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-        t = t.to(x.device, non_blocking=True)
-        return self.model(x, t, return_dict=False, **nested(named))[0]
+        seen = {DENOISERS[self.class_name][0]: x, "timestep": t.to(x.device, non_blocking=True)}
+        return self.model(**seen, return_dict=False, **nested(named))[0]
 
     @property
     def class_name(self) -> str:

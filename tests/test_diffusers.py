@@ -22,6 +22,7 @@ from tests.helpers.pipelines import (  # noqa: E402
     pixel_unet,
     psnr,
     small_dit,
+    small_pixart,
     text_unet,
 )
 from tinydm.models import diffusers_denoiser  # noqa: E402
@@ -210,6 +211,7 @@ def test_variants_shards_and_the_averaged_weights(tmp_path: Path) -> None:
         (pixel_unet, {}, 4, 2 + 6),
         (text_unet, {"encoder_hidden_states": torch.randn(2, 5, 8)}, 4, 2 + 6),
         (small_dit, {"class_labels": torch.tensor([1, 2])}, 0, 4),
+        (small_pixart, {"encoder_hidden_states": torch.randn(2, 5, 8)}, 0, 2),
     ],
 )
 def test_products_are_modules_and_roles_fit(
@@ -219,7 +221,8 @@ def test_products_are_modules_and_roles_fit(
     original = make().eval()
     x, t = torch.randn(2, original.config.in_channels, 8, 8), torch.tensor([10, 500])
     with torch.no_grad():
-        expected = original(x, t, **named, return_dict=False)[0]
+        inputs = {diffusers_denoiser.DENOISERS[type(original).__name__][0]: x, "timestep": t}
+        expected = original(**inputs, **named, return_dict=False)[0]
         denoiser = DiffusersDenoiser(original)
         assert psnr(denoiser(x, t, **named), expected) > 110
     roles = denoiser.layer_roles()

@@ -94,6 +94,21 @@ def small_dit() -> nn.Module:
     )
 
 
+def small_pixart() -> nn.Module:
+    """Whose forward takes the text before the timestep."""
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+        use_additional_conditions=False,
+    )
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """dB, of values in [0, 1]."""
     return float(-10 * (a.double() - b.double()).square().mean().clamp(min=1e-15).log10())
