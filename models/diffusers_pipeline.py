@@ -166,7 +166,8 @@ class DiffusersPipeline:
         """C, H, W of a pixel model's pictures; those of a decoder are always pictures."""
         size = self._tap.original.config.sample_size
         side = (size, size) if isinstance(size, int) else tuple(size or (0, 0))
-        return (self._tap.original.config.out_channels if self.kind in PIXELS else None, *side)
+        # The state's, not the output's: a learned variance follows the noise there.
+        return (self._tap.original.config.in_channels if self.kind in PIXELS else None, *side)
 
     @property
     def train_timesteps(self) -> int | None:

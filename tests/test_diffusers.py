@@ -102,6 +102,16 @@ def test_the_folders_scheduler_rules(tmp_path: Path, scheduler: Any) -> None:
     assert psnr(sampled(assembly), own_loop(folder, labels)) > 100
 
 
+def test_a_learned_variance_of_pixels(tmp_path: Path) -> None:
+    """6 channels of output for pictures of 3."""
+    unet = pixel_unet(out_channels=6)
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    assembly = assembled(tmp_path)
+    assert assembly.pipeline.shape == (3, 8, 8)
+    assert psnr(sampled(assembly), own_loop(tmp_path, None)) > 100
+
+
 def test_text_is_sampled_as_the_pipeline_does(tmp_path: Path) -> None:
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", steps_offset=1)
     folder = make_pipeline("text", tmp_path, scheduler)
