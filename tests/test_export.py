@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers.packed import TIMESTEPS, small_model
 from tests.helpers.rooms import RESULT, write_room
 from tinydm.models.architecture import describe
 from tinydm.quant.backends.graph import GraphQuantizer, as_graph
 from tinydm.quant.core.context import TimestepContext
+from tinydm.quant.core.operation import Operation
 from tinydm.quant.runtime.correction import OutputCorrection
 from tinydm.quant.runtime.denoiser import QuantDenoiser
+from tinydm.quant.runtime.layers import QuantLayer
 from tinydm.quant.runtime.packed_file import PackedFileError, to_bytes
 from tinydm.quant.runtime.quantizer import ActivationQuantizer
 from tinydm.scripts import export
@@ -125,10 +128,43 @@ def test_the_smallest_network_with_everything(tmp_path: Path) -> None:
     wrong = calls[1]._replace(output=calls[1].output + 1)
     with pytest.raises(RunError, match="at least 45.0 dB are expected"):
         export.check("onnxruntime", file, [calls[0], wrong])
-    chaotic = wrong._replace(own=0.0)  # a network that float rounding alone moves as much
-    assert "moves the fake backend by 0.0 dB" in export.check("onnxruntime", file, [chaotic])
+    chaotic = wrong._replace(own=0.0)  # a network that next to nothing moves as much
+    assert "move the fake backend to 0.0 dB" in export.check("onnxruntime", file, [chaotic])
     one = Call(calls[0].x[:1], calls[0].t, {}, calls[0].output[:1])  # any number of samples
     assert "dB" in export.check("onnxruntime", file, [one])
+
+
+@pytest.mark.slow
+def test_linear_layers_of_tokens_get_no_other_quantizer(tmp_path: Path) -> None:
+    """ONNX Runtime makes MatMulNBits of a MatMul with dequantized weights, 64 wide and more, which
+    quantizes its input by itself."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from tinydm.scripts.exporting.onnx_file import write_onnx
+
+    made, context = torch.Generator().manual_seed(2), TimestepContext([1, 5], 10)
+    codes = torch.randint(0, 256, (64, 64), generator=made).to(torch.uint8)
+    scale = ActivationQuantizer(
+        context, torch.tensor([2e-4, 3e-4]), torch.tensor([32768] * 2), torch.tensor([0, 1]), 16
+    )
+    weights = (codes, torch.full((64,), 0.001), torch.full((64,), 128, dtype=torch.uint8), None)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QuantLayer(Operation(nn.Linear(64, 64)), *weights, 8, [scale], 0)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+    model = QuantDenoiser(Tokens(), context)
+    x, t = torch.randn(2, 4, 6, 64, generator=made), torch.tensor([5])
+    with torch.no_grad():
+        call = Call(x, t, {}, model(x, t))
+    write_onnx(as_graph(model), call, tmp_path / "tokens.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "tokens.onnx")
+    output = torch.from_numpy(session.run(None, call.inputs())[0])
+    assert export.decibels(output, call.output) > 80
 
 
 def test_what_is_missing_is_one_line(

@@ -104,7 +104,9 @@ class GraphQuantizer(nn.Module):
 class GraphLayer(nn.Module):
     """A deployed layer whose weight is dequantized in the graph.
 
-    A linear layer's codes stay (O, I): a runtime folds the transposition of its weight.
+    A linear layer's codes stay (O, I): a runtime folds the transposition of its weight. Its input
+    is made (rows, I), and its bias zero where it has none, so that exporters write a Gemm. Of a
+    MatMul with these weights ONNX Runtime makes, by default, one that quantizes its input again.
     """
 
     codes: torch.Tensor
@@ -120,7 +122,10 @@ class GraphLayer(nn.Module):
         self.register_buffer("codes", layer.qweight)
         self.register_buffer("w_scale", layer.w_scale)
         self.register_buffer("w_zero_point", layer.w_zero_point)
-        self.register_buffer("bias", layer.bias)
+        bias = layer.bias
+        if bias is None and not self.op.is_conv:
+            bias = torch.zeros_like(layer.w_scale)
+        self.register_buffer("bias", bias)
         self.register_buffer("channel_scale", layer.channel_scale)
         self.inputs: ModuleList[GraphQuantizer] = ModuleList(
             GraphQuantizer(step, q) for q in layer.inputs
@@ -136,7 +141,9 @@ class GraphLayer(nn.Module):
             x = scale_channels(x, self.channel_scale, self.op.channel_dim)
             x = quantize_input(x, self.inputs, self.split, self.op.channel_dim)
         weight = torch.ops.tinydm.dequantize(self.codes, self.w_scale, self.w_zero_point)
-        return self.op(x, weight, self.bias)
+        if self.op.is_conv or x.ndim == 2:
+            return self.op(x, weight, self.bias)
+        return self.op(x.flatten(0, -2), weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class GraphMatMul(nn.Module):
