@@ -154,13 +154,15 @@ def test_linear_layers_of_tokens_get_no_other_quantizer(tmp_path: Path) -> None:
             super().__init__()
             self.layer = QuantLayer(Operation(nn.Linear(64, 64)), *weights, 8, [scale], 0)
 
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+            out = self.layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+            return out + named["added.bias"][:, None, None]  # a name with a dot, as SDXL's are
 
     model = QuantDenoiser(Tokens(), context)
     x, t = torch.randn(2, 4, 6, 64, generator=made), torch.tensor([5])
+    named = {"added.bias": torch.randn(2, 64, generator=made)}
     with torch.no_grad():
-        call = Call(x, t, {}, model(x, t))
+        call = Call(x, t, named, model(x, t, **named))
     write_onnx(as_graph(model), call, tmp_path / "tokens.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "tokens.onnx")
     output = torch.from_numpy(session.run(None, call.inputs())[0])

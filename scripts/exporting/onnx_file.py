@@ -8,11 +8,12 @@ uint8, or uint4 up to 4 bits, with a DequantizeLinear.
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ...quant.backends.graph import GraphDenoiser, GraphLayer
 from ..common.errors import ConfigError
@@ -31,6 +32,23 @@ class Written(NamedTuple):
     inputs: dict[str, list[int | str]]
 
 
+class _Plain(nn.Module):
+    """A graph whose tensors by name have names that PyTorch's exporter takes: without the dots of
+    added_cond_kwargs.text_embeds."""
+
+    def __init__(self, graph: GraphDenoiser, names: Iterable[str]):
+        super().__init__()
+        self.inner = graph  # `graph` is the exporter's own
+        self.names = {self.name_of(name): name for name in names}
+
+    @staticmethod
+    def name_of(name: str) -> str:
+        return name.replace(".", "__")
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, t, **{self.names[n]: value for n, value in named.items()})
+
+
 def check_packages() -> None:
     """Raises ConfigError where a package is missing."""
     reason = not_installed(PACKAGES)
@@ -42,25 +60,26 @@ def write_onnx(graph: GraphDenoiser, call: Call, path: Path) -> Written:
     """graph is exported for any number of samples where its code allows that, else for that of
     the call. Raises ConfigError for a denoiser that PyTorch cannot export."""
     rows = torch.export.Dim.AUTO
+    plain = _Plain(graph, call.named)
+    named = {plain.name_of(name): value for name, value in call.named.items()}
     with quiet():
         try:
             program: Any = torch.onnx.export(
-                graph,
+                plain,
                 (call.x, call.t),
-                kwargs=call.named,
+                kwargs=named,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["x", "t", *call.named],
                 output_names=["output"],
-                dynamic_shapes={"x": {0: rows}, "t": None}
-                | {name: {0: rows} for name in call.named},
+                dynamic_shapes={"x": {0: rows}, "t": None} | {name: {0: rows} for name in named},
                 custom_translation_table=_translations(),
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, torch.onnx.errors.OnnxExporterError) as error:
             reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason given"])[0]
             raise ConfigError(f"PyTorch cannot export this denoiser: {reason}") from error
-    _pack(program.model, graph)
+    _pack(program.model, plain)
     _without_traces(program.model)
     size = sum(t.const_value.nbytes for t in program.model.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +114,7 @@ def _translations() -> dict[Any, Callable]:
     }
 
 
-def _pack(model: Any, graph: GraphDenoiser) -> None:
+def _pack(model: Any, graph: nn.Module) -> None:
     """Codes of up to 4 bits, which PyTorch holds in bytes, as uint4."""
     import ml_dtypes
     import onnx_ir
