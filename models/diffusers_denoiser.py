@@ -44,7 +44,9 @@ def library() -> Any:
         import diffusers
     except ImportError as error:
         raise CheckpointError(f"{NO_DIFFUSERS} ({printable(error)})") from error
-    diffusers.utils.logging.set_verbosity_error()
+    # What it cannot go on from it raises; what it only logs, as a file that it then looks for under
+    # another name, would stand before the one line of a refusal.
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     return diffusers
 

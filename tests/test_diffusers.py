@@ -339,6 +339,16 @@ def test_folders_that_cannot_be_used(
     assert "\n" not in str(caught.value)
 
 
+def test_absent_weights_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    capfd.readouterr()
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(CheckpointError, match="holds no whole UNet2DModel"):
+        assembled(folder)
+    assert capfd.readouterr().err == ""  # of what diffusers looked for on the way
+
+
 def test_a_prediction_type_that_nobody_knows(tmp_path: Path) -> None:
     folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
     changed(folder / "scheduler/scheduler_config.json", prediction_type="guess")
