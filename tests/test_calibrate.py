@@ -20,7 +20,12 @@ from tests.helpers import forks
 from tests.helpers.commands import command, done
 from tests.helpers.forks import refusal, succeed
 from tests.helpers.rooms import RESULT
+from tinydm.quant.calibration.run_state import RunState
+from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.runtime.packed_file import read_metadata
+from tinydm.scripts.common.errors import RunError
+from tinydm.scripts.experiment import resume
+from tinydm.scripts.experiment.config import parse_config
 
 METHODS = ("tinydm", "e2e", "qdiffusion", "ptqd", "apqdm", "ptq4dm", "minmax")
 FILES = {RESULT, "config.yaml", "report.json", "layers.txt", "log.txt"}
@@ -196,6 +201,24 @@ def test_a_damaged_state_is_refused(room: Path) -> None:
     (folder / "calibration.pt").write_bytes(content)
     assert "damaged" in refused(room, "damaged", "--resume")
     assert [path.name for path in folder.iterdir()] == ["calibration.pt"]
+
+
+@pytest.mark.parametrize(("key", "kept"), [("lr_scale=0.001", True), ("weigh_steps=false", False)])
+def test_what_a_finished_phase_has_read_may_not_change(
+    key: str, kept: bool, tmp_path: Path
+) -> None:
+    """Ranges and groups are chosen with weights of the steps; end-to-end steps alone have rates."""
+    text = "{name: any, model: {arch: ddim_unet}}"
+    began, other = (
+        parse_config(text, "any.yaml", given) for given in ([], [f"quant.reconstruct.{key}"])
+    )
+    states = CalibrationStates(torch.zeros(1, 1, 3, 2, 2), torch.zeros(1, 1, 3, 2, 2), [0])
+    resume.save_state(tmp_path, began, {}, RunState(["equivalent", "bits", "ranges"]), states)
+    if kept:
+        assert resume.load_state(tmp_path, other, {}, resume=True) is not None
+    else:
+        with pytest.raises(RunError, match="another configuration"):
+            resume.load_state(tmp_path, other, {}, resume=True)
 
 
 @pytest.mark.slow

@@ -18,8 +18,13 @@ def _no_settings(settings: QuantSettings) -> Values:
     return {}
 
 
+def _step_weights(settings: QuantSettings) -> Values:
+    """What decides whether the sampling steps have weights, from the ranges on."""
+    return {"weigh_steps": settings.reconstruct.weigh_steps}
+
+
 def _search_settings(settings: QuantSettings) -> Values:
-    return vars(settings.search) | {"weigh_steps": settings.reconstruct.weigh_steps}
+    return vars(settings.search) | _step_weights(settings)
 
 
 def _block_settings(settings: QuantSettings) -> Values:
@@ -53,7 +58,7 @@ PHASES = (
     # bits of each layer's weights under a budget
     Phase("bits", prepare.mixed_bits, leave_out="quant.weight.average_bits=0"),
     # activation statistics, groups by an error table
-    Phase("ranges", prepare.ranges, shared=True),
+    Phase("ranges", prepare.ranges, _step_weights, shared=True),
     # second-order rounding of the weights
     Phase("rounding", prepare.rounding, leave_out="quant.weight.rounding=nearest", shared=True),
     # differentiable groups with active timestep selection
