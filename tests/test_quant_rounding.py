@@ -39,6 +39,7 @@ from tinydm.quant.calibration.grouping import assign
 from tinydm.quant.calibration.layers import CalibLayer
 from tinydm.quant.calibration.statistics import collect
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
+from tinydm.quant.calibration.weights import WeightQuantizer
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers, deploy, quantize
 from tinydm.quant.core import affine
 from tinydm.quant.core.context import TimestepContext
@@ -94,7 +95,8 @@ def test_independent_inputs_are_rounded_to_nearest() -> None:
 def test_rows_times_weight_are_outputs_of_the_layer(layer: nn.Module) -> None:
     shape = {nn.Conv2d: (2, 3, 10, 10), nn.Conv1d: (2, 3, 20)}.get(type(layer), (2, 7, 3))
     x = torch.randn(shape)
-    rows = input_rows(CalibLayer(layer, None, [], 0), x)
+    quantizer = WeightQuantizer(layer.weight, 4, "minmax")
+    rows = input_rows(CalibLayer(layer, quantizer, [], 0), x)
     made = rows @ layer.weight.flatten(1).T + layer.bias
     dim = -1 if isinstance(layer, nn.Linear) else 1
     everything = layer(x).transpose(dim, -1).reshape(-1, 5)

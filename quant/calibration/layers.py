@@ -19,10 +19,10 @@ from .weights import WeightQuantizer
 class CalibLayer(nn.Module):
     """A convolution or linear layer under calibration.
 
-    weight stays float; `weight_quantizer` and `inputs` (1 or 2 LearnedQuantizers) hold what is
-    learned. Either can be None / empty: then that operand stays in floating point. channel_scale
-    (C,) multiplies the input channels before they are quantized (equivalent.py), or is None.
-    made_weight: the quantized weight of the coming calls, where it is made already, or None.
+    weight stays float; `weight_quantizer` and `inputs` (0 to 2 LearnedQuantizers) hold what is
+    learned. Without inputs the activations stay in floating point. channel_scale (C,) multiplies
+    the input channels before they are quantized (equivalent.py), or is None. made_weight: the
+    quantized weight of the coming calls, where it is made already, or None.
     """
 
     channel_scale: torch.Tensor | None
@@ -31,7 +31,7 @@ class CalibLayer(nn.Module):
     def __init__(
         self,
         layer: nn.Conv2d | nn.Conv1d | nn.Linear,
-        weight_quantizer: WeightQuantizer | None,
+        weight_quantizer: WeightQuantizer,
         inputs: Sequence[LearnedQuantizer],
         split: int,
     ):
@@ -46,11 +46,8 @@ class CalibLayer(nn.Module):
 
     @property
     def quantizer(self) -> WeightQuantizer:
-        """weight_quantizer, of a layer that has one. Raises ValueError."""
-        quantizer = self.weight_quantizer
-        if quantizer is None:
-            raise ValueError("a layer without a weight quantizer has no codes")
-        return quantizer
+        """weight_quantizer, by the name that most callers use."""
+        return self.weight_quantizer
 
     def set_channel_scale(
         self, channel_scale: torch.Tensor, weight: torch.Tensor, quantizer: WeightQuantizer
@@ -68,14 +65,12 @@ class CalibLayer(nn.Module):
         return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.quantized_input(x)
-        weight = self.weight if self.made_weight is None else self.made_weight
-        if self.weight_quantizer is not None and self.made_weight is None:
-            weight = self.weight_quantizer(weight)
+        x, made = self.quantized_input(x), self.made_weight
+        weight = self.weight_quantizer(self.weight) if made is None else made
         return self.op(x, weight, self.bias)
 
     def deploy(self) -> QuantLayer:
-        """The layer with integer codes. Raises ValueError without a weight quantizer."""
+        """The layer with integer codes."""
         quantizer = self.quantizer
         with torch.no_grad():
             codes = quantizer.codes(self.weight).round().to(torch.uint8)
