@@ -24,7 +24,7 @@ from .ddim_unet import DDIMUNet
 from .dpm_solver import SPACINGS, dpm_timesteps, dpmpp_2m
 from .guided_samplers import guided_ddim, guided_ddpm, space_timesteps
 from .ldm_samplers import ldm_ddim, ldm_timesteps, plms
-from .ldm_unet import TRAINING_ONLY, LDMUNet
+from .ldm_unet import LDMUNet
 from .noise import drawn_ahead
 from .protocols import rows_are_independent
 from .samplers import Denoiser, NoiseScale, SamplingError, StepHook, ddim, ddpm
@@ -33,7 +33,6 @@ from .schedule import alphas_cumprod, make_betas, sampling_timesteps
 
 ARCHITECTURES = {"ddim_unet": DDIMUNet, "ldm_unet": LDMUNet, "adm_unet": LDMUNet}
 DIFFUSERS = "diffusers"  # the architecture that a folder of diffusers brings itself
-UPSTREAM_ONLY = TRAINING_ONLY  # keys of public configurations besides LDMUNet's arguments
 SKIPS = (*DDIM_SKIPS, *(name for name in SPACINGS if name not in DDIM_SKIPS))
 
 # sampler -> the architectures whose output it understands (guided: eps and v)

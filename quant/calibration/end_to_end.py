@@ -78,7 +78,7 @@ def finetune(
 ) -> None:
     """Trains in place. tuples (n, 2) of the states. on_iteration(i, loss) is for progress.
 
-    step_weight (S,) weighs the squared eps error of each sampling step: by its root a step is drawn
+    step_weight (K,) weighs the squared eps error of each sampling step: by its root a step is drawn
     more often, and by the root its error counts more. on_checkpoint(progress) comes after each
     iteration; an interrupted run goes on when it is given that `progress` beside the model's state
     of the moment.
@@ -153,7 +153,7 @@ def _weights_made_once(layers: Sequence[CalibLayer]) -> Iterator[list[torch.Tens
 
 
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:
-    """The root of the weights (S,), scaled to a mean of 1 over what is drawn."""
+    """The root of the weights (K,), scaled to a mean of 1 over what is drawn."""
     root = step_weight.sqrt()
     drawn = (torch.bincount(tuples[:, 0], minlength=len(root)) > 0) * root
     return root * (drawn.sum() / drawn.square().sum())

@@ -24,9 +24,12 @@ class Recorder:
         return out
 
     def states(self, together: int, device: str) -> CalibrationStates:
-        """Calls in their order -> (S, N, ...). A step takes `together` calls: two with guidance,
-        so many as the images are split into. PLMS calls once more in its first step, which then
-        counts as a step of its own."""
+        """The calls so far as states (K, N, ...), see CalibrationStates.
+
+        together: calls that a sampling step takes: one for each part that its rows are split into,
+        for example two for the halves of a guided one. PLMS calls once more in its first step,
+        which then counts as a step of its own.
+        """
         calls = self.rows
         x, eps = torch.cat([c[0] for c in calls]), torch.cat([c[3] for c in calls])
         count = len(calls) // together

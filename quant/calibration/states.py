@@ -1,4 +1,8 @@
-"""Calibration data: states of the full-precision sampler with the noise it predicted there."""
+"""Calibration data: states of the full-precision sampler with the noise it predicted there.
+
+Legend: K sampling steps, N trajectories. A sample is a pair (step k, trajectory j); samples are
+given as an index tensor (n, 2). Steps are not calibrated timesteps (S): several steps may use one.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +14,8 @@ from ..core.context import Timestep
 
 @dataclass
 class CalibrationStates:
-    """x (S, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
-    full-precision output there; timesteps (S,): t of each step, descending, may repeat.
+    """x (K, N, C, H, W): state entering sampling step k of trajectory j; eps, same shape: the
+    full-precision output there; timesteps (K,): t of each step, descending, may repeat.
 
     conditioning: keyword tensors of the denoiser, (N, ...), the same along a trajectory. The states
     may lie on the CPU; what it gives out is on `device`.

@@ -54,7 +54,7 @@ class Task:
     """A denoiser to be quantized, and how.
 
     denoiser: full precision, not changed. states: its trajectories. train_timesteps: T of the noise
-    schedule. importance (S,): weight of an eps error at each sampling step. state continues an
+    schedule. importance (K,): weight of an eps error at each sampling step. state continues an
     earlier run. save(state) gets everything that a later run needs to go on from there. team: the
     processes that have this task; state, progress and save matter on the first one alone.
     """

@@ -182,7 +182,10 @@ def make_states(run: CalibrationRun) -> CalibrationStates:
 
 
 def step_importance(assembly: Assembly, states: CalibrationStates) -> torch.Tensor:
-    """Per sampling step, (S,) float32. PLMS calls twice in its first step."""
+    """Weight of an eps error at each sampling step, (K,) float32.
+
+    PLMS calls twice in its first step; both calls get the weight of that step.
+    """
     values = assembly.pipeline.step_importance().tolist()
     values = values[:1] * (len(states.timesteps) - len(values)) + values
     return torch.tensor(values)
@@ -191,6 +194,7 @@ def step_importance(assembly: Assembly, states: CalibrationStates) -> torch.Tens
 def help_calibrate(run: CalibrationRun) -> None:
     """The part of the ranks above 0 while rank 0 is in calibrate_run, whose files and bars are
     those of the job."""
+    # The two answers that rank 0 gives in calibrate_run, in its order.
     states_wanted, wanted = run.team.broadcast(False), run.team.broadcast(False)
     if not wanted:
         return

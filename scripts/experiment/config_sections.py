@@ -7,12 +7,12 @@ them from YAML.
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from ...models.ldm_unet import TRAINING_ONLY
 from ...models.pipeline import (
     ARCHITECTURES,
     DIFFUSERS,
     SAMPLERS,
     SKIPS,
-    UPSTREAM_ONLY,
     sampling_plan,
 )
 from ...models.schedule import SCHEDULES
@@ -65,6 +65,8 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The full-precision model: architecture, checkpoint, and the parts beside the denoiser."""
+
     arch: str = setting(MISSING, "family of the denoiser", choices=(*ARCHITECTURES, DIFFUSERS))
     params: dict = field(
         default_factory=dict,
@@ -98,6 +100,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """The noise schedule that the model was trained with."""
+
     betas: str = setting(
         "linear",
         "noise schedule; `scaled_linear` is what latent diffusion calls linear",
@@ -110,6 +114,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
+    """The sampler, of calibration and of images alike."""
+
     name: str = setting("ddim", "sampler", choices=tuple(SAMPLERS))
     steps: int = setting(100, "sampling steps", within=(1, 100_000))
     skip: str = setting("uniform", "spacing of the timesteps", choices=tuple(SKIPS))
@@ -131,6 +137,8 @@ OF_DIFFUSERS = SamplerConfig(name="scheduler", steps=50, guidance_scale=None)
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """Which images are made, and how many at a time."""
+
     count: int = setting(64, "images", within=(1, 1_000_000))
     batch_size: int = setting(
         64, "images made together; changes nothing in an image", within=(1, 65_536)
@@ -147,6 +155,8 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """The whole configuration of an experiment."""
+
     name: str
     model: ModelConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -185,10 +195,10 @@ def check_config(config: Config, where: Where) -> None:
     if temporal and config.quant.reconstruct.iterations == 0:
         refuse("quant.time_embedding", "reconstructed needs quant.reconstruct.iterations above 0")
     if model.arch == DIFFUSERS:
-        _check_diffusers(config, where, refuse)
+        _check_diffusers(config, refuse)
         return
     denoiser = ARCHITECTURES[model.arch]
-    extra = () if model.arch == "ddim_unet" else UPSTREAM_ONLY
+    extra = () if model.arch == "ddim_unet" else TRAINING_ONLY
     check_arguments(denoiser, model.params, where, ("model", "params"), extra)
     if model.arch != "ddim_unet" and not isinstance(model.params.get("image_size"), int):
         refuse("model.params", "needs image_size, the side of what the denoiser sees")
@@ -231,7 +241,7 @@ def check_config(config: Config, where: Where) -> None:
     _check_classes(config, refuse)
 
 
-def _check_diffusers(config: Config, where: Where, refuse: Any) -> None:
+def _check_diffusers(config: Config, refuse: Any) -> None:
     """The folder itself says the rest, once it is read."""
     stage = config.model.first_stage
     if config.model.prefix is not None:
@@ -339,7 +349,8 @@ def number_of_classes(model: ModelConfig) -> int | None:
 
 def calls_per_image(config: Config) -> int:
     """Rows of the network that an image takes: two a step with guidance, and PLMS asks once more
-    at its start. Not for diffusers, see DiffusersPipeline.calls_per_image."""
+    at its start. As Pipeline.calls_per_image, without a pipeline. Not for diffusers, see
+    DiffusersPipeline.calls_per_image."""
     sampler = config.sampler
     timesteps, _ = sampling_plan(sampler.name, sampler.steps, sampler.skip, **vars(config.schedule))
     calls = len(timesteps) + (sampler.name == "plms")

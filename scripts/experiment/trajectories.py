@@ -22,7 +22,7 @@ from .counted import Counted
 from .processes import ALONE, Team, Tensors
 
 SEED_DOMAIN = 1 << 62  # calibration noise is never the noise of a sampled image
-FIRST_FRESH_TRAJECTORY = 1 << 24  # index of the first trajectory that no states holds
+FIRST_FRESH_TRAJECTORY = 1 << 24  # index of the first trajectory that no calibration learns from
 
 
 def record_states(
@@ -30,24 +30,23 @@ def record_states(
     denoiser: nn.Module,
     count: int,
     seed: int,
-    first: int = 0,
     classes: list[int] | None = None,
     device: str | torch.device = "cpu",
     on_rows: Callable[[int], Any] = lambda n: None,
     team: Team = ALONE,
 ) -> CalibrationStates:
-    """The states of `count` trajectories first..first+count-1 and the denoiser's outputs.
+    """The states of the trajectories 0..count-1 and the denoiser's outputs.
 
     count is rounded up to whole network calls (pipeline.micro_batch). With guidance, the
     unconditional and the conditional half of a call count as trajectories of their own.
-    on_rows(n) follows calls with n rows. They are spread over the team, of which each process gets
-    the states that one would have made.
+    on_rows(n) follows calls with n rows. The calls are spread over the team; each process gets all
+    states, the same that one process alone would have made.
     """
     size = pipeline.micro_batch
 
     def make(block: int) -> Tensors:
         recorder = Recorder(Counted(denoiser, on_rows))
-        indices = range(first + block * size, first + (block + 1) * size)
+        indices = range(block * size, (block + 1) * size)
         pipeline.latents(recorder, indices, SEED_DOMAIN + seed, classes, device=device)
         return _to_tensors(recorder.states(2 if pipeline.guided else 1, str(device)))
 
@@ -129,7 +128,7 @@ def _from_tensors(value: Tensors, device: str) -> CalibrationStates:
 
 
 def mean_of_halves(pipeline: Pipeline, values: torch.Tensor) -> torch.Tensor:
-    """Numbers of rows (S, N) -> of its trajectories, (S, N / 2) with guidance."""
+    """Numbers of all trajectories (K, N) -> of all images, (K, N / 2) with guidance."""
     if not pipeline.guided:
         return values
     return _halves(values.T, pipeline.micro_batch).mean(1).flatten(0, 1).T

@@ -134,21 +134,21 @@ def _assigned(
 
 
 def _by_timestep(job: Job, values: torch.Tensor) -> torch.Tensor:
-    """Values of the sampling steps added up at the calibrated timesteps that they use."""
+    """Values of the sampling steps (K,), added up at the calibrated timesteps (S,) they use."""
     context = job.model.context
     nearest = context.nearest(torch.tensor(job.states.timesteps))
     return torch.zeros(len(context.timesteps)).index_add(0, nearest, values)
 
 
 def _importance(job: Job) -> torch.Tensor:
-    """Weights of the sampling steps (S,); all alike where the method does not weigh them."""
+    """Weights of the sampling steps (K,); all alike where the method does not weigh them."""
     weigh = job.settings.reconstruct.weigh_steps
     return job.importance if weigh else torch.ones_like(job.importance)
 
 
 @torch.no_grad()
 def step_errors(job: Job) -> torch.Tensor:
-    """Mean squared eps error of the model under calibration at each sampling step, (S,)."""
+    """Mean squared eps error of the model under calibration at each sampling step, (K,)."""
     count = len(job.states.timesteps)
     steps = torch.arange(count).repeat_interleave(min(ERROR_TRAJECTORIES, job.states.trajectories))
     index = timesteps.tuples_of_steps(steps, job.states.trajectories, job.generator("errors"))
