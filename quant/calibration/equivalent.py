@@ -19,6 +19,7 @@ from torch import nn
 
 from ..core.affine import fake_quantize, range_to_scale
 from ..core.operation import quantize_input, scale_channels
+from ..core.settings import MOST_BITS
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
 from .states import CalibrationStates
@@ -62,7 +63,7 @@ def scaled_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
         for name, module in model.denoiser.named_modules()
         if isinstance(module, CalibLayer)
         and len(module.inputs)
-        and all(q.bits <= 8 for q in module.inputs)
+        and all(q.bits <= MOST_BITS for q in module.inputs)
         and (not module.op.is_conv or module.op.groups == 1)
     }
 

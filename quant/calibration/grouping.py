@@ -12,11 +12,13 @@ import math
 import torch
 
 from ..core.affine import range_to_scale
+from ..core.settings import MOST_BITS
 from .quantizer import LearnedQuantizer
 from .statistics import Statistics
+from .weights import ERROR_POWER
 
 TOLERATED_LOSS = 0.01  # of a tensor's error, that groups which are left out may cost
-HEADROOM = 1.5  # how far beyond the largest value seen a range of more than 8 bits reaches
+HEADROOM = 1.5  # how far beyond the largest value a range of more than MOST_BITS reaches
 SHARED_RANGE = 16.0  # timesteps whose extremes differ by more do not share one of these ranges
 FEWEST_CANDIDATES, MOST_CANDIDATES = 20, 40  # of the lowest and of the highest value each
 VALUES_AT_ONCE = 1 << 16  # of the table: its passes stay in the cache
@@ -156,7 +158,7 @@ def cheapest_groups(
         best = new
     found = [best[count] for count in sorted(best)]
     limit = found[-1][0] * (1 + TOLERATED_LOSS)
-    # Costs that are not finite are told by the search, which has an error to name.
+    # Costs that are not finite fit no limit: the search will report them.
     return next((f[1:] for f in found if f[0] <= limit), found[-1][1:])
 
 
@@ -206,11 +208,11 @@ def assign(
     weight (S,): how much an error at each calibrated timestep matters; None: all alike. bits (S,):
     of each of them; None: those of the quantizer. Both count where groups are searched.
 
-    search: none (one range by the error over all samples, power 2.4 as in the literature) |
+    search: none (one range by the error over all samples, with ERROR_POWER) |
     uniform | dp (optimal runs) | kmeans or differentiable (free groups; the differentiable search
     goes on from there). scale: mse | minmax (without a search of the clipping).
     """
-    if quantizer.bits > 8:  # codes abound: ranges with room to spare, so that nothing clips
+    if quantizer.bits > MOST_BITS:  # codes abound: ranges with room to spare, so that nothing clips
         bound, group_of_timestep = _wide_ranges(stats)
         quantizer.set_ranges(-bound, bound, group_of_timestep)
         return
@@ -228,7 +230,7 @@ def assign(
         return
     symmetric = quantizer.symmetric
     low, high = candidate_ranges(stats, symmetric, quantizer.unsigned)
-    power = 2.4 if search == "none" else 2.0
+    power = ERROR_POWER if search == "none" else 2.0
     bits = torch.full(stats.low.shape, quantizer.bits) if bits is None else bits
     table = error_table(stats, low, high, bits, symmetric, power)
     if search == "none":
@@ -242,6 +244,6 @@ def assign(
         weighted = table if weight is None else table * (weight / weight.mean())[:, None]
         group_of_timestep, chosen = cheapest_groups(weighted, groups, search != "dp", bits)
         quantizer.group_error = table[:, chosen].to(quantizer.log_scale.device)
-    of_groups = torch.full(chosen.shape, quantizer.bits)  # those that no timestep has taken too
+    of_groups = torch.full(chosen.shape, quantizer.bits)  # also of groups without a timestep
     of_groups[group_of_timestep] = bits
     quantizer.set_ranges(low[chosen], high[chosen], group_of_timestep, of_groups)

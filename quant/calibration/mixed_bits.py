@@ -19,13 +19,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..core.settings import FEWEST_BITS
+from ..core.settings import FEWEST_BITS, MOST_BITS
 from ..runtime.denoiser import QuantDenoiser
 from .layers import CalibLayer
 from .states import CalibrationStates
 from .weights import WeightQuantizer, roughly_rounded
 
-MOST_BITS = 8
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -37,15 +36,15 @@ def choices(average_bits: float) -> tuple[int, ...]:
 
 def free_layers(model: QuantDenoiser, bits: int) -> dict[str, CalibLayer]:
     """The layers in general, by the name of the layer that they replace: those of `bits` bits whose
-    inputs are quantized to at most 8 bits. The first, the last and those of the timestep alone keep
-    their own."""
+    inputs are quantized to at most MOST_BITS. The first, the last and those of the timestep alone
+    keep their own."""
     return {
         name: module
         for name, module in model.denoiser.named_modules()
         if isinstance(module, CalibLayer)
         and module.quantizer.bits == bits
         and len(module.inputs)
-        and all(q.bits <= 8 for q in module.inputs)
+        and all(q.bits <= MOST_BITS for q in module.inputs)
     }
 
 
@@ -61,7 +60,7 @@ def curvatures(
 ) -> dict[str, torch.Tensor]:
     """h of each weight of the named full-precision layers, shaped like the weight.
 
-    tuples (n, 2) of the states; importance (S,): weight of an eps error at each sampling step.
+    tuples (n, 2) of the states; importance (K,): weight of an eps error at each sampling step.
     """
     weights = [denoiser.get_submodule(name).get_parameter("weight") for name in names]
     wanted = [p.requires_grad for p in denoiser.parameters()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.settings import SearchSettings
+from ..core.settings import MOST_BITS, SearchSettings
 from ..runtime.denoiser import QuantDenoiser
 from .finite import finite_loss
 from .quantizer import LearnedQuantizer, scale_groups
@@ -27,7 +27,6 @@ from .wrapping import activation_quantizers
 LOGITS_PER_EXCESS, LOWEST_LOGIT = 10.0, 4.0
 BARRED = -1e4  # logit of groups of other bits than the timestep's
 SMALLEST_ERROR, SMALLEST_SHARE = 1e-20, 1e-6
-MOST_SEARCHED_BITS = 8  # the inputs of the first and last layer have more, and codes abound
 
 
 @dataclass
@@ -112,15 +111,16 @@ def search(
     """Learns groups and scales of all activation quantizers together; weights stay as they are.
 
     Only quantizers with more than one group are searched; with one group everywhere the scales
-    learn alone. importance (S,): how much an eps error at a sampling step matters;
-    first_errors (S,): eps errors there before the search.
+    learn alone. importance (K,): how much an eps error at a sampling step matters;
+    first_errors (K,): eps errors there before the search.
     on_round(i, loss) is for progress. team: processes that call it together, with the same
     arguments and equal models, and share the parts of a round. Raises DivergenceError.
     """
     team = team or Alone()
-    of_groups = [q for _, q in activation_quantizers(model) if q.bits <= MOST_SEARCHED_BITS]
+    # The inputs of the first and last layers have more bits: their ranges have room to spare.
+    of_groups = [q for _, q in activation_quantizers(model) if q.bits <= MOST_BITS]
     quantizers = [q for q in of_groups if q.groups > 1]
-    learned = quantizers or of_groups  # those that would have more groups, were there more
+    learned = quantizers or of_groups  # with one group everywhere: the scales alone
     selector = ActiveSelector(importance, settings.exploration, settings.error_weight)
     selector.error = first_errors.clone()
     if not learned:

@@ -11,8 +11,8 @@ Legend: S calibrated timesteps.
 
 import torch
 
-from ..core.settings import FEWEST_BITS
-from .mixed_bits import MOST_BITS, share_out
+from ..core.settings import FEWEST_BITS, MOST_BITS
+from .mixed_bits import share_out
 
 
 def bits_of_timesteps(

@@ -101,12 +101,12 @@ class ActiveSelector:
             picks.append(k)
         return torch.tensor(picks)
 
-    def observe_error(self, steps: torch.Tensor, error: torch.Tensor, momentum: float = 0.5):
-        """steps (n,), error (n,): eps errors just measured there."""
+    def observe_error(self, steps: torch.Tensor, error: torch.Tensor) -> None:
+        """steps (n,), error (n,): eps errors just measured there. Running errors move half way."""
         for k in steps.unique().tolist():
             value = error[steps == k].mean()
             seen = self.error[k] > 0
-            self.error[k] = momentum * self.error[k] + (1 - momentum) * value if seen else value
+            self.error[k] = 0.5 * self.error[k] + 0.5 * value if seen else value
 
 
 def normalised_entropy(probabilities: torch.Tensor) -> torch.Tensor:

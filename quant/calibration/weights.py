@@ -11,6 +11,8 @@ from torch import nn
 
 from ..core.affine import SMALLEST_SCALE, dequantize, per_channel, range_to_scale, round_to_nearest
 
+ERROR_POWER = 2.4  # of |x - x_hat| in a search of ranges (PTQ4DM, section 3.4; Q-Diffusion's code)
+SEARCHED_RANGES, SMALLEST_RANGE = 60, 0.35  # of a channel: how many, and the last as a share of all
 COMPARED_RANGES = 12  # ranges that the search tries where weights are only compared
 LONGEST_ROW = 2304  # weights of a channel that the search of its scale looks at, about
 LARGEST_WEIGHTS = 32  # weights of such a channel that it looks at besides
@@ -26,18 +28,19 @@ def minmax_scale(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 
 
 def mse_scale(
-    weight: torch.Tensor, bits: int, power: float = 2.4, ratios: int = 60, smallest: float = 0.35
+    weight: torch.Tensor, bits: int, ratios: int = SEARCHED_RANGES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point (O,) that minimise sum |w - w_hat|^power over shrunk ranges.
+    """Scale and zero point (O,) that minimise sum |w - w_hat|^ERROR_POWER over shrunk ranges.
 
-    Of very long rows the sum takes a part, evenly spaced, and the largest weights.
+    ratios: how many of them. Of very long rows the sum takes a part, evenly spaced, and the largest
+    weights.
     """
     flat = weight.detach().flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     stride = -(-flat.shape[1] // LONGEST_ROW)
     stride += stride % 3 == 0  # all taps of a 3 x 3 kernel take part
     rows = max(1, WEIGHTS_AT_ONCE // (flat.shape[1] // stride))
-    grid = torch.linspace(1.0, smallest, ratios).tolist()
+    grid = torch.linspace(1.0, SMALLEST_RANGE, ratios).tolist()
     found = []
     for i in range(0, len(flat), rows):
         part = flat[i : i + rows]
@@ -46,9 +49,7 @@ def mse_scale(
             size, place = part.abs().topk(LARGEST_WEIGHTS, dim=1, sorted=False)
             counted = seen[0].abs() >= size.amin(1, keepdim=True)
             seen = [seen[0].masked_fill(counted, 0.0), part.gather(1, place)]  # zero is exact
-        found.append(
-            _search_rows(seen, stride, low[i : i + rows], high[i : i + rows], bits, power, grid)
-        )
+        found.append(_search_rows(seen, stride, low[i : i + rows], high[i : i + rows], bits, grid))
     scale, zero = (torch.cat(values) for values in zip(*found, strict=True))
     return scale.clamp(min=SMALLEST_SCALE), zero
 
@@ -59,7 +60,6 @@ def _search_rows(
     low: torch.Tensor,
     high: torch.Tensor,
     bits: int,
-    power: float,
     ratios: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mse_scale of a few rows, whose ranges are low and high (R,). seen: weights (R, N) that stand
@@ -74,7 +74,7 @@ def _search_rows(
         parts = []
         for w in seen:
             w_hat = (w / s).round_().add_(z).clamp_(0, 2**bits - 1).sub_(z).mul_(s)
-            parts.append((w - w_hat).abs_().pow_(power).sum(2))
+            parts.append((w - w_hat).abs_().pow_(ERROR_POWER).sum(2))
         errors.append(parts[0] if len(parts) == 1 else parts[0] * stride + parts[1])
     best = torch.cat(errors).argmin(0, keepdim=True)
     return scale.gather(0, best)[0], zero.gather(0, best)[0]

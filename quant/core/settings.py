@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-FEWEST_BITS = 2  # of a weight or an activation
+FEWEST_BITS, MOST_BITS = 2, 8  # of weights and activations; first and last layers' inputs have 16
 QUALITIES = ("fast", "best")
 BEST_FACTOR = 8  # iterations and steps of `best`, times those of `fast`
 WEIGHTED_SEARCHES = ("differentiable", "kmeans", "dp")
