@@ -43,7 +43,7 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     timesteps = calibrated_timesteps(task.states.timesteps, task.calibration.calibrated_timesteps)
     context = TimestepContext(timesteps, task.train_timesteps)
     policy = BitPolicy.of(task.settings)
-    if state.tensors or not first:  # which hold the scales that were found, or will
+    if state.tensors or not first:  # the scales come from the state, or from the first process
         policy = replace(policy, weight_scale="minmax")
     progress.begin("weight scales", count_layers(task.denoiser))
     model = quantize(task.denoiser, context, policy, on_layer=progress.step)
@@ -51,7 +51,8 @@ def calibrate(task: Task) -> tuple[QuantDenoiser, dict[str, Any]]:
     if state.tensors:
         _restore(model, state)
     for _, layer in weight_layers(model):
-        layer.quantizer.scale_search = task.settings.weight.scale  # of scales yet to be found
+        # Later phases search scales again, of other bits or of scaled channels.
+        layer.quantizer.scale_search = task.settings.weight.scale
     job = Job(task, model)
     _agree(job)
     for phase in PHASES:

@@ -1,7 +1,7 @@
 """Calibration samples of which none is there twice.
 
-A sample is a pair (step k, trajectory j). One that comes up again teaches nothing new, and where it
-lies on both sides of a hold-out the check there is none.
+A sample is a pair (step k, trajectory j). One that comes up again teaches nothing new, and would
+make a held-out set worthless if it were in the learning set too.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def check_trajectories(
 ) -> None:
     """Raises TooFewTrajectoriesError, which says how many would do.
 
-    trajectories: that there will be. halves: that each image asked for brings (2 with guidance).
+    trajectories: how many there will be. halves: how many of them an image brings, 2 with guidance.
     """
     rule, samples = calibration.timesteps, calibration.samples
     used = min(UNIFORM_STEPS, steps) if rule == "uniform" else steps

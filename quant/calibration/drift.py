@@ -20,9 +20,9 @@ import torch
 from ..core.context import Timestep, TimestepContext, plain_timestep
 from ..runtime.correction import OutputCorrection
 
-SMALLEST_DETERMINANT = (
-    1e-9  # of the product of the powers of x and eps: what is left of either beside the other
-)
+# Relative to the product of the powers of x and eps. Below it the two are too much alike for the
+# least squares to tell their coefficients apart.
+SMALLEST_DETERMINANT = 1e-9
 LARGEST_GAIN = 0.1
 RIDGE = 1e-8  # keeps steps that do not depend on eps uncorrected
 

@@ -187,8 +187,11 @@ def _hessians(
 def _round_layer(
     layer: CalibLayer, learned: list[torch.Tensor], judging: list[torch.Tensor]
 ) -> tuple[torch.Tensor | None, float]:
-    """Codes as the weight is shaped, or None where those of before lose no more; what the judges
-    lose, relative to rounding to nearest."""
+    """(codes, loss). codes: shaped like the weight, or None where rounding to nearest is as good.
+    loss: tr(E H E^T) with the H of the judging samples, relative to rounding to nearest.
+
+    learned, judging: the diagonal blocks of H of either samples, see column_blocks.
+    """
     quantizer = layer.quantizer
     weight = layer.weight.detach()
     flat = weight.flatten(1) / per_channel(quantizer.scale, weight).flatten(1)  # in codes

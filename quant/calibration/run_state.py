@@ -15,9 +15,13 @@ from .weights import WeightQuantizer
 
 @dataclass
 class RunState:
-    """done: finished phases; tensors: state of the model, empty but while it is saved or restored;
-    tuples (n, 2); report: plain values; partial: what the phase after `done` has finished so far,
-    its own business; before: copies of the tensors at that phase's start, if it has partials."""
+    """Everything that a later run needs to go on from here.
+
+    done: finished phases, by name. tensors: state of the model under calibration, filled only while
+    it is saved or restored. tuples (n, 2): the calibration samples, once they are chosen. report:
+    plain values of each finished phase. partial: what the phase after `done` has finished so far,
+    in a form of its own. before: the tensors at the start of that phase, if it saves partials.
+    """
 
     done: list[str] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)

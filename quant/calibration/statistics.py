@@ -28,9 +28,12 @@ class StatisticsError(ValueError):
 
 @dataclass
 class Statistics:
-    """values (S, N) float32: a sample of the activation per timestep, extremes included;
-    low, high (S,): exact minimum and maximum; weight (S,): samples seen there, 0 for a timestep
-    whose row is that of the nearest one which was reached."""
+    """What one activation looks like at each of S calibrated timesteps.
+
+    values (S, N) float32: some of its values, extremes included; low, high (S,): exact minimum and
+    maximum; weight (S,): samples seen there. A timestep that no sample reached has weight 0 and the
+    row of the nearest one that was reached.
+    """
 
     values: torch.Tensor
     low: torch.Tensor

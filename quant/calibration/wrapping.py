@@ -19,13 +19,13 @@ from .weights import WeightQuantizer
 
 @dataclass(frozen=True)
 class BitPolicy:
-    """Bits of each kind of layer. None leaves that operand in floating point.
+    """Bits of each kind of layer; `of` makes it from the settings.
 
-    first_last: weights of the first and last layers; first_last_activation: their inputs (16 bits
-    are two 8-bit products, on less than one percent of the multiply-accumulates); time: layers of
-    the timestep alone, whose activations are never quantized when `cache_timestep` is true;
-    softmax: attention probabilities; symmetric: activation ranges around zero (queries, keys and
-    values always have them, probabilities never).
+    activation: None leaves all activations in floating point; first_last: weights of the first and
+    last layers; first_last_activation: their inputs (16 bits are two 8-bit products, on less than
+    one percent of the multiply-accumulates); time: layers of the timestep alone, whose activations
+    are never quantized when `cache_timestep` is true; softmax: attention probabilities; symmetric:
+    activation ranges around zero (queries, keys and values always have them, probabilities never).
     """
 
     weight: int = 4

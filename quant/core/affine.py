@@ -20,11 +20,10 @@ SMALLEST_SCALE = 1e-8
 def fake_quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int | torch.Tensor
 ) -> torch.Tensor:
-    """Quantize and dequantize; scale, zero_point and top = 2^b - 1 broadcast against x.
+    """Quantize and dequantize x (B, ...); scale, zero_point and top = 2^b - 1 broadcast against it.
 
-    The clamp works on q - z, which saves adding and removing z. Where every sample has its own
-    scale, on a CPU the passes go sample by sample, so that a sample stays in the cache between
-    them; the result is the same bit by bit.
+    On a CPU large samples are computed one by one, so that a sample stays in the cache between the
+    passes; the result is the same bit by bit.
     """
     inverse, low, high = scale.reciprocal(), -zero_point, top - zero_point
     rows = sample_rows(x)
@@ -90,10 +89,10 @@ class QuantizerStep(NamedTuple):
 
 
 class BroadcastStep(NamedTuple):
-    """A QuantizerStep of which each value is a number, a 0-d tensor or a tensor for each channel.
+    """A QuantizerStep whose values may be numbers, 0-d tensors or tensors of one value a channel.
 
-    inverse: perhaps times factors of the channels; scale: None where the result stays q - z; low,
-    high: both numbers or both tensors.
+    inverse: may hold the factors of the channels as well; scale: None where the result stays q - z;
+    low, high: both numbers or both tensors.
     """
 
     inverse: Number
@@ -108,12 +107,12 @@ def fake_quantize_shared(
     channel_dim: int = -1,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """fake_quantize of a batch that shares its timestep, the same bit by bit, but for factors.
+    """fake_quantize of a batch x (B, ...) that shares its timestep; without a scale, q - z.
 
-    step: of numbers; of 0-d tensors, which multiply faster than numbers; or of a tensor for each
-    channel, shaped to broadcast against the end of x, where two quantizers share the channels or
-    the inverse holds factors of the channels (rounded once). Without a scale the result is q - z.
-    inplace: x may be overwritten.
+    step: of numbers, or of 0-d tensors, which multiply faster. Where two quantizers share the
+    channels, or the inverse holds factors of the channels, its values are tensors that broadcast
+    against the end of x. The result is that of fake_quantize bit by bit, except with factors: they
+    are multiplied into the inverse, and so x is rounded once less. inplace: x may be overwritten.
     """
     if x.numel() <= CACHED_VALUES or x.device.type != "cpu" or x.dim() < 2:
         return _chain(x, step, x if inplace else None)

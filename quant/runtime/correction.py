@@ -46,7 +46,8 @@ class OutputCorrection(nn.Module):
         return cls(context, k, mu, sigma)
 
     def noise_scale(self, t: int, sigma_t: float, direction: float) -> float:
-        """What is left of a sampler's noise, see corrected_variance."""
+        """What is left of a sampler's noise of standard deviation sigma_t at timestep t, where eps
+        has the coefficient `direction` in the step; see corrected_variance."""
         sigma_q = self._sigma[int(self.context.nearest(t))]
         return corrected_variance(sigma_t, direction, sigma_q)
 

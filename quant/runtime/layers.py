@@ -21,9 +21,9 @@ from .quantizer import ActivationQuantizer
 class SharedStep(NamedTuple):
     """What a deployed layer needs for a batch that shares its timestep.
 
-    step of the input's quantizers, times the factors of the channels, for q - z where there is one
-    of them and for the dequantized input where there are two; scale of the output, also as a
-    tensor, which multiplies faster than a number (None: 1); bias divided by it, or None.
+    step: quantizes the input, factors of the channels included: to q - z where the layer has one
+    quantizer, to the dequantized input where it has two. scale: of the output. factor: the same as
+    a 0-d tensor, which multiplies faster than a number, or None for 1. bias: divided by the scale.
     """
 
     step: BroadcastStep

@@ -111,8 +111,11 @@ def to_bytes(
     metadata: dict[str, str],
     beside: Mapping[str, torch.Tensor] | None = None,
 ) -> bytes:
-    """The file's content. model: deployed (QuantDenoiser.deploy). beside: tensors that belong to
-    other parts of the pipeline, on the CPU."""
+    """The file's content.
+
+    model: deployed, see quant.calibration.wrapping.deploy. metadata: what the caller adds. beside:
+    tensors that belong to other parts of the pipeline, on the CPU.
+    """
     tensors: dict[str, torch.Tensor] = {}
     scales, zero_points, biases, quantizers = [], [], [], []
     channel_scales = [torch.zeros(0)]

@@ -21,9 +21,9 @@ class ModelBuilder:
         self, tensors: dict[str, torch.Tensor], context: TimestepContext, denoiser: nn.Module
     ):
         self.tensors, self.context, self.denoiser = tensors, context, denoiser
-        self.channel = self.bias = self.row = self.scaled = (
-            0  # what the concatenated tensors gave so far
-        )
+        # Values taken so far of the tensors that hold all layers one after the other: of channels,
+        # biases, activation quantizers and channel scales.
+        self.channel = self.bias = self.row = self.scaled = 0
         scale = self._get("activations.scale", torch.float32)
         self._check(scale.dim() == 2, "the activation scales' shape")
         zero_point = self._get("activations.zero_point", torch.int32)
@@ -127,6 +127,7 @@ class ModelBuilder:
             if entry["kind"] == "matmul":
                 self._check(not original.state_dict(), f"{name} is not a matrix product")
                 left, right = entry["inputs"]
+                # Of earlier versions, whose codes of probabilities could be logarithmic.
                 self._check(not entry.get("log2"), f"{name} has logarithmic codes")
                 replacement: nn.Module = QuantMatMul(
                     self._quantizer(left), self._quantizer(right), bool(entry["by_row"])

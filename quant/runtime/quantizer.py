@@ -43,9 +43,8 @@ class ActivationQuantizer(KeepsDerived):
         self.register_buffer("group_of_timestep", group_of_timestep.to(torch.uint8))
         tops = torch.tensor([2**b - 1 for b in self.group_bits], dtype=torch.int32)
         self.register_buffer("tops", tops.to(scale.device), persistent=False)
-        self._groups = [
-            int(g) for g in self.group_of_timestep
-        ]  # look-ups without a tensor per call
+        # A look-up in a list makes no tensor at each call.
+        self._groups: list[int] = self.group_of_timestep.tolist()
         self._forget()
 
     @property

@@ -162,6 +162,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help shows the script's docstring as it is written."""
     return _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -239,6 +240,7 @@ def refuse_options(
 
 
 def add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    """--out, a folder to be written to: args.out. text: its help."""
     parser.add_argument(
         *spellings("--out", "-l", "--logdir"),
         dest="out",

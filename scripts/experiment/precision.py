@@ -38,6 +38,7 @@ HALVED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
+    """--precision."""
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

@@ -24,14 +24,14 @@ from ..common.images import is_picture, is_whole_png
 from ..common.schema import printable
 
 WAIT_SECONDS = 600
-HOLDER = "process"  # what a lock begins with
-# What identities do not name at these values, which all runs had before there was a choice.
+HOLDER = "process"  # the text of a lock begins with it
+# Keys that an identity leaves out at these values: runs of before there was a choice had them.
 EARLIER: Mapping[str, Any] = {"precision": "float32", "decode_batch": 1}
 NUMBERED = re.compile(r"[0-9]{6}\.png")
 
 
 def beside(folder: str | Path, suffix: str) -> Path:
-    """runs/x/images, "report.json" -> runs/x/images.report.json; beside what a link points to."""
+    """runs/x/images, "report.json" -> runs/x/images.report.json; of a link, beside its target."""
     folder = Path(folder)
     if folder.is_symlink() or not folder.name:
         folder = Path(os.path.realpath(folder))
