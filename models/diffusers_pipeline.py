@@ -120,7 +120,7 @@ class DiffusersPipeline:
             elif name in self._wanted and "Inpaint" in self.kind:
                 raise ValueError(f"{self.kind} needs model.params.{name}, an image file")
         if "guidance_scale" in self._wanted:
-            default = self._wanted["guidance_scale"].default
+            default = self._default("guidance_scale")
             arguments["guidance_scale"] = default if guidance_scale is None else guidance_scale
         elif guidance_scale not in (None, 1.0):
             raise ValueError(f"sampler.guidance_scale: {self.kind} has no guidance")
@@ -135,6 +135,10 @@ class DiffusersPipeline:
         if "prompt" not in self._wanted and self.prompts:
             raise ValueError(f"model.conditioning.prompts: {self.kind} takes no text")
         return arguments
+
+    def _default(self, name: str) -> Any:
+        """Of an argument of the pipeline's call; None without it."""
+        return self._wanted[name].default if name in self._wanted else None
 
     def _classes(self, config: Any) -> int | None:
         self._has_classes = False
@@ -158,7 +162,13 @@ class DiffusersPipeline:
         except Exception as error:  # a library's, for fields that do not fit together
             name = type(self._scheduler).__name__
             raise ValueError(f"{name} takes no {self.steps} steps: {printable(error)}") from error
-        values = [float(t) for t in self._scheduler.timesteps]
+        made = self._scheduler.timesteps
+        strength = self._arguments.get("strength", self._default("strength"))
+        if strength is not None:  # below 1 the first steps are left out, by 0.9999 already
+            made = self._pipe.get_timesteps(self.steps, strength, "cpu")[0]
+        values = [float(t) for t in made]
+        if not values:
+            raise ValueError(f"model.params.strength {strength} leaves none of {self.steps} steps")
         return [int(t) if t.is_integer() else t for t in values]
 
     @property
@@ -368,7 +378,7 @@ class DiffusersPipeline:
                 result = step(output, t, x, *args, **named, return_dict=True)
             done += 1
             check(result.prev_sample, float(t))
-            if latent and done == len(scheduler.timesteps):
+            if latent and done == len(self.timesteps):
                 check.end()
                 raise _LastStep(result.prev_sample)
             return result if wanted else tuple(result.values())

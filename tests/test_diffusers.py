@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -17,12 +19,14 @@ import sample_diffusion  # noqa: E402
 from tests.helpers.fake_cuda import CUDA, fake_cuda  # noqa: E402
 from tests.helpers.pipelines import (  # noqa: E402
     PROMPTS,
+    decoder,
     make_pipeline,
     pictures,
     pixel_unet,
     psnr,
     small_dit,
     small_pixart,
+    text_parts,
     text_unet,
 )
 from tinydm.models import diffusers_denoiser  # noqa: E402
@@ -31,6 +35,7 @@ from tinydm.models.diffusers_denoiser import DiffusersDenoiser, ProductAttention
 from tinydm.models.diffusers_loading import DiffusersFolder  # noqa: E402
 from tinydm.models.pipeline import image_generator  # noqa: E402
 from tinydm.models.samplers import SamplingError  # noqa: E402
+from tinydm.quant.calibration.record import Recorder  # noqa: E402
 from tinydm.quant.runtime.packed_file import read_metadata  # noqa: E402
 from tinydm.scripts.common.errors import ConfigError  # noqa: E402
 from tinydm.scripts.experiment.assembly import Assembly, assemble  # noqa: E402
@@ -165,6 +170,28 @@ def test_a_step_waits_once_at_most(tmp_path: Path, kind: str, scheduler: Any, wa
             found.append(mode.waits - before)
             assert torch.equal((x / 2 + 0.5).clamp(0, 1), images[-1])
     assert found[1] - found[0] == 3 * waits
+
+
+def test_steps_that_strength_leaves_out(tmp_path: Path) -> None:
+    """Inpainting with less than full strength, as SDXL's has by default, begins later."""
+    text, tokenizer = text_parts(tmp_path / "words")
+    unet, parts = text_unet(in_channels=9), (diffusers.DDIMScheduler(), None, None, None, False)
+    pipe = diffusers.StableDiffusionInpaintPipeline(decoder(), text, tokenizer, unet, *parts)
+    pipe.save_pretrained(tmp_path / "folder")
+    image, mask = Image.new("RGB", (8, 8), (200, 90, 30)), Image.new("L", (8, 8), 255)
+    given = {"image": image, "mask_image": mask}
+    for name, picture in given.items():
+        picture.save(tmp_path / f"{name}.png")
+    params = {name: str(tmp_path / f"{name}.png") for name in given}
+    more = {"strength": 0.5, "height": 8, "width": 8}
+    keys = [f"model.params={json.dumps(params | more)}", 'model.conditioning.prompts=["a b"]']
+    assembly = assembled(tmp_path / "folder", *keys)
+    pipeline, calls = assembly.pipeline, Recorder(assembly.denoiser)
+    assert pipeline.latents(calls, range(2), SEED).shape == (2, 4, 8, 8)
+    assert calls.states(2, "cpu").timesteps == pipeline.timesteps == [251, 1]
+    theirs = pipe("a b", **given, **more, generator=generators(1), num_inference_steps=4)
+    ours = (sampled(assembly, 1)[0].permute(1, 2, 0) * 255).round()
+    assert (ours - torch.from_numpy(np.array(theirs.images[0]))).abs().max() <= 1
 
 
 def test_noise_of_a_text_pipeline(tmp_path: Path) -> None:
