@@ -288,7 +288,7 @@ def test_exponents_are_numbers(text: str) -> None:
 def test_removed_keys_are_forgotten_where_they_were_off() -> None:
     """A quantized file of an earlier version holds them all, at their defaults."""
     text = (ROOT / "configs/emoji32.yaml").read_text()
-    off = "\n  reconstruct: {mixed_inputs: false, progressive: false}\n"
+    off = "\n  reconstruct: {mixed_inputs: false, progressive: false, run_share: 0.1}\n"
     old = text.replace("activation: {bits: 8}", "activation: {bits: 8, step_bits: []}" + off)
     assert old != text
     assert parse_config(old, "x.yaml") == parse_config(text, "x.yaml")

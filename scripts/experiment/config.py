@@ -27,11 +27,13 @@ from .config_sections import OF_DIFFUSERS, Config, check_config
 __all__ = ["Config", "ConfigError", "Override", "load_config", "parse_config", "resolved_yaml"]
 
 OF_THE_USER = "is a file of yours and would be replaced; give another --out"
-# Keys of settings that did not earn their place -> the value that switched them off.
-REMOVED = {
-    ("quant", "activation", "step_bits"): [],
-    ("quant", "reconstruct", "mixed_inputs"): False,
-    ("quant", "reconstruct", "progressive"): False,
+# Keys of settings that did not earn their place -> the values that files of earlier versions may
+# have: those that switched them off, and the default of what only calibration did.
+REMOVED: dict[Key, tuple[Any, ...]] = {
+    ("quant", "activation", "step_bits"): ([],),
+    ("quant", "reconstruct", "mixed_inputs"): (False,),
+    ("quant", "reconstruct", "progressive"): (False,),
+    ("quant", "reconstruct", "run_share"): (0.0, 0.1),
 }
 # Keys that have a better name now.
 RENAMED = {
@@ -150,14 +152,14 @@ def checkpoints_of(config: Config) -> list[Path]:
 
 def _translate_old_keys(tree: Tree) -> None:
     """Takes the keys of earlier versions out of a file, since quantized files hold the
-    configuration they were made with: removed ones at the value that switched them off, and renamed
-    ones. Raises ConfigError for others, and for those of the command line."""
-    for key, off in REMOVED.items():
+    configuration they were made with: removed ones at the values of REMOVED, and renamed ones.
+    Raises ConfigError for others, and for those of the command line."""
+    for key, forgotten in REMOVED.items():
         value = tree.value(key)
         if value is MISSING:
             continue
         where = tree.where(key)
-        if value != off or where.startswith("--"):
+        if value not in forgotten or where.startswith("--"):
             raise ConfigError(f"{where}: {'.'.join(key)} was removed (docs/ablations.md says why)")
         tree.drop(key)
     for key, new in RENAMED.items():
