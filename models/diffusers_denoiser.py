@@ -14,7 +14,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -291,7 +290,15 @@ class LikeDiffusers(nn.Module):
         t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
         assert self.call is not None  # given before the pipeline runs
         out = self.call(x, t, **named)
-        return SimpleNamespace(sample=out) if return_dict else (out,)
+        return _output_type()(sample=out) if return_dict else (out,)
+
+
+@functools.cache
+def _output_type() -> Any:
+    """A type of diffusers with `.sample` and [0], which torch.export knows."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput
 
 
 # ---- folders ----

@@ -180,7 +180,10 @@ def test_it_is_called_like_the_original(pipe: tuple) -> None:
     expected = unet(x, 401, encoder_hidden_states=text).sample
     for t in (401.0, torch.tensor(401), torch.tensor([401]), torch.tensor([401, 401])):
         assert torch.equal(unet(x, t, text, return_dict=False)[0], expected)
-    assert torch.equal(copy.deepcopy(unet)(x, 401, text).sample, expected)
+    assert torch.equal(copy.deepcopy(unet)(x, 401, text)[0], expected)
+    program = torch.export.export(unet, (x, torch.tensor([1, 1]), text), strict=False).module()
+    found = program(x, torch.tensor([401, 401]), text).sample
+    assert (found - expected).square().mean() < 1e-3 * expected.square().mean()
     with pytest.raises(CheckpointError, match="no tensor"):
         unet(x, 401, text, cross_attention_kwargs={"scale": 0.5})
     with pytest.raises(ValueError, match="outside"):
