@@ -287,7 +287,8 @@ class LikeDiffusers(nn.Module):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         named = flat(self.original, args, kwargs)
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
-        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
+        rows = x.shape[0]  # not len(x), which torch.export takes for a constant
+        t = t.expand(rows) if t.ndim == 0 or t.shape[0] != rows else t
         assert self.call is not None  # given before the pipeline runs
         out = self.call(x, t, **named)
         return _output_type()(sample=out) if return_dict else (out,)

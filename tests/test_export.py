@@ -130,8 +130,11 @@ def test_the_smallest_network_with_everything(tmp_path: Path) -> None:
         export.check("onnxruntime", file, [calls[0], wrong])
     chaotic = wrong._replace(own=0.0)  # a network that next to nothing moves as much
     assert "move the fake backend to 0.0 dB" in export.check("onnxruntime", file, [chaotic])
-    one = Call(calls[0].x[:1], calls[0].t, {}, calls[0].output[:1])  # any number of samples
-    assert "dB" in export.check("onnxruntime", file, [one])
+    numbers = [calls[0].of_rows(rows) for rows in ([0], [1, 0, 1])]  # any number of samples
+    assert "dB" in export.check("onnxruntime", file, numbers)
+    other = calls[0]._replace(x=calls[0].x[:, :1])
+    with pytest.raises(RunError, match="ONNX Runtime does not run it with 2 samples"):
+        export.check("onnxruntime", file, [other])
 
 
 @pytest.mark.slow

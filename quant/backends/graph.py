@@ -184,7 +184,8 @@ class GraphDenoiser(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         # As TimestepContext.nearest: a timestep on a border is the lower one's.
         self.step.index = (t.float() > self.borders).sum().reshape(1)
-        output = self.denoiser(x, t.expand(len(x)), **named)
+        # x.shape[0], since len(x) would be the number of samples of the example.
+        output = self.denoiser(x, t.expand(x.shape[0]), **named)
         if self.k is None or self.mu is None:
             return output
         k, mu = (v.index_select(0, self.step.index)[:, :, None, None] for v in (self.k, self.mu))

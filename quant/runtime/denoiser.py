@@ -29,7 +29,8 @@ class QuantDenoiser(nn.Module):
         """x (B, C, H, W); t (B,), or one timestep of all: a number, 0-d or (1,). On the CPU t costs
         no wait for the device of x."""
         t = torch.as_tensor(t)
-        t = t.expand(len(x)) if t.ndim == 0 or len(t) != len(x) else t
+        rows = x.shape[0]  # not len(x), which torch.export takes for a constant
+        t = t.expand(rows) if t.ndim == 0 or t.shape[0] != rows else t
         self.context.set(t, x.device)
         if self.independent_rows and self.context.t is not None:
             t = t[:1]  # its embedding, too, must not depend on the batch

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,11 @@ class Call(NamedTuple):
     def inputs(self) -> Inputs:
         values = {"x": self.x, "t": self.t} | self.named
         return {name: np.ascontiguousarray(value.numpy()) for name, value in values.items()}
+
+    def of_rows(self, rows: Sequence[int]) -> "Call":
+        """The same call of these samples, which may be there more than once."""
+        named = {name: value[rows] for name, value in self.named.items()}
+        return self._replace(x=self.x[rows], named=named, output=self.output[rows])
 
 
 def few_steps(config: Config) -> Config:

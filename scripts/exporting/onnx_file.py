@@ -22,6 +22,7 @@ from .runtimes import not_installed, quiet
 
 OPSET = 21  # the first one with codes of 4 bits
 PACKAGES = ("onnx", "onnxscript")
+ANY = "any"  # size of a dimension that the file leaves open
 LARGEST_SINGLE_FILE = 1 << 30  # bytes in one file; above, the tensors lie beside it in NAME.data
 
 
@@ -94,7 +95,7 @@ def write_onnx(graph: GraphDenoiser, call: Call, path: Path) -> Written:
 
 
 def _dimension(value: Any) -> int | str:
-    return value if isinstance(value, int) else "any"
+    return value if isinstance(value, int) else ANY
 
 
 def _translations() -> dict[Any, Callable]:
