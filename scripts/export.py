@@ -116,7 +116,7 @@ def check(runtime: str, path: Path, calls: list[Call]) -> str:
     line = f"{RUNTIMES[runtime]}: {worst:.1f} dB to the fake backend at the worst of "
     line += f"{len({t for _, t in found})} timesteps (t = {t:g})"
     if own < math.inf:
-        line += f"; -80 dB of noise in x move the fake backend to {own:.1f} dB"
+        line += f"; -100 dB of noise in x move the fake backend to {own:.1f} dB"
     line += f"; {1000 * seconds / len(calls):.1f} ms a call"
     lowest = min(LOWEST, own - MARGIN)
     if not worst >= lowest:
