@@ -7,7 +7,7 @@
 RUN is a run folder of calibrate.py, or its quantized.safetensors. --out is RUN/quantized.onnx by
 default. Then each runtime of --check computes the calls of a short trajectory, and its
 signal-to-noise ratio to the fake backend is printed, the lowest of all timesteps: at least 45 dB,
-or what codes at a border leave (docs/export.md). One that is not installed is named. Example inputs
+or what float rounding leaves (docs/export.md). One that is not installed is named. Example inputs
 come from the pipeline, so that it needs what sampling needs.
 
     pip install onnx onnxscript onnxruntime openvino
@@ -48,7 +48,7 @@ from tinydm.scripts.exporting.calls import Call, decibels, few_steps, record_cal
 from tinydm.scripts.exporting.onnx_file import ANY, OPSET, check_packages, write_onnx
 from tinydm.scripts.exporting.runtimes import RUNTIMES, Inputs, not_installed, prepare
 
-LOWEST = 45.0  # dB, or MARGIN below what a little noise in x leaves of the fake backend
+LOWEST = 45.0  # dB, or MARGIN below what float rounding alone does to the fake backend
 MARGIN = 3.0
 
 
@@ -116,7 +116,7 @@ def check(runtime: str, path: Path, calls: list[Call]) -> str:
     line = f"{RUNTIMES[runtime]}: {worst:.1f} dB to the fake backend at the worst of "
     line += f"{len({t for _, t in found})} timesteps (t = {t:g})"
     if own < math.inf:
-        line += f"; -100 dB of noise in x move the fake backend to {own:.1f} dB"
+        line += f"; float rounding alone moves the fake backend by {own:.1f} dB"
     line += f"; {1000 * seconds / len(calls):.1f} ms a call"
     lowest = min(LOWEST, own - MARGIN)
     if not worst >= lowest:

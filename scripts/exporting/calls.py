@@ -15,13 +15,12 @@ from ..experiment.config import Config
 from .runtimes import Inputs
 
 ROWS, STEPS, SEED = 2, 5, 1 << 61  # no seed of images that somebody samples
-MOVED = 1e-5  # -100 dB
 
 
 class Call(NamedTuple):
     """x (B, C, H, W), t (1,), the denoiser's other tensors by name, and the output.
 
-    own: dB between the output and those of the same backend with next to the same inputs.
+    own: dB between the output and those of the same backend where only float rounding differs.
     """
 
     x: torch.Tensor
@@ -77,19 +76,17 @@ def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
 
 def own_agreement(model: nn.Module, call: Call) -> float:
     """How well a quantized denoiser agrees with itself: with its samples one by one, and with x
-    moved by MOVED of its size, in dB, the lower of both.
+    moved by one float rounding, in dB, the lower of both.
 
     A code that is almost at a border falls to the other side, which moves others behind it: two
-    computations of one deep network differ by up to its activations' rounding noise, or by nothing
-    where by chance no code falls. MOVED is enough for some to fall in each call.
+    computations of one deep network differ by up to its activations' rounding noise.
     """
     rows = range(len(call.x))
     alone = [
         model(call.x[i : i + 1], call.t, **{n: v[i : i + 1] for n, v in call.named.items()})
         for i in rows
     ]
-    noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(SEED))
-    moved = model(call.x + MOVED * call.x.std() * noise, call.t, **call.named)
+    moved = model(call.x * (1 + torch.finfo(torch.float32).eps), call.t, **call.named)
     return min(decibels(torch.cat(alone), call.output), decibels(moved, call.output))
 
 
