@@ -1,6 +1,6 @@
 """Full precision in float32 on a processor, with --compile: the C++ of cpp/float_layer.cpp.
 
-    model = to_fast_float(denoiser, compiled)     # in place
+    model = to_fast_float(denoiser, compiled)     # the denoiser is changed as well
 
 PyTorch's own operators bring a convolution's weights into another order at every call, take a slow
 way where the map is small, and go through the memory for each norm, SiLU and sum.
@@ -18,13 +18,15 @@ from ..runtime.derived import KeepsDerived
 from .native import Compiled, PreparedFloatLayer
 from .native_layers import CompiledNorm, side_by_side, stride_of
 from .onednn import pair
+from .tapes import Taped
 
 BLOCK = 16  # outputs whose weights lie side by side, see vectors.h
 
 
 def to_fast_float(denoiser: nn.Module, compiled: Compiled) -> nn.Module:
-    """Replaces, in place, the convolutions, norms and softmax of a float32 denoiser on the CPU. The
-    result equals the original up to float rounding, and cannot be trained."""
+    """Replaces, in place, the convolutions, norms and softmax of a float32 denoiser on the CPU, and
+    returns what plays its calls from recordings (tapes.py). The result equals the original up to
+    float rounding, and cannot be trained."""
     products = roles_of(denoiser).matmuls
     for name in [name for name, _ in denoiser.named_modules()]:  # no list of what is replaced
         module = denoiser.get_submodule(name)
@@ -34,7 +36,7 @@ def to_fast_float(denoiser: nn.Module, compiled: Compiled) -> nn.Module:
             replace_module(denoiser, name, CompiledNorm(module, compiled))
         elif products.get(name) == "values" and compiled.products:
             replace_module(denoiser, name, FloatMatMul(compiled))
-    return denoiser
+    return Taped(denoiser, compiled) if compiled.products else denoiser
 
 
 def _fits(conv: nn.Conv2d) -> bool:

@@ -10,6 +10,7 @@ rounding elsewhere.
 
 import ctypes
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,12 @@ _PRODUCTS = {
     "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
 }
 Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and their zero point
+# Arguments of a call that depend on the calibrated timestep: the position of the first, and all of
+# them by the timestep's index.
+Varying = tuple[int, Callable[[int], tuple[Any, ...]]]
+
+if TYPE_CHECKING:
+    from .tapes import Recorder
 
 
 class Compiled:
@@ -51,8 +58,10 @@ class Compiled:
     instructions: a key of build.INSTRUCTIONS, by default the best one of this processor; afterwards
     the one in use, or "" on a processor that has none: "avx512-vnni" instead of "amx" where the
     compiler does not know AMX, or the operating system refuses it to this process. products:
-    whether there is one.
+    whether there is one. recorder: is told of each call, where there is one, see tapes.py.
     """
+
+    recorder: "Recorder | None" = None
 
     def __init__(self, instructions: str | None = None) -> None:
         self._wanted = instructions
@@ -79,6 +88,19 @@ class Compiled:
         quads = blocked.shape[-3]
         return self._library.depth_of(blocked.data_ptr(), blocked.numel() // (64 * quads), quads)
 
+    def _run(
+        self,
+        name: str,
+        arguments: tuple[Any, ...],
+        varying: Varying | None = None,
+        keeps: Any = None,
+    ) -> None:
+        """Calls a function; of tensors it gets the address. keeps: what the arguments point to."""
+        function = getattr(self._library, name)
+        if self.recorder is not None:
+            self.recorder.run(function, arguments, varying, keeps)
+        function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+
     def codes(
         self,
         x: torch.Tensor,
@@ -93,8 +115,7 @@ class Compiled:
         (B, pitch, H + 2 border[0], W + 2 border[1]), channels_last; those of channels beyond C are
         not set. More than 8 bits give two, of the low and the high byte: s (q - z) is their sum.
         """
-        given = (x.data_ptr(), pixel_stride(x))
-        return self._make(self._library.codes, given, x, factors, step, border, pitch)
+        return self._make("codes", (x, pixel_stride(x)), x, factors, step, border, pitch)
 
     def norm_silu_codes(
         self,
@@ -106,9 +127,8 @@ class Compiled:
         pitch: int | None = None,
     ) -> Planes:
         """`codes` of silu(norm(x)). x: float32 (B, C, H, W) whose `pixel_stride` is C."""
-        given = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups)
-        function = self._library.norm_silu_codes
-        return self._make(function, (*given, norm.eps), x, factors, step, border, pitch)
+        given = (x, *_of_norm(norm))
+        return self._make("norm_silu_codes", given, x, factors, step, border, pitch)
 
     def group_norm(self, x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
         """norm(x), of which a sample depends neither on the batch nor on the threads. x as in
@@ -116,16 +136,14 @@ class Compiled:
         out = torch.empty_like(x)
         batch, channels, height, width = x.shape
         size = (_LONG * 7)(batch, height, width, channels, 0, 0, channels)
-        self._library.values(
-            *(x.data_ptr(), channels, norm.weight.data_ptr(), norm.bias.data_ptr()),
-            *(norm.num_groups, norm.eps, False, out.data_ptr(), size, torch.get_num_threads()),
-        )
+        given = (x, channels, *_of_norm(norm), False, out, size, torch.get_num_threads())
+        self._run("values", given)
         return out
 
     def _make(
         self,
-        function: Callable[..., None],
-        given: tuple[int | float | None, ...],
+        function: str,
+        given: tuple[Any, ...],
         x: torch.Tensor,
         factors: torch.Tensor,
         step: QuantizerStep,
@@ -135,11 +153,10 @@ class Compiled:
         """Codes by a function of codes.cpp; given: its first arguments, of the input."""
         scale, zero_point, top = step.scale, step.zero_point, step.top
         out, high, size = _targets(x, top > 255, border, pitch)
-        function(
-            *(*given, factors.data_ptr(), out.data_ptr()),
-            *(None if high is None else high.data_ptr(), size),
-            *(step.inverse, zero_point, top, torch.get_num_threads()),
-        )
+        if self.recorder is not None:
+            self.recorder.give_up()  # the caller goes on with numbers of this timestep
+        numbers = (step.inverse, zero_point, top, torch.get_num_threads())
+        self._run(function, (*given, factors, out, high, size, *numbers))
         if high is None:
             return [(out, scale, zero_point)]
         return [(out, scale, zero_point & 255), (high, scale * 256, zero_point >> 8)]
@@ -147,24 +164,24 @@ class Compiled:
     def layer(
         self,
         prepared: "PreparedLayer",
-        steps: "ctypes.Array[PartStep]",
+        steps: "Callable[[int], ctypes.Array[PartStep]]",
+        index: int,
         x: torch.Tensor,
         stride: int,
         norm: nn.GroupNorm | None,
         plus: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """out = the layer of x, or of silu(norm(x)), + plus.
+        """out = the layer of x, or of silu(norm(x)), + plus, with the quantizers' steps(index).
 
         x: float32, `stride` values from one pixel to the next, all channels with a norm. out:
         float32, its channels beside each other. plus: a tensor like out, or (B, O, 1, 1) with its
         channels beside each other, and B of the output.
         """
         scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
-        self._library.layer(
-            *(prepared.address, ctypes.addressof(steps), x.data_ptr(), stride, *_of_norm(norm)),
-            *(*_of_plus(plus), out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
-        )
+        given = (x, stride, *_of_norm(norm), *_of_plus(plus), out, scratch, torch.get_num_threads())
+        varying = 1, lambda i: (steps(i),)
+        self._run("layer", (prepared.address, steps(index), *given), varying, prepared)
 
     def float_layer(
         self,
@@ -177,30 +194,29 @@ class Compiled:
     ) -> None:
         """The same in float32."""
         scratch = torch.empty(prepared.scratch)
-        self._library.float_layer(
-            *(prepared.address, x.data_ptr(), stride, *_of_norm(norm), *_of_plus(plus)),
-            *(out.data_ptr(), scratch.data_ptr(), torch.get_num_threads()),
-        )
+        given = (x, stride, *_of_norm(norm), *_of_plus(plus), out, scratch, torch.get_num_threads())
+        self._run("float_layer", (prepared.address, *given), keeps=prepared)
 
     def softmax_(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         """softmax(scale * x) over the last dimension, in place. x: contiguous float32."""
         count = x.shape[-1]
         rows = x.numel() // count
-        self._library.softmax(x.data_ptr(), rows, count, scale, torch.get_num_threads())
+        self._run("softmax", (x, rows, count, scale, torch.get_num_threads()))
         return x
 
     def matrix_product(
         self,
         left: torch.Tensor,
         right: torch.Tensor,
-        left_step: QuantizerStep,
-        right_step: QuantizerStep,
+        steps: Callable[[int], tuple[QuantizerStep, QuantizerStep]],
+        index: int,
         relative: bool,
         score_scale: float | None = None,
     ) -> torch.Tensor:
-        """(B, N, K) @ (B, K, M), both quantized to at most 8 bits, the right one to values that fit
-        int8. relative: rows of the left one are divided by their largest value before, and the
-        result's multiplied by it. score_scale: the left operand is softmax(left * score_scale)."""
+        """(B, N, K) @ (B, K, M), the left and the right one quantized by steps(index) to at most 8
+        bits, the right one to values that fit int8. relative: rows of the left one are divided by
+        their largest value before, and the result's multiplied by it. score_scale: the left operand
+        is softmax(left * score_scale)."""
         left, right = left.float(), right.float()
         if left.stride(2) != 1:
             left = left.contiguous()
@@ -209,12 +225,15 @@ class Compiled:
         out = torch.empty(*left.shape[:2], right.shape[2])
         strides = (*left.stride()[:2], *right.stride())
         size = (ctypes.c_long * 9)(*left.shape, right.shape[2], *strides)
-        steps = [v for s in (left_step, right_step) for v in (s.inverse, s.zero_point, s.top)]
-        self._library.matrix_product(
-            *(left.data_ptr(), right.data_ptr(), out.data_ptr(), size, *steps),
-            *(left_step.scale * right_step.scale, relative + 2 * (score_scale is not None)),
-            *(score_scale or 0.0, torch.get_num_threads()),
-        )
+
+        def numbers(i: int) -> tuple[float, ...]:
+            first, second = steps(i)
+            sides = (v for s in (first, second) for v in (s.inverse, s.zero_point, s.top))
+            return (*sides, first.scale * second.scale)
+
+        kind = relative + 2 * (score_scale is not None)
+        rest = (kind, score_scale or 0.0, torch.get_num_threads())
+        self._run("matrix_product", (left, right, out, size, *numbers(index), *rest), (4, numbers))
         return out
 
 
@@ -373,19 +392,21 @@ class PreparedFloatLayer:
         self.scratch = batch * inside[0] * inside[1] * channels
 
 
-def _of_norm(norm: nn.GroupNorm | None) -> tuple[int | None, int | None, int, float]:
+def _of_norm(
+    norm: nn.GroupNorm | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, float]:
     """A norm before a layer, as the compiled code takes it."""
     if norm is None:
         return None, None, 0, 0.0
-    return norm.weight.data_ptr(), norm.bias.data_ptr(), norm.num_groups, norm.eps
+    return norm.weight, norm.bias, norm.num_groups, norm.eps
 
 
-def _of_plus(plus: torch.Tensor | None) -> tuple[int | None, int, int]:
+def _of_plus(plus: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
     """What is added to a layer's output: values, and the steps from a sample and a pixel to the
     next."""
     if plus is None:
         return None, 0, 0
-    return plus.data_ptr(), plus.stride(0), 0 if plus.shape[2:] == (1, 1) else plus.shape[1]
+    return plus, plus.stride(0), 0 if plus.shape[2:] == (1, 1) else plus.shape[1]
 
 
 def pixel_stride(x: torch.Tensor) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...models.protocols import ModuleList, is_exact_between_layers
+from ..core.affine import QuantizerStep
 from ..core.operation import Operation
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from .native import BlockedWeight, Compiled, PartStep, PreparedLayer, part_step, pixel_stride
@@ -73,7 +74,7 @@ class CompiledLayer(Int8Layer):
             prepared = self._prepare(x.shape, (1, x.shape[-1], 1, rows))
         out = torch.empty(*x.shape[:-1], prepared.output[1])
         if out.numel():
-            self.compiled.layer(prepared, self._step_of(index), x, x.shape[-1], None, None, out)
+            self.compiled.layer(prepared, self._step_of, index, x, x.shape[-1], None, None, out)
         return out
 
     def _of_map(
@@ -92,7 +93,7 @@ class CompiledLayer(Int8Layer):
         if plus is not None:
             plus = side_by_side(plus, prepared.output)
         out = torch.empty(prepared.output, memory_format=torch.channels_last)
-        self.compiled.layer(prepared, self._step_of(index), x, stride, norm, plus, out)
+        self.compiled.layer(prepared, self._step_of, index, x, stride, norm, plus, out)
         return out
 
     def _prepare(self, key: tuple[int, ...], shape: tuple[int, ...]) -> PreparedLayer:
@@ -163,8 +164,12 @@ class CompiledMatMul(Int8MatMul):
         index: int,
         score_scale: float | None = None,
     ) -> torch.Tensor:
-        steps = self.left.step(index), self.right.step(index)
-        return self.compiled.matrix_product(left, right, *steps, self.by_row, score_scale)
+        return self.compiled.matrix_product(
+            left, right, self._steps_of, index, self.by_row, score_scale
+        )
+
+    def _steps_of(self, index: int) -> tuple[QuantizerStep, QuantizerStep]:
+        return self.left.step(index), self.right.step(index)
 
 
 class CompiledNorm(nn.GroupNorm):

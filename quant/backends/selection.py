@@ -21,6 +21,7 @@ from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from .native import Compiled
 from .native_layers import CompiledLayer, CompiledMatMul, CompiledNorm, layers_are_independent
 from .onednn import Int8Layer, Int8MatMul, TransientLayer, fits_int8, weights_fit
+from .tapes import Tapes
 
 OLDEST_CARD = (8, 0)  # compute capability: A100, RTX 30 and later
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
@@ -100,6 +101,8 @@ def to_int8(
         elif type(module) is nn.GroupNorm and module.affine:
             if compiled is not None and _products(compiled):
                 replace_module(model.denoiser, name, CompiledNorm(module, compiled))
+    if compiled is not None and compiled.products:
+        model.caller = Tapes(model.denoiser, compiled, model.context)
     model.independent_rows = layers_are_independent(model.denoiser)
     return model.eval().requires_grad_(False)
 

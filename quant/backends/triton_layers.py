@@ -270,7 +270,7 @@ class TritonDenoiser(QuantDenoiser):
         rest = tuple(of_row(v) for v in args), {k: of_row(v) for k, v in kwargs.items()}
         return self._shared(of_row(x), of_row(t), *rest)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "TritonDenoiser":
+    def _apply(self, *args: Any, **kwargs: Any) -> QuantDenoiser:
         self.graphs.clear()  # the weights move
         return super()._apply(*args, **kwargs)
 

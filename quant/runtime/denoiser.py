@@ -1,6 +1,6 @@
 """A quantized denoiser: the module that it wraps, the current timestep, the output's correction."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -9,11 +9,22 @@ from ..core.context import TimestepContext
 from .correction import OutputCorrection
 
 
+class Caller(Protocol):
+    """Calls a denoiser in some faster way, with the same result."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+    def clear(self) -> None:
+        """The weights are about to change."""
+        ...
+
+
 class QuantDenoiser(nn.Module):
     """Called like the denoiser it wraps: eps = model(x, t, ...). Holds the one TimestepContext.
 
     independent_rows: a row of eps is the same to the bit in any batch, which a backend may bring
-    about. simulated: name -> why a backend for integers left this layer in floating point.
+    about. simulated: name -> why a backend for integers left this layer in floating point. caller:
+    what a backend has put in the place of calls of the denoiser, if anything.
     """
 
     def __init__(self, denoiser: nn.Module, context: TimestepContext):
@@ -22,6 +33,7 @@ class QuantDenoiser(nn.Module):
         self.correction: OutputCorrection | None = None
         self.independent_rows = False
         self.simulated: dict[str, str] = {}
+        self.caller: Caller | None = None
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor | float, *args: Any, **kwargs: Any
@@ -34,7 +46,8 @@ class QuantDenoiser(nn.Module):
         self.context.set(t, x.device)
         if self.independent_rows and self.context.t is not None:
             t = t[:1]  # its embedding, too, must not depend on the batch
-        eps = self.denoiser(x, t.to(x.device, non_blocking=True), *args, **kwargs)
+        call = self.denoiser if self.caller is None else self.caller
+        eps = call(x, t.to(x.device, non_blocking=True), *args, **kwargs)
         return eps if self.correction is None else self.correction(eps)
 
     def noise_scale(self, t: int, sigma: float, direction: float) -> float:
@@ -43,6 +56,18 @@ class QuantDenoiser(nn.Module):
         if self.correction is None:
             return sigma
         return self.correction.noise_scale(t, sigma, direction)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "QuantDenoiser":
+        self._clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._clear()
+        super()._load_from_state_dict(*args)
+
+    def _clear(self) -> None:
+        if self.caller is not None:
+            self.caller.clear()
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
