@@ -21,6 +21,13 @@ namespace {
 
 constexpr long REGISTERS = 2;  // of outputs, under each of which a tile of pixels lies
 constexpr long OUTPUTS = REGISTERS * LANES;
+// Whether a tile goes on in the next row, so that narrow maps fill it as well. The large tiles of
+// AVX-512 would need more addresses than there are registers.
+#ifdef WITH_AVX512
+constexpr bool CROSSES = false;
+#else
+constexpr bool CROSSES = true;
+#endif
 
 struct FloatWalk {  // through the values of one output
   long rows, row_step, pixel_step;
@@ -34,9 +41,10 @@ struct FloatFinish {  // null pointers: no such term
   long out_step, plus_step;  // from one pixel to the next
 };
 
+// at: of each pixel, where its values begin.
 template <int M, int N>
-void float_tile(const FloatWalk& walk, const float* x, const float* w, const FloatFinish& end,
-                float* out) {
+void float_tile(const FloatWalk& walk, const float* const* at, const float* w,
+                const FloatFinish& end, float* out) {
   Floats sum[M][N];
 #pragma GCC unroll 2
   for (int n = 0; n < N; ++n) {
@@ -46,14 +54,18 @@ void float_tile(const FloatWalk& walk, const float* x, const float* w, const Flo
     for (int m = 0; m < M; ++m) sum[m][n] = start;
   }
   for (long r = 0; r < walk.rows; ++r) {
-    const float* p = x + r * walk.row_step;
-    for (const float* last = p + walk.inputs; p != last; ++p, w += BLOCK) {
+    const float* p[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+      p[m] = (CROSSES ? at[m] : at[0] + m * walk.pixel_step) + r * walk.row_step;
+    for (long i = 0; i < walk.inputs; ++i, w += BLOCK) {
       Floats weight[N];
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) weight[n] = load_floats(w + n / PER_BLOCK * walk.block + n % PER_BLOCK * LANES);
+      for (int n = 0; n < N; ++n)
+        weight[n] = load_floats(w + n / PER_BLOCK * walk.block + n % PER_BLOCK * LANES);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Floats value = all(p[m * walk.pixel_step]);
+        const Floats value = all(p[m][i]);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) sum[m][n] = multiply_add(value, weight[n], sum[m][n]);
       }
@@ -71,7 +83,8 @@ void float_tile(const FloatWalk& walk, const float* x, const float* w, const Flo
   }
 }
 
-using FloatTile = void (*)(const FloatWalk&, const float*, const float*, const FloatFinish&, float*);
+using FloatTile = void (*)(const FloatWalk&, const float* const*, const float*,
+                           const FloatFinish&, float*);
 
 template <int N, int... M>
 FloatTile float_tile_of(long pixels) {
@@ -80,15 +93,15 @@ FloatTile float_tile_of(long pixels) {
   return found;
 }
 
-// A row of pixels under up to OUTPUTS outputs.
-void float_strip(const FloatWalk& walk, const float* x, const float* w, FloatFinish end,
+// Pixels that follow each other, under up to OUTPUTS outputs.
+void float_strip(const FloatWalk& walk, const float* const* at, const float* w, FloatFinish end,
                  long pixels, float* out) {
   for (long done = 0, count; done < pixels; done += count) {
     count = next_tile(pixels - done, {NARROW_SIZES});
     const bool one = end.outputs <= LANES;
     const FloatTile run =
         one ? float_tile_of<1, NARROW_SIZES>(count) : float_tile_of<2, NARROW_SIZES>(count);
-    run(walk, x + done * walk.pixel_step, w, end, out + done * end.out_step);
+    run(walk, at + done, w, end, out + done * end.out_step);
     if (end.plus) end.plus += count * end.plus_step;
   }
 }
@@ -99,22 +112,26 @@ void float_convolution(const float* x, const FloatLayer& layer, const Shape& of,
   const FloatWalk walk{of.rows, of.width * of.channels, of.stride_x * of.channels, inputs,
                        of.rows * inputs * BLOCK};
   const long groups = (of.outputs + OUTPUTS - 1) / OUTPUTS;
-  const long strips = (of.out_width + STRIP - 1) / STRIP;
-  const long tasks = groups * of.batch * of.out_height * strips;
+  const long sample = of.out_height * of.out_width;
+  const long line = CROSSES ? sample : of.out_width;  // pixels that may share a strip
+  const long strips = (line + STRIP - 1) / STRIP, lines = sample / line;
+  const long tasks = groups * of.batch * lines * strips;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
   for (long i = 0; i < tasks; ++i) {
-    const long left = i % strips * STRIP, y = i / strips % of.out_height;
-    const long line = i / strips / of.out_height, b = line % of.batch;
-    const long first = line / of.batch * OUTPUTS, pixel = y * of.out_width + left;
-    const float* from =
-        x + ((b * of.height + y * of.stride_y) * of.width + left * of.stride_x) * of.channels;
-    const float* w = layer.weight + first / BLOCK * walk.block;
+    const long left = i % strips * STRIP, b = i / strips / lines % of.batch;
+    const long first = i / strips / lines / of.batch * OUTPUTS;
+    const long pixel = i / strips % lines * line + left, count = std::min(STRIP, line - left);
+    const float* at[STRIP];
+    for (long j = 0; j < count; ++j) {
+      const long row = (pixel + j) / of.out_width, column = (pixel + j) % of.out_width;
+      at[j] = x + ((b * of.height + row * of.stride_y) * of.width + column * of.stride_x) * of.channels;
+    }
     const FloatFinish end{
         layer.bias ? layer.bias + first : nullptr,
         plus.values ? plus.values + b * plus.sample + pixel * plus.pixel + first : nullptr,
         of.outputs - first, of.outputs, plus.pixel};
-    float_strip(walk, from, w, end, std::min(STRIP, of.out_width - left),
-                out + (b * of.out_height * of.out_width + pixel) * of.outputs + first);
+    float_strip(walk, at, layer.weight + first / BLOCK * walk.block, end, count,
+                out + (b * sample + pixel) * of.outputs + first);
   }
 }
 
