@@ -16,7 +16,7 @@ from tinydm.quant.backends.build import COMPILERS, instructions_here
 from tinydm.quant.backends.full_precision import to_fast_float
 from tinydm.quant.backends.native import Compiled
 from tinydm.quant.backends.selection import to_int8
-from tinydm.quant.backends.tapes import MOST_TAPES, Tape, Taped, Tapes
+from tinydm.quant.backends.tapes import MOST_TAPES, Recorder, Tape, Taped, Tapes
 
 pytestmark = [
     pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler here"),
@@ -250,3 +250,8 @@ def test_simulated_layers_are_called(compiled: Compiled) -> None:
     for _ in range(3):
         assert torch.equal(of_pixels(model, 600), expected[1])
     assert isinstance(model.caller, Tapes) and not tapes_of(model.caller)
+
+
+def test_no_compiler_is_imported() -> None:
+    """PyTorch would import its own at the first recording, which takes seconds."""
+    assert not hasattr(Recorder.__torch_dispatch__, "__wrapped__")

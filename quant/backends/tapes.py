@@ -183,6 +183,10 @@ class Recorder(TorchDispatchMode):
             one and not self.failed and not any(m.device.type != "cpu" for m in self.made.values())
         )
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch imports its compiler at the first recording: three seconds
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
