@@ -93,16 +93,8 @@ class Tapes:
     def _recordable(self) -> bool:
         """Whether all that depends on the quantizers' timestep is of native_layers.py."""
         inside = {id(m.layer) for m in self.denoiser.modules() if isinstance(m, TimestepLayer)}
-
-        def is_known(module: nn.Module) -> bool:
-            if (
-                isinstance(module, Int8Layer | QuantLayer | QuantMatMul)
-                and id(module) not in inside
-            ):
-                return isinstance(module, CompiledLayer | CompiledMatMul)
-            return True
-
-        return all(is_known(module) for module in self.denoiser.modules())
+        quantized = (m for m in self.denoiser.modules() if isinstance(m, QUANTIZED))
+        return all(isinstance(m, PLAYABLE) for m in quantized if id(m) not in inside)
 
     @contextmanager
     def _heard_by(self, recorder: "Recorder") -> Iterator[None]:
@@ -164,24 +156,23 @@ class Recorder(TorchDispatchMode):
     """Notes down the functions of a call, while it runs. All tensors of the call stay alive, so
     that none lies where another one was.
 
-    inputs: the tensors that the call must get. steps: the functions. made: what it made."""
+    inputs: the tensors that the call must get. steps: the functions. made: the memory that the call
+    asked for. failed: the call cannot be played.
+    """
 
     def __init__(self, leaves: Sequence[Any]):
         super().__init__()
         with torch.inference_mode(False):
             self.inputs = [v.clone() if isinstance(v, torch.Tensor) else v for v in leaves]
         self.steps: list[_Step] = []
-        self.made: dict[int, torch.UntypedStorage] = {}  # by the call, by its address
+        self.made: dict[int, torch.UntypedStorage] = {}  # by address
         self.failed = False
         self._kept: list[Any] = []
         self._bytes = self._muted = 0
 
     def can_play(self, output: Any) -> bool:
-        """Whether the call was one of its inputs' values alone."""
-        one = isinstance(output, torch.Tensor) and not output.requires_grad
-        return (
-            one and not self.failed and not any(m.device.type != "cpu" for m in self.made.values())
-        )
+        """Whether the same functions give the output for any values of the inputs."""
+        return isinstance(output, torch.Tensor) and not output.requires_grad and not self.failed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -210,7 +201,7 @@ class Recorder(TorchDispatchMode):
     def run(
         self, function: Callable, arguments: tuple, varying: Varying | None, keeps: Any
     ) -> None:
-        """A function of the compiled C++ is about to run, see Compiled."""
+        """A function of the compiled C++ is about to run, see Compiled._run."""
         if not self.failed and not self._muted:
             self._add(_Step(function, arguments, {}, varying, compiled=True))
             self._kept.append(keeps)
