@@ -57,28 +57,28 @@ def latent_unet() -> LDMUNet:
     return LDMUNet(**sizes, norm_groups=8, use_spatial_transformer=True, context_dim=6).eval()
 
 
-KINDS = ["pixels, int8", "latents, int8", "pixels, float32", "latents, float32"]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, compiled: Compiled) -> tuple[Model, Tapes, Call]:
+@pytest.fixture(scope="module", params=["pixels, int8", "latents, int8", "latents, float32"])
+def made(request: pytest.FixtureRequest, compiled: Compiled) -> tuple[Model, Call]:
+    """A model with compiled layers, quantized or not, and how it is called."""
     torch.manual_seed(0)
-    net, call = (
-        (full_unet(), of_pixels) if "pixels" in request.param else (latent_unet(), of_latents)
-    )
-    for p in net.parameters():  # zero layers would hide what comes before them
-        p.add_(0.05 * torch.randn_like(p))
-    if "float32" in request.param:
-        fast = to_fast_float(net, compiled)
-        assert isinstance(fast, Taped)
-        return fast, fast.tapes, call
-    example = (torch.randn(2, 6, 2).mT,) if call is of_latents else ()
-    shape = (2, 4, 8, 8) if call is of_latents else (2, 3, 8, 8)
-    model = to_int8(
-        deployed(net, torch.randn(shape), torch.full((2,), 500), *example), None, compiled
-    )
-    assert isinstance(model.caller, Tapes)
-    return model, model.caller, call
+    pixels = "pixels" in request.param
+    net, call = (full_unet(), of_pixels) if pixels else (latent_unet(), of_latents)
+    with torch.inference_mode():
+        for p in net.parameters():  # zero layers would hide what comes before them
+            p.add_(0.05 * torch.randn_like(p))
+        if "float32" in request.param:
+            return to_fast_float(net, compiled), call
+        example = [torch.randn(2, 3 if pixels else 4, 8, 8), torch.full((2,), 500)]
+        example += [] if pixels else [torch.randn(2, 2, 6)]
+        return to_int8(deployed(net, *example), None, compiled), call
+
+
+@pytest.fixture
+def kind(made: tuple[Model, Call]) -> tuple[Model, Tapes, Call]:
+    model = copy.deepcopy(made[0])
+    tapes = model.tapes if isinstance(model, Taped) else model.caller
+    assert isinstance(tapes, Tapes)
+    return model, tapes, made[1]
 
 
 def directly(model: Model, tapes: Tapes, call: Call, t: int, rows: int = 2) -> torch.Tensor:
@@ -153,6 +153,7 @@ def test_a_hook_sees_every_call(kind: tuple[Model, Tapes, Call]) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_other_weights(kind: tuple[Model, Tapes, Call]) -> None:
     """Loaded or moved weights, a copy, and what is read again."""
     model, tapes, call = kind
