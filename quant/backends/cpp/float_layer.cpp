@@ -11,6 +11,8 @@
 
 #ifdef INSTRUCTION_SET
 
+constexpr long SMALL = 1 << 19;  // products, below which one thread is quicker
+
 struct FloatLayer {
   const float *weight, *bias;  // bias: null where there is none
   Size size;                   // of the input
@@ -116,7 +118,8 @@ void float_convolution(const float* x, const FloatLayer& layer, const Shape& of,
   const long line = CROSSES ? sample : of.out_width;  // pixels that may share a strip
   const long strips = (line + STRIP - 1) / STRIP, lines = sample / line;
   const long tasks = groups * of.batch * lines * strips;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
+  const bool shared = threads > 1 && of.batch * sample * of.outputs * of.rows * inputs > SMALL;
+#pragma omp parallel for num_threads(threads) if (shared) schedule(static)
   for (long i = 0; i < tasks; ++i) {
     const long left = i % strips * STRIP, b = i / strips / lines % of.batch;
     const long first = i / strips / lines / of.batch * OUTPUTS;

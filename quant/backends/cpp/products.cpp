@@ -20,6 +20,7 @@
 
 namespace {
 
+constexpr long SMALL = 1 << 20;  // products, below which one thread is quicker
 constexpr long DEEPEST = 32;  // groups of four inputs summed in int16; more would gain nothing
 constexpr int32_t LARGEST_SUM = 128;  // of int8 codes of one sign: 255 * 128 < 2^15
 
@@ -236,6 +237,8 @@ void convolution(const uint8_t* codes, const Weight& weight, const float* bias, 
                   weight.planes * of.rows * of.columns * channels * BLOCK};
   const Finish end{weight.sums, weight.scale, bias, x_scale, zero_point, of.outputs, plus.pixel};
   const long lines = of.batch * of.out_height;
+  const bool shared =
+      threads > 1 && lines * of.out_width * of.outputs * of.rows * walk.quads * 4 > SMALL;
   const auto pixels = [&](long line, long left, long start, long stop) {
     const long b = line / of.out_height, y = line % of.out_height;
     const long from = (b * of.height + y * of.stride_y) * of.width + left * of.stride_x;
@@ -250,7 +253,7 @@ void convolution(const uint8_t* codes, const Weight& weight, const float* bias, 
     const long parts = (of.out_width + PIXELS - 1) / PIXELS;  // of a row of pixels
     const long size = (of.out_width + parts - 1) / parts, tiles = lines * parts;
     const long pairs = (tiles + 1) / 2, groups = (of.outputs + AMX_OUTPUTS - 1) / AMX_OUTPUTS;
-#pragma omp parallel num_threads(threads) if (threads > 1 && groups * pairs > 1)
+#pragma omp parallel num_threads(threads) if (shared)
     {
       const Amx amx(size, depth);
 #pragma omp for schedule(static)
@@ -271,7 +274,7 @@ void convolution(const uint8_t* codes, const Weight& weight, const float* bias, 
   const long wide = WIDE * BLOCK;
   const long groups = (of.outputs + wide - 1) / wide, strips = (of.out_width + STRIP - 1) / STRIP;
   const long tasks = groups * lines * strips;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tasks > 1) schedule(static)
+#pragma omp parallel for num_threads(threads) if (shared) schedule(static)
   for (long i = 0; i < tasks; ++i) {
     const long left = i % strips * STRIP, line = i / strips % lines, first = i / strips / lines * wide;
     const Pixels row = pixels(line, left, 0, std::min(STRIP, of.out_width - left));
