@@ -15,7 +15,7 @@ from tests.helpers.latent import CONFIG
 from tinydm.scripts import benchmark
 from tinydm.scripts.bench import speed, speed_tables
 from tinydm.scripts.bench.speed_models import VARIANTS, Models, obstacle
-from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.errors import ConfigError, RunError
 from tinydm.scripts.experiment.config import load_config
 from tinydm.scripts.experiment.config_sections import calls_per_image
 
@@ -126,10 +126,35 @@ def test_rows_of_a_card_join_the_table(path: Path, tmp_path: Path) -> None:
     speed.main([*options, "--threads", "1", "--merge", str(report), "--out", str(out)])
     text = (out / "speed.md").read_text()
     assert "big, NVIDIA X | int8 W8A8" in text and CONFIG["name"] in text
-    for damaged in ({"speed": 3}, {"speed": [{"label": "x"}]}, {}):
-        report.write_text(json.dumps(damaged))
-        with pytest.raises(ConfigError, match="is no gpu_report.json"):
-            speed.main([*options, "--merge", str(report), "--out", str(out)])
+
+
+MEASURED = {
+    "model": "big", "variant": "int8-w8a8", "label": "int8 W8A8", "batch": 4, "threads": 1,
+    "bytes": 2**20, "calls": 50, "first": None, "seconds": [1.0, 1.0], "cpu": [1.0, 1.0],
+    "full_seconds": [2.0, 2.0], "full_cpu": [2.0, 2.0], "device_bytes": None, "sqnr": None,
+    "operators": {"aten::mul": 0.5},
+}  # fmt: skip
+NEEDED = MEASURED.keys() - {"model", "variant", "device_bytes", "sqnr"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *([], {}, {"speed": 3}, {"speed": [3]}, {"speed": [{"label": "x"}]}),
+        *({"speed": [{k: v for k, v in MEASURED.items() if k != key}]} for key in sorted(NEEDED)),
+        *({"speed": [MEASURED | {"seconds": value}]} for value in ("x", [], [0, 0], [1.0], None)),
+        *({"speed": [MEASURED | {key: "x"}]} for key in ("batch", "first", "bytes", "operators")),
+    ],
+)
+def test_a_damaged_report_of_a_card_is_refused_at_once(content: object, tmp_path: Path) -> None:
+    """Not after the measurement, which takes long."""
+    report, out = tmp_path / "gpu_report.json", tmp_path / "out"
+    report.write_text(json.dumps({"speed": [MEASURED]}))
+    assert speed.rows_of_report(report)[0]["model"] == "big, None"
+    report.write_text(json.dumps(content))
+    with pytest.raises((ConfigError, RunError), match=r"gpu_report.json: .*damaged"):
+        speed.main(["--merge", str(report), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_numbers_of_a_line(path: Path) -> None:

@@ -249,17 +249,16 @@ def say(row: Values) -> None:
 
 
 def rows_of_report(path: Path) -> list[Values]:
-    """The rows of a gpu_report.json, each named after its card. Raises ConfigError."""
+    """The rows of a gpu_report.json, each named after its card. Raises ConfigError, also for rows
+    that the tables cannot show: now, and not after the measurement."""
     report = read_json(path, dict[str, Any])
-    rows = None if report is None else report.get("speed")
-    if not isinstance(rows, list) or not all(map(_is_row, rows)):
-        raise ConfigError(f"--merge {path}: is no gpu_report.json of scripts/gpu_check.py")
-    return [row | {"model": f"{row.get('model')}, {report.get('device')}"} for row in rows]
-
-
-def _is_row(row: Any) -> bool:
-    needed = {"label", "reason"}, {"label", "seconds", "full_seconds", "first", "batch", "bytes"}
-    return isinstance(row, dict) and any(keys <= row.keys() for keys in needed)
+    try:
+        rows = [r | {"model": f"{r.get('model')}, {report.get('device')}"} for r in report["speed"]]
+        speed_tables.document(rows, "", None, "")
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        what = "is no gpu_report.json of scripts/gpu_check.py, or a damaged one"
+        raise ConfigError(f"--merge {path}: {what}") from error
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
