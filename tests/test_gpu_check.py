@@ -23,6 +23,8 @@ from tinydm.scripts.bench import card_checks, card_report, speed
 from tinydm.scripts.bench.card_checks import CHECKS, Card, Verdict, tiny_config, waits_by_place
 from tinydm.scripts.bench.speed_models import VARIANTS
 from tinydm.scripts.common.errors import ConfigError
+from tinydm.scripts.common.files import write_json
+from tinydm.scripts.experiment.resume import STATE
 
 CPU = torch.device("cpu")
 
@@ -51,6 +53,24 @@ def test_a_calibration_by_phase(card: Card) -> None:
     (verdict,) = card_checks.check_calibration(card)
     assert verdict.passed is None and {"search", "finetune"} <= verdict.values["phases"].keys()
     assert verdict.values["peaks"] is None
+
+
+def test_a_calibration_that_was_not_made_at_once_here_is_made_anew(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seconds would be those of a part, or of another card."""
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        card_checks, "calibrate_run", lambda run, overwrite: asked.append(overwrite)
+    )
+    folder = tmp_path / "calibrated"
+    folder.mkdir()
+    for device, begun in (("cpu", False), ("NVIDIA X", False), ("cpu", True)):
+        write_json(folder / "report.json", {"device": device})
+        if begun:
+            (folder / STATE).touch()
+        replace(card, folder=tmp_path).calibrated()
+    assert asked == [False, True, True]
 
 
 @pytest.mark.slow

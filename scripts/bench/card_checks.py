@@ -26,6 +26,7 @@ from ...quant.backends.tensor_cores import EXACT_SUM, allow_tf32
 from ..common.errors import MetricError
 from ..common.files import save_tensors, write_json
 from ..common.images import to_uint8
+from ..common.json_files import read_json
 from ..common.paths import ROOT
 from ..experiment.assembly import assemble
 from ..experiment.calibration_run import RESULT, CalibrationRun, calibrate_run
@@ -34,6 +35,7 @@ from ..experiment.config import Config, load_config
 from ..experiment.device_defaults import device_memory, for_calibration
 from ..experiment.devices import device_name
 from ..experiment.precision import obstacle
+from ..experiment.resume import STATE
 from ..experiment.runs import claim
 from ..experiment.sampling_run import SamplingRun, make_images
 from ..metrics.inception import InceptionFeatures
@@ -103,11 +105,14 @@ class Card:
         return load_config(self.config, keys, device_memory(self.device))
 
     def calibrated(self, name: str = "calibrated") -> Path:
-        """A folder with the quantized file that the device makes, and its report."""
+        """A folder with the quantized file that the device makes, and its report. What was begun is
+        begun anew, since the seconds are to be those of the whole, and so is what another made."""
         folder = self.folder / name
         config = for_calibration(self.load())
         run = CalibrationRun(config, assemble(config, device=self.device), folder, self.device)
-        calibrate_run(run, resume=True)
+        known = read_json(folder / "report.json", dict[str, Any]) or {}
+        ours = known.get("device") == device_name(self.device) and not (folder / STATE).exists()
+        calibrate_run(run, overwrite=not ours)
         return folder
 
 
