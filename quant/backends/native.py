@@ -10,7 +10,7 @@ rounding elsewhere.
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,19 @@ Planes = list[tuple[torch.Tensor, float, int]]  # uint8 codes, their scale and t
 # them by the timestep's index.
 Varying = tuple[int, Callable[[int], tuple[Any, ...]]]
 
-if TYPE_CHECKING:
-    from .tapes import Recorder
+
+class CallRecorder(Protocol):
+    """What is told of the calls of compiled functions, see tapes.py."""
+
+    def run(
+        self, function: Callable, arguments: tuple, varying: Varying | None, keeps: Any
+    ) -> None:
+        """A function is about to run; keeps: what its arguments point to."""
+        ...
+
+    def give_up(self) -> None:
+        """The caller goes on with numbers that no recording knows."""
+        ...
 
 
 class Compiled:
@@ -58,10 +69,10 @@ class Compiled:
     instructions: a key of build.INSTRUCTIONS, by default the best one of this processor; afterwards
     the one in use, or "" on a processor that has none: "avx512-vnni" instead of "amx" where the
     compiler does not know AMX, or the operating system refuses it to this process. products:
-    whether there is one. recorder: is told of each call, where there is one, see tapes.py.
+    whether there is one. recorder: is told of each call, where there is one.
     """
 
-    recorder: "Recorder | None" = None
+    recorder: CallRecorder | None = None
 
     def __init__(self, instructions: str | None = None) -> None:
         self._wanted = instructions
