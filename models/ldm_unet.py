@@ -81,8 +81,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        # x (B, C, H, W); emb (B, E)
-        emb = self.emb_layers(emb)[:, :, None, None]  # (B, C or 2C, 1, 1)
+        # x (B, C, H, W); emb (B, E) after SiLU, that of emb_layers
+        emb = self.emb_layers[1](emb)[:, :, None, None]  # (B, C or 2C, 1, 1)
         shift = None if self.scale_shift else emb
         norm, activation, conv = self.in_layers
         if isinstance(self.resample, nn.Identity):
@@ -256,6 +256,7 @@ class LDMUNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (B, E)
         if y is not None:
             emb = emb + self.label_emb(y)
+        emb = F.silu(emb)  # every block applies it; once is enough
         h, skips = x, []
         for stage in self.input_blocks:
             h = stage(h, emb, context)

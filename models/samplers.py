@@ -7,6 +7,7 @@ step k, shaped like x. Nothing here draws random numbers: an image depends on it
 `on_step(k, t, x_t, eps, x_prev, pred_x0)` is called after each step (k counts from 0).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -52,25 +53,26 @@ class FiniteCheck:
     """Finds the first step after which a sample is not finite.
 
     On the CPU that ends the run at once. On other devices a look at the values would wait for all
-    that was asked of the device, so that the flags of the steps stay there until `end`.
+    that was asked of the device, so that what is to be looked at stays there until `end`: the
+    largest value of each step, which is not finite where one is not, and takes a single launch.
     """
 
     def __init__(self) -> None:
         self._timesteps: list[float] = []
-        self._finite: list[torch.Tensor] = []  # bool ()
+        self._largest: list[torch.Tensor] = []  # ()
 
     def __call__(self, x: torch.Tensor, t: float) -> None:
         """After the step from timestep t. Raises SamplingError."""
         self._timesteps.append(t)
-        self._finite.append(torch.isfinite(x).all())
+        self._largest.append(torch.linalg.vector_norm(x, math.inf))
         if x.device.type == "cpu":
             self.end()
 
     def end(self) -> None:
         """Raises SamplingError if there was such a step. The next one is the first again."""
-        timesteps, flags = self._timesteps, self._finite
-        self._timesteps, self._finite = [], []
-        if flags and not all(finite := torch.stack(flags).tolist()):
+        timesteps, largest = self._timesteps, self._largest
+        self._timesteps, self._largest = [], []
+        if largest and not all(finite := torch.stack(largest).isfinite().tolist()):
             t = timesteps[finite.index(False)]
             raise SamplingError(f"the sample is not finite after timestep {t:g}: NaN or infinity")
 

@@ -12,7 +12,9 @@ of calibration and sampling goes through, and ends with the bits of a run on the
 
 It counts what would keep a real device idle. Where PyTorch waits for all that was asked of the
 device: values, sizes and masks that the host fetches, and copies from the host that are not
-non_blocking, among them torch.tensor(1.0, device="cuda"). torch.full fills without a copy.
+non_blocking, among them torch.tensor(1.0, device="cuda"). torch.full fills without a copy. And what
+keeps the host busy: operators that launch a kernel, one or more of them, which views, empty tensors
+and copies from and to the host do not.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,6 +40,15 @@ FETCHING = {  # values or sizes that the host needs to go on: item(), bool(), an
     aten.equal.default,
     aten.masked_select.default,
     aten.nonzero.default,
+}
+NO_KERNEL = {  # beside views
+    aten._local_scalar_dense.default,
+    aten._unsafe_view.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
 }
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}  # numbers of the host, copied
 
@@ -131,12 +142,12 @@ class FakeCuda(TorchFunctionMode):
     """The calls that name a device.
 
     calls: those that name this one; copies: between it and the host; waits: for everything asked of
-    the device before.
+    the device before; launches: operators that launch a kernel, or several, on it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.copies = self.waits = 0
+        self.calls = self.copies = self.waits = self.launches = 0
 
     def count(self, func: Any, given: list, named: dict, alien: list, index: list) -> None:
         """An operation on the device; alien, index: its operands and indices on the CPU."""
@@ -146,6 +157,8 @@ class FakeCuda(TorchFunctionMode):
             isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in given[1]
         )
         self.copies += copied
+        between = func in MOVES and copied  # the device and the host
+        self.launches += not (func.is_view or func in NO_KERNEL or between)
         self.waits += func in FETCHING or masks or (copied > 0 and not asynchronous)
 
     def __torch_function__(
@@ -165,6 +178,8 @@ class FakeCuda(TorchFunctionMode):
         self.calls += 1
         if func in FROM_DATA and not (args and isinstance(args[0], CudaTensor)):
             self._moved(False)
+        elif func is not torch.empty:
+            self.launches += 1
         return CudaTensor.made(func(*args, **kwargs | {"device": "cpu"}))  # a factory
 
     def _moved(self, asynchronous: bool) -> None:
