@@ -7,6 +7,7 @@ tested by this.
 python -m pytest tests/test_cuda.py
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -324,6 +325,24 @@ def test_a_calibration_stays_on_its_kind_of_device(room: Path, tmp_path: Path) -
     assert resume.load_state(*given, torch.device("cpu")) is not None
     with pytest.raises(RunError, match="begun on another device, cpu; this one is cuda"):
         resume.load_state(*given, CUDA)
+
+
+def test_a_finished_calibration_stays_on_its_kind_of_device(room: Path, tmp_path: Path) -> None:
+    config = config_of(room, "quant.method=minmax")
+    run = CalibrationRun(config, assemble(config), tmp_path, torch.device("cpu"))
+    calibrate_run(run)
+    made, note = (tmp_path / RESULT).read_bytes(), tmp_path / "report.json"
+    assert calibrate_run(run) is None  # is there already
+    report = json.loads(note.read_text())
+    assert report.pop("device") == "cpu"
+    note.write_text(json.dumps(report))  # as earlier versions wrote it
+    assert calibrate_run(run) is None
+    note.write_text(json.dumps(report | {"device": "NVIDIA A100"}))
+    with pytest.raises(RunError, match="another device, NVIDIA A100; this one is cpu: choose with"):
+        calibrate_run(run)
+    assert (tmp_path / RESULT).read_bytes() == made
+    assert calibrate_run(run, overwrite=True)
+    assert json.loads(note.read_text())["device"] == "cpu"
 
 
 def test_a_card_without_room_is_not_the_computer() -> None:

@@ -35,6 +35,7 @@ from ..common.errors import ConfigError, RunError
 from ..common.files import regular, remove_stale, write_bytes, write_json, write_text
 from ..common.memory import return_freed_memory
 from ..common.progress import Bar, ImageBar
+from ..common.schema import printable
 from .assembly import Assembly, bundled
 from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
@@ -131,10 +132,17 @@ def is_done(run: CalibrationRun) -> bool:
     PackedFileError for one that is damaged."""
     if not (run.folder / RESULT).exists():
         return False
-    if identity_there(run.folder) != run.identity:
+    report, asked = report_there(run.folder) or {}, device_name(run.device)
+    ways = "--overwrite calibrates anew, --out names another folder"
+    # First: the sizes of batches differ as well where they follow from the device.
+    if (made := report.get("device", asked)) != asked:  # reports of before have none
         raise RunError(
-            f"{run.folder / RESULT}: was made from another configuration or checkpoint; "
-            "--overwrite calibrates anew, --out names another folder"
+            f"{run.folder / RESULT}: was made on another device, {printable(made)}; this one is "
+            f"{asked}: choose with --device; {ways}"
+        )
+    if report.get("identity") != run.identity:
+        raise RunError(
+            f"{run.folder / RESULT}: was made from another configuration or checkpoint; {ways}"
         )
     try:
         read_tensors(run.folder / RESULT)
@@ -143,18 +151,19 @@ def is_done(run: CalibrationRun) -> bool:
     return True
 
 
-def identity_there(folder: Path) -> Any:
-    """The identity of the run whose report lies in a folder; None where there is none."""
+def report_there(folder: Path) -> dict[str, Any] | None:
+    """The report of the run in a folder; None where there is none that has an identity."""
     try:
-        return json.loads(regular(folder / REPORT).read_text(encoding="utf-8"))["identity"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+        report = json.loads(regular(folder / REPORT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return report if isinstance(report, dict) and report.get("identity") is not None else None
 
 
 def check_files(run: CalibrationRun, source: str | None, overwrite: bool) -> None:
     """Raises ConfigError where the run would replace files of the user's in its folder."""
     folder = run.folder
-    ours = overwrite or (folder / STATE).exists() or identity_there(folder) is not None
+    ours = overwrite or (folder / STATE).exists() or report_there(folder) is not None
     keep_written(folder / CONFIG, run.config, source, ours)
     others = [folder / name for name in (REPORT, LAYERS, LOG) if (folder / name).exists()]
     if others and not ours:

@@ -17,6 +17,7 @@ from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
 from ..common.errors import RunError
 from ..common.files import load_tensors, save_tensors
+from ..common.schema import printable
 from .config import Config
 from .devices import device_name
 from .runs import digest_of
@@ -100,16 +101,17 @@ def load_state(
         if reason := unreadable_now(error, path):
             raise RunError(f"{path}: {reason}; it is kept") from error
         raise RunError(f"{path}: damaged; delete it or use --overwrite") from error
+    # First: the sizes of batches differ as well where they follow from the device.
+    if value["device"] != (name := device_name(torch.device(device))):
+        raise RunError(
+            f"{path}: was begun on another device, {printable(value['device'])}; this one is "
+            f"{name}: choose with --device, or start anew with --overwrite"
+        )
     foreign = f"{path}: belongs to another configuration or checkpoint; --overwrite starts anew"
     if value["identity"] != identity_of_start(config, sources):
         raise RunError(foreign)
     if not resume:
         raise RunError(f"{folder}: holds an unfinished calibration; --resume continues it")
-    if value["device"] != (name := device_name(torch.device(device))):
-        raise RunError(
-            f"{path}: was begun on another device, {value['device']}; this one is {name}: choose "
-            "with --device, or start anew with --overwrite"
-        )
     state = RunState.from_plain(value["state"])
     now, saved = settings_of_phases(config), value["settings"]
     changed = {name for name in {*now, *saved} if now.get(name) != saved.get(name)}
