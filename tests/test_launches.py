@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from tests.helpers.fake_cuda import CUDA, FakeCuda, fake_cuda
-from tests.helpers.integer_layers import deployed
+from tests.helpers.integer_layers import TIMESTEPS, context, deployed, quant_layer
 from tinydm.models.conditioning import ClassEmbedder
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.models.ldm_unet import LDMUNet
 from tinydm.models.pipeline import build_pipeline
+from tinydm.quant.backends.tensor_cores import IntegerProductLayer
 
 # Operators that may be added: one in each of the six attentions of CIFAR-10's network, which are
 # the rarest part, is too many.
@@ -95,6 +96,24 @@ def test_launches_of_a_call(network, full: int, quantized: int) -> None:
     with fake_cuda() as mode:
         found = [launches(mode, model.to(CUDA), given) for model in (net, fake)]
     assert found[0] <= full + SLACK and found[1] <= quantized + SLACK, found
+
+
+@pytest.mark.parametrize(("split", "exact"), [(0, False), (2, False), (0, True)])
+def test_look_ups_are_filled_once_for_each_group(split: int, exact: bool) -> None:
+    """Not for each of hundreds of timesteps."""
+    at = context()
+    layer = quant_layer(at, nn.Conv2d(4, 4, 1), split=split, scaled=True)
+    layer = IntegerProductLayer(layer) if exact else layer
+    counts = []
+    with fake_cuda() as mode:
+        layer.to(CUDA)
+        x = torch.randn(1, 4, 3, 3, device=CUDA)
+        for timestep in TIMESTEPS:  # whose groups are 0, 1, 1, 0
+            at.set(torch.tensor([timestep]))
+            before = mode.launches
+            layer(x)
+            counts.append(mode.launches - before)
+    assert counts[0] > counts[1] > counts[2] == counts[3]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class IntegerProductLayer(QuantLayer):
         if not isinstance(index, int) or first._forward_pre_hooks:
             with allow_tf32(False):
                 return super()._output(x, plus, inplace)
-        step = (self._steps.get(index) or self._step(index, x.shape[self.op.channel_dim])).step
+        step = self._step(index, x.shape[self.op.channel_dim]).step
         q = fake_quantize_shared(x, step, self.op.channel_dim, inplace)
         scale, bias = self._scales_of(index)
         with allow_tf32(True):
@@ -61,11 +61,12 @@ class IntegerProductLayer(QuantLayer):
 
     def _scales_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s_x s_w beside the output's channels, and the bias divided by it. Kept."""
-        known = self._scales.get(index)
+        group = self._quantizers[0].group(index)
+        known = self._scales.get(group)
         if known is None:
             scale = self.w_scale * self._quantizers[0].step(index).scale
             bias = None if self.bias is None else self.bias / scale
-            known = self._scales[index] = self.op.beside(scale), bias
+            known = self._scales[group] = self.op.beside(scale), bias
         return known
 
     def _forget(self) -> None:

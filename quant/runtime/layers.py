@@ -68,7 +68,7 @@ class QuantLayer(KeepsDerived):
         self.inputs: ModuleList[ActivationQuantizer] = ModuleList(inputs)
         self._quantizers = tuple(self.inputs)  # a look-up in a ModuleList takes longer
         self._weight: torch.Tensor | None = None  # dequantized once, not part of the state
-        self._steps: dict[int, SharedStep] = {}  # likewise, see _step
+        self._steps: dict[tuple[int, ...], SharedStep] = {}  # likewise, see _step
 
     def contents(self) -> tuple[Any, ...]:
         """What __init__ takes, for a layer of another class with the same buffers."""
@@ -118,8 +118,7 @@ class QuantLayer(KeepsDerived):
             out = self.op(self.quantized_input(x), self.weight(), self.bias)
             return out if plus is None else out + plus
         op = self.op
-        known = self._steps.get(index) or self._step(index, x.shape[op.channel_dim])
-        step, scale, factor, bias = known
+        step, scale, factor, bias = self._step(index, x.shape[op.channel_dim])
         q = fake_quantize_shared(x, step, op.channel_dim, inplace)
         out = op(q, self.weight(), bias)
         if plus is not None:
@@ -134,7 +133,12 @@ class QuantLayer(KeepsDerived):
         return quantize_input(x, self.inputs, self.split, self.op.channel_dim)
 
     def _step(self, index: int, channels: int) -> SharedStep:
-        """What the layer needs at the calibrated timestep `index`; computed once."""
+        """What the layer needs at the calibrated timestep `index`; computed once for each choice of
+        its quantizers' groups, of which there are much fewer."""
+        groups = tuple([q.group(index) for q in self._quantizers])
+        known = self._steps.get(groups)
+        if known is not None:
+            return known
         device, factors = self.qweight.device, self.channel_scale
         steps = [q.step(index) for q in self.inputs]
         if self.split:
@@ -151,7 +155,7 @@ class QuantLayer(KeepsDerived):
             factor = torch.full((), scale, device=device)
             bias = None if self.bias is None else self.bias / scale
             known = SharedStep(BroadcastStep(multiplier, None, low, high), scale, factor, bias)
-        self._steps[index] = known
+        self._steps[groups] = known
         return known
 
     def _forget(self) -> None:

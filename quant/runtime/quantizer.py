@@ -57,6 +57,10 @@ class ActivationQuantizer(KeepsDerived):
         self._steps: list[QuantizerStep] | None = None
         self._unscaled: list[BroadcastStep] = []
 
+    def group(self, index: int) -> int:
+        """The group of the calibrated timestep `index`."""
+        return self._groups[index]
+
     def step(self, index: int) -> QuantizerStep:
         """The numbers of the calibrated timestep `index`."""
         if self._steps is None:
