@@ -78,6 +78,7 @@ def test_images_against_those_of_the_cpu(card: Card) -> None:
     found = {v.name: v for v in card_checks.check_images(card)}
     for name in ("images of tiny, full precision, float32", "images of tiny, fake, float32"):
         assert found[name].passed and found[name].values["psnr"] == 999
+        assert found[name].text.startswith("the same images as ")
     assert found["images of tiny, fake, tf32"].passed is None
     half = found["images of tiny, full precision, bf16"]
     assert half.passed is None or 25 < half.values["psnr"] < 90
