@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,17 @@ def test_images_against_those_of_the_cpu(card: Card) -> None:
     assert found["images of tiny, fake, tf32"].passed is None
     half = found["images of tiny, full precision, bf16"]
     assert half.passed is None or 25 < half.values["psnr"] < 90
+
+
+def test_images_are_judged_by_the_median_one() -> None:
+    """Rounding leads single images elsewhere; a kernel that is wrong, all of them."""
+    wanted = np.full((4, 2, 2, 3), 100, np.uint8)
+    made = wanted.copy()
+    made[0] = 200
+    assert card_checks.nearness(made, wanted) == (999, pytest.approx(8.13, abs=0.01))
+    made[:3] = 101
+    assert card_checks.nearness(made, wanted) == pytest.approx((48.13, 48.13), abs=0.01)
+    assert card_checks.nearness(made[2:], wanted[2:])[0] < 49
 
 
 @pytest.mark.slow
