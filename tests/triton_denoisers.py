@@ -31,8 +31,9 @@ from tinydm.scripts.experiment.precision import in_precision
 pytestmark = pytest.mark.usefixtures("inference")
 
 
-def denoiser(kind: str) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
-    """A deployed network of every kind of layer, and what it is called with beside t."""
+def denoiser(kind: str, ends: int = 16) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
+    """A deployed network of every kind of layer, and what it is called with beside t. ends: bits of
+    what its first and its last layer see."""
     shared = {"num_res_blocks": 1, "norm_groups": 4}
     if kind == "ddim":
         net: nn.Module = DDIMUNet(ch=8, ch_mult=(1, 2), attn_resolutions=(), image_size=8, **shared)
@@ -51,7 +52,8 @@ def denoiser(kind: str) -> tuple[QuantDenoiser, tuple[torch.Tensor, ...]]:
         )
         call = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 6)
     x, *rest = call
-    fake = deployed(net, x, torch.full((1,), 500), *rest, weight=4, activation=8)
+    bits = {"weight": 4, "activation": 8, "first_last_activation": ends}
+    fake = deployed(net, x, torch.full((1,), 500), *rest, **bits)
     fake = fake.to(DEVICE).to(memory_format=torch.channels_last)
     x = x.to(DEVICE).contiguous(memory_format=torch.channels_last)
     return fake, (x, *(v.to(DEVICE) for v in rest))
@@ -107,17 +109,21 @@ def unfused_softmax(product: nn.Module) -> Callable:
     return lambda scores, scale, right: product(torch.softmax(scores * scale, -1), right)
 
 
-@pytest.mark.parametrize("kind", ["ddim", "ldm"])
-def test_denoiser(kind: str) -> None:
-    """A value between two codes may take the other one, from which on the two differ by more than
-    rounding: hence not at every timestep."""
-    fake, (x, *rest) = denoiser(kind)
+@pytest.mark.parametrize(
+    ("kind", "ends", "most"), [("ddim", 8, 1e-6), ("ldm", 8, 1e-6), ("ldm", 16, 2e-5)]
+)
+def test_denoiser(kind: str, ends: int, most: float) -> None:
+    """Where a float that lies between two codes takes the other one, the two differ by more than
+    rounding. Of 8 bits that is rare, and moves the result by a percent: hence not at every
+    timestep. Of 16 bits, whose codes lie as close as roundings of their values, it happens at every
+    other timestep, and moves the result by 1e-5."""
+    fake, (x, *rest) = denoiser(kind, ends)
     new = integer_form(fake)
     gaps = []
     for timestep in (0, 300, 700):
         t = torch.full((1,), timestep, device=DEVICE)
-        gaps.append(relative(new(x, t, *rest), fake(x, t, *rest)) ** 2)
-    assert sorted(gaps)[1] < 1e-9 and max(gaps) < 1e-3, gaps
+        gaps.append(relative(new(x, t, *rest), fake(x, t, *rest)))
+    assert sorted(gaps)[1] < most and max(gaps) < 0.03, gaps
 
 
 def test_maps_in_half_precision() -> None:
