@@ -98,7 +98,8 @@ def finetune(
     root = None if step_weight is None else _balanced_root(step_weight, tuples)
     chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
     layers = [layer for _, layer in weight_layers(model)]
-    of_weights = {id(p) for layer in layers for p in layer.quantizer.parameters()}
+    of_all_parts = [] if _recomputes(model) else layers
+    of_weights = {id(p) for layer in of_all_parts for p in layer.quantizer.parameters()}
     others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
     for i in range(start, iterations):
         index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
@@ -111,7 +112,7 @@ def finetune(
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
             return {"loss": loss.detach()}
 
-        with _weights_made_once(layers) as made:
+        with _weights_made_once(of_all_parts) as made:
             found = add_gradients(team or Alone(), len(parts), backward, [*made, *others])
         loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
         value = finite_loss(loss, i, iterations)
@@ -135,21 +136,30 @@ def finetune(
         layer.quantizer.fix_scale()
 
 
+def _recomputes(model: QuantDenoiser) -> bool:
+    """Whether blocks keep nothing for their gradients and compute it again (diffusers' attribute).
+    They make their quantized weights again as well: those of the whole model, with gradients of
+    their own, would be the largest part of its memory."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def _weights_made_once(layers: Sequence[CalibLayer]) -> Iterator[list[torch.Tensor]]:
     """Quantizes the weights once for all parts of a batch. Yields them: what gradients they have in
     the end go on to what they were made of."""
     weights = [layer.quantizer(layer.weight) for layer in layers]
     made = [weight.detach().requires_grad_() for weight in weights]
-    for layer, weight in zip(layers, made, strict=True):
-        layer.made_weight = weight
+    for i, layer in enumerate(layers):
+        layer.made_weight = made[i]
     try:
         yield made
     finally:
         for layer in layers:
             layer.made_weight = None
-    used = [i for i, weight in enumerate(made) if weight.grad is not None]
-    torch.autograd.backward([weights[i] for i in used], [made[i].grad for i in used])
+    while made:  # one by one, so that each one's memory is free for the gradients of the next
+        weight, value = weights.pop(), made.pop()
+        if value.grad is not None:
+            torch.autograd.backward(weight, value.grad)
 
 
 def _balanced_root(step_weight: torch.Tensor, tuples: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,8 @@ def search(
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
+    # A round has no more samples than there are.
+    batch_size = min(settings.batch_size, len(states.timesteps) * states.trajectories)
     nearest_of_step = model.context.nearest(torch.tensor(states.timesteps))
     tuples, errors, normaliser = [], [], None
     for i in range(settings.rounds):
@@ -145,7 +147,7 @@ def search(
         # What is drawn more often counts less, so that the loss stays that of the importance.
         shares = selector.shares().clamp(min=SMALLEST_SHARE)
         weight = importance / importance.mean() * shares.mean() / shares
-        index = tuples_of_steps(selector.pick(settings.batch_size), states.trajectories, generator)
+        index = tuples_of_steps(selector.pick(batch_size), states.trajectories, generator)
         optimizer.zero_grad(set_to_none=True)
         parts = index.chunk(settings.accumulate)
         if normaliser is None:
@@ -161,7 +163,7 @@ def search(
             part = part_of[number]
             errors = _errors(model, states, part)
             loss = (errors * weight[part[:, 0]].to(errors.device)).sum()
-            loss = loss / settings.batch_size / normaliser
+            loss = loss / batch_size / normaliser
             loss.backward()
             return {"errors": errors.detach(), "loss": loss.detach()}
 

@@ -90,7 +90,8 @@ def finetune(job: Job) -> dict[str, Any] | None:
     settings = job.settings.reconstruct
     if settings.finetune_iterations == 0:
         return None
-    enough = -(-MOST_VIEWS * len(job.tuples) // settings.finetune_batch_size)
+    batch_size = min(settings.finetune_batch_size, len(job.tuples))
+    enough = -(-MOST_VIEWS * len(job.tuples) // batch_size)
     iterations = min(settings.finetune_iterations, enough)
     partial = job.state.partial or {}
     losses: list[float] = list(partial.get("losses", ()))
@@ -117,7 +118,7 @@ def finetune(job: Job) -> dict[str, Any] | None:
             job.states,
             job.tuples,
             iterations,
-            settings.finetune_batch_size,
+            batch_size,
             settings.lr_scale,
             job.generator("finetune"),
             on_iteration,
