@@ -7,8 +7,10 @@
 RUN is a run folder of calibrate.py, or its quantized.safetensors. --out is RUN/quantized.onnx by
 default. Then each runtime of --check computes the calls of a short trajectory, and its
 signal-to-noise ratio to the fake backend is printed, the lowest of all timesteps: at least 45 dB,
-or what float rounding leaves (docs/export.md). One that is not installed is named. Example inputs
-come from the pipeline, so that it needs what sampling needs.
+or what float rounding leaves (docs/export.md). One that is not installed is named. --images N also
+samples the first N images of the run with each of them: at least 45 dB of PSNR to those of the fake
+backend, or what float rounding leaves. Example inputs come from the pipeline, so that it needs what
+sampling needs.
 
     pip install onnx onnxscript onnxruntime openvino
 
@@ -44,12 +46,18 @@ from tinydm.scripts.experiment.cli import (
 )
 from tinydm.scripts.experiment.config import Config, checkpoints_of, load_config, parse_config
 from tinydm.scripts.experiment.folder_config import config_of_folder
-from tinydm.scripts.exporting.calls import Call, decibels, few_steps, record_calls
+from tinydm.scripts.exporting.calls import (
+    LOWEST,
+    MARGIN,
+    Call,
+    decibels,
+    few_steps,
+    of_images,
+    record_calls,
+)
+from tinydm.scripts.exporting.images import Images
 from tinydm.scripts.exporting.onnx_file import ANY, OPSET, check_packages, write_onnx
 from tinydm.scripts.exporting.runtimes import RUNTIMES, Inputs, not_installed, prepare
-
-LOWEST = 45.0  # dB, or MARGIN below what float rounding alone does to the fake backend
-MARGIN = 3.0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,12 +75,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=",".join(RUNTIMES),
         help=f"runtimes to check, {','.join(RUNTIMES)} by default, or none",
     )
+    parser.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="also sample N images with each runtime and compare them, with all steps",
+    )
     add_config(parser, (CHECKPOINT_OPTION, *WHAT_OPTIONS), required=False, device=False)
     args = parser.parse_args(argv)
     args.check = [] if args.check == "none" else args.check.split(",")
     for name in args.check:
         if name not in RUNTIMES:
             parser.error(f"--check {name}: is none of {', '.join(RUNTIMES)}, none")
+    if args.images is not None and (args.images < 1 or not args.check):
+        parser.error(f"--images {args.images}: give a number from 1 on, and no --check none")
     return args
 
 
@@ -133,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     refuse_overwriting("--out", out, file, args.config)
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder, not a file")
-    config = few_steps(read_config(args, file))
+    whole = read_config(args, file)
+    config = few_steps(whole)
     refuse_overwriting("--out", out, *checkpoints_of(config))
     assembly = assemble(config, file)
     if (note := unread_note(args.overrides, assembly.sources)) is not None:
@@ -146,6 +163,11 @@ def main(argv: list[str] | None = None) -> None:
         calls.append(calls[0].of_rows([1, 0, 1]))
     for runtime in args.check:
         print(check(runtime, out, calls), flush=True)
+    if args.images is not None:
+        config = of_images(whole, args.images)
+        images = Images(config, assemble(config, file), args.images)
+        for runtime in args.check:
+            print(images.check(runtime, out), flush=True)
 
 
 if __name__ == "__main__":

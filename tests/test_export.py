@@ -21,9 +21,10 @@ from tinydm.quant.runtime.quantizer import ActivationQuantizer
 from tinydm.scripts import export
 from tinydm.scripts.bench.random_models import deployed_of
 from tinydm.scripts.common.errors import ConfigError, RunError
+from tinydm.scripts.experiment.assembly import assemble
 from tinydm.scripts.experiment.config import load_config, resolved_yaml
 from tinydm.scripts.exporting import runtimes
-from tinydm.scripts.exporting.calls import Call
+from tinydm.scripts.exporting.calls import Call, of_images, record_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,9 +95,12 @@ def test_the_file_computes_the_same_in_other_runtimes(
     onnx = pytest.importorskip("onnx")
     for name in ("onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-    export.main([str(run), "--format", "onnx"])
+    export.main([str(run), "--format", "onnx", "--images", "3"])
     lines = capsys.readouterr().out.splitlines()
     file = run / "quantized.onnx"
+    for name in reversed(runtimes.RUNTIMES):
+        missing = runtimes.not_installed([name]) is not None
+        assert ("no images, not installed" if missing else "3 images, ") in lines.pop()
     assert lines[0].startswith(f"{file}: ") and "x (any, 3, 8, 8), t (1)" in lines[0]
     for name, line in zip(runtimes.RUNTIMES, lines[1:], strict=True):
         missing = runtimes.not_installed([name]) is not None
@@ -110,6 +114,26 @@ def test_the_file_computes_the_same_in_other_runtimes(
     assert operators.count("QuantizeLinear") > 8
     assert operators.count("Gather") >= 2  # tables; those that are equal are one
     assert str(Path.cwd()).encode() not in file.read_bytes()
+
+
+@pytest.mark.slow
+def test_other_images_are_refused(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from tinydm.scripts.exporting.images import Images
+    from tinydm.scripts.exporting.onnx_file import write_onnx
+
+    config = of_images(load_config(run / "tiny.yaml"), 2)
+    assert config.sampling.micro_batch == 2
+    other = assemble(config, run / RESULT)
+    call = record_calls(other, None, one=True)[0]
+    for layer in other.denoiser.modules():
+        if isinstance(layer, QuantLayer) and layer.bias is not None:
+            layer.bias += 0.5
+    write_onnx(as_graph(other.denoiser), call, tmp_path / "other.onnx")
+    images = Images(config, assemble(config, run / RESULT), 2)
+    with pytest.raises(RunError, match=r"2 images, .* dB to those of the fake backend; one float"):
+        images.check("onnxruntime", tmp_path / "other.onnx")
 
 
 @pytest.mark.slow
@@ -178,6 +202,10 @@ def test_what_is_missing_is_one_line(
     with pytest.raises(SystemExit):
         export.main([str(run), "--check", "tensorrt"])
     assert "is none of onnxruntime, openvino, none" in capsys.readouterr().err
+    for options in (["--images", "0"], ["--images", "2", "--check", "none"]):
+        with pytest.raises(SystemExit):
+            export.main([str(tmp_path), *options])
+        assert "give a number from 1 on" in capsys.readouterr().err
     monkeypatch.setattr(export, "check_packages", lambda: None)
     with pytest.raises(PackedFileError, match="no such file"):
         export.main([str(tmp_path)])

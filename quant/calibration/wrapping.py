@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -81,7 +82,9 @@ def quantize(
     roles = roles_of(denoiser) if roles is None else roles
     clone = copy.deepcopy(denoiser)
     first_last = set(roles.inputs) | set(roles.outputs)
-    for name, layer in list(clone.named_modules()):
+    named = clone.named_modules()
+    for name in [n for n, m in named if isinstance(m, LAYER_TYPES) or n in roles.matmuls]:
+        layer = clone.get_submodule(name)  # one at a time: what is replaced frees its memory
         if isinstance(layer, LAYER_TYPES):
             cached = policy.cache_timestep and name in roles.timestep_only
             bits = policy.first_last if name in first_last else policy.weight
@@ -107,7 +110,7 @@ def quantize(
                 replacement = CalibTimestepLayer(context, replacement)
             replace_module(clone, name, replacement)
             on_layer(name)
-        elif name in roles.matmuls and policy.quantize_matmuls and policy.activation is not None:
+        elif policy.quantize_matmuls and policy.activation is not None:
             bits = policy.activation
             probabilities = roles.matmuls[name] == "values"
             left = LearnedQuantizer(
@@ -126,12 +129,14 @@ def quantize(
 
 def deploy(model: QuantDenoiser) -> QuantDenoiser:
     """A copy whose layers are integers. The layers under calibration are left as they are."""
-    clone = copy.deepcopy(model)
-    for name, module in list(clone.denoiser.named_modules()):
+    own: dict[int, Any] = {}
+    copy.deepcopy(model.context, own)  # it has a timestep of its own
+    copies = dict(own)  # of a module that is in it, deepcopy takes what is here
+    for name, module in model.denoiser.named_modules():
         if isinstance(module, (CalibLayer, CalibMatMul, CalibTimestepLayer)):
-            if not _inside(name, clone.denoiser, CalibTimestepLayer):
-                replace_module(clone.denoiser, name, module.deploy())
-    return clone.eval().requires_grad_(False)
+            if not _inside(name, model.denoiser, CalibTimestepLayer):
+                copies[id(module)] = copy.deepcopy(module, dict(own)).deploy()
+    return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 
 def activation_quantizers(model: nn.Module) -> Iterator[tuple[str, LearnedQuantizer]]:

@@ -104,7 +104,6 @@ def check_channels(run: SamplingRun) -> None:
 def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches; threads write the images of one while the next is made."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
-    truncate = config.model.arch not in ("ddim_unet", DIFFUSERS)  # as each family's own scripts do
     calls = assembly.pipeline.calls_per_image
     threads = 1 if run.device.type == "cpu" else WRITERS
     with (
@@ -117,10 +116,16 @@ def make_images(run: SamplingRun, indices: list[int]) -> None:
             x = assembly.pipeline.sample(
                 denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
-            images = to_uint8(x, truncate).numpy()  # (B, H, W, C)
+            images = pixels_of(config, x)
             check_folder(run.folder)
             for index, image in zip(batch, images, strict=True):
                 writers.put(write_image, run.folder, index, image)
+
+
+def pixels_of(config: Config, x: torch.Tensor) -> np.ndarray:
+    """What the files hold of images x (B, C, H, W) in [-1, 1]: (B, H, W, C) uint8."""
+    truncate = config.model.arch not in ("ddim_unet", DIFFUSERS)  # as each family's own scripts do
+    return to_uint8(x, truncate).numpy()
 
 
 def check_folder(folder: Path) -> None:

@@ -15,6 +15,8 @@ from ..experiment.config import Config
 from .runtimes import Inputs
 
 ROWS, STEPS, SEED = 2, 5, 1 << 61  # no seed of images that somebody samples
+LOWEST = 45.0  # dB of another runtime, or MARGIN below what float rounding alone leaves
+MARGIN = 3.0
 
 
 class Call(NamedTuple):
@@ -44,6 +46,13 @@ def few_steps(config: Config) -> Config:
     sampler = dataclasses.replace(config.sampler, steps=min(STEPS, config.sampler.steps))
     sampling = dataclasses.replace(config.sampling, micro_batch=ROWS)
     return dataclasses.replace(config, sampler=sampler, sampling=sampling)
+
+
+def of_images(config: Config, count: int) -> Config:
+    """The configuration with calls of no more rows than `count` images have."""
+    rows = min(config.sampling.micro_batch, count)
+    sampling = dataclasses.replace(config.sampling, micro_batch=rows)
+    return dataclasses.replace(config, sampling=sampling)
 
 
 class _Enough(Exception):
