@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.blocks import FAST, Block, block_model, block_states, learn
 from tests.helpers.toy import STEPS, Toy, toy_model, toy_states
-from tinydm.quant.calibration.end_to_end import finetune
+from tinydm.quant.calibration.end_to_end import EndToEnd, Plan
 from tinydm.quant.calibration.finite import DivergenceError, check_finite
 from tinydm.quant.calibration.phases import unfinished_phase
 from tinydm.quant.calibration.run_state import RunState
@@ -62,15 +62,8 @@ def test_end_to_end_steps_stop_too() -> None:
     )
     losses: list[float] = []
     with pytest.raises(DivergenceError, match="the loss is nan at iteration"):
-        finetune(
-            model,
-            states,
-            tuples,
-            100,
-            2,
-            5e-3,
-            torch.Generator().manual_seed(0),
-            on_iteration=lambda i, loss: losses.append(loss),
+        EndToEnd(model, states, tuples, Plan(100, 2, 5e-3)).run(
+            torch.Generator().manual_seed(0), lambda i, loss: losses.append(loss)
         )
     assert 0 < len(losses) < 100
     assert all(torch.isfinite(p).all() for p in learned(model))

@@ -21,7 +21,7 @@ from tests.helpers.packed import meta, quantized
 from tests.helpers.toy import STEPS, Toy, eps_error, toy_model, toy_states
 from tinydm.models.samplers import ddim
 from tinydm.models.schedule import alphas_cumprod, make_betas, sampling_timesteps
-from tinydm.quant.calibration.end_to_end import _balanced_root, _chances, _loss, finetune
+from tinydm.quant.calibration.end_to_end import EndToEnd, Plan, _balanced_root, _chances, _loss
 from tinydm.quant.calibration.layers import CalibLayer
 from tinydm.quant.calibration.prefix import Prefix
 from tinydm.quant.calibration.reconstruct import _chunks, hold_out, unit_names
@@ -258,15 +258,17 @@ def test_the_prefix_is_that_of_the_units_as_they_are(room: int) -> None:
 
 
 def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
-    """Also in uneven ones: 10 samples as 4, 4 and 2. Weights are quantized once for all parts."""
+    """Also in uneven ones: 10 samples as 4, 4 and 2. Weights are quantized once for all parts, but
+    in denoisers that compute values again for their gradients, which would have to keep them."""
     denoiser = Toy()
     states = toy_states(denoiser, 12)
     tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
     losses: list[list[float]] = []
-    for parts in (1, 3):
+    for parts, recomputes in ((1, False), (3, False), (3, True)):
         model = toy_model(
             denoiser, states, 2, BitPolicy(weight=4, activation=6, first_last=4, time=4)
         )
+        model.denoiser.gradient_checkpointing = recomputes
         seen: list[float] = []
         made: list[str] = []
         for name, layer in weight_layers(model):
@@ -276,10 +278,13 @@ def test_a_batch_in_parts_teaches_what_the_whole_one_does() -> None:
         def keep(i: int, loss: float, seen: list[float] = seen) -> None:
             seen.append(loss)
 
-        finetune(model, states, tuples, 3, 10, 1e-3, generator, on_iteration=keep, accumulate=parts)
+        plan = Plan(3, 10, 1e-3, accumulate=parts)
+        EndToEnd(model, states, tuples, plan).run(generator, keep)
         losses.append(seen)
-        assert Counter(made) == {name: 3 for name, _ in weight_layers(model)}  # steps
+        times = 3 * (parts if recomputes else 1)  # of 3 steps
+        assert Counter(made) == {name: times for name, _ in weight_layers(model)}
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -289,16 +294,10 @@ def test_end_to_end_steps_lower_the_error(weighted: bool) -> None:
     model = toy_model(denoiser, states, 2, BitPolicy(weight=4, activation=6, first_last=4, time=4))
     original = copy.deepcopy(denoiser.state_dict())
     start, losses = eps_error(model, fresh), []
-    finetune(
-        model,
-        states,
-        tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0)),
-        150,
-        16,
-        1e-3,
-        torch.Generator().manual_seed(1),
-        lambda i, loss: losses.append((i, loss)),
-        torch.linspace(0.5, 1.5, len(STEPS)) if weighted else None,
+    tuples = tuples_of_steps(all_steps(96, 8), 12, torch.Generator().manual_seed(0))
+    weight = torch.linspace(0.5, 1.5, len(STEPS)) if weighted else None
+    EndToEnd(model, states, tuples, Plan(150, 16, 1e-3, step_weight=weight)).run(
+        torch.Generator().manual_seed(1), lambda i, loss: losses.append((i, loss))
     )
     assert [i for i, _ in losses] == list(range(150))
     assert eps_error(model, fresh) < 0.75 * start
@@ -323,7 +322,7 @@ def test_weights_of_the_steps_decide_which_of_them_learn() -> None:
     for weight in (early, early.flip(0)):
         model = toy_model(denoiser, states, 1, BitPolicy(weight=3, activation=8))
         generator = torch.Generator().manual_seed(1)
-        finetune(model, states, tuples, 100, 8, 1e-3, generator, step_weight=weight)
+        EndToEnd(model, states, tuples, Plan(100, 8, 1e-3, step_weight=weight)).run(generator)
         with torch.no_grad():
             errors.append([float(_loss(model, states, half, None)) for half in halves])
     assert errors[0][0] < errors[1][0] and errors[1][1] < errors[0][1]

@@ -26,7 +26,7 @@ CALIBRATION = (*RUNTIME, "quant.calibration")
 COMMON = ("scripts.common",)
 EXPERIMENT = (*COMMON, "models", "quant", "scripts.experiment")
 METRICS = (*COMMON, "models", "scripts.experiment", "scripts.metrics")
-EXPORTING = (*EXPERIMENT, "scripts.exporting")
+EXPORTING = (*EXPERIMENT, "scripts.exporting", "scripts.metrics")
 BENCH = (*EXPORTING, *METRICS, "scripts.bench")
 # room -> rooms of ours that it may import; the longest name that fits a file is its room
 DOORS: dict[str, tuple[str, ...]] = {

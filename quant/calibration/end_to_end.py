@@ -8,6 +8,7 @@ data-free.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,79 +62,104 @@ def parameter_groups(model: QuantDenoiser, lr_scale: float) -> list[dict]:
     return groups
 
 
-def finetune(
-    model: QuantDenoiser,
-    states: CalibrationStates,
-    tuples: torch.Tensor,
-    iterations: int,
-    batch_size: int,
-    lr_scale: float,
-    generator: torch.Generator,
-    on_iteration: Callable[[int, float], None] = lambda i, loss: None,
-    step_weight: torch.Tensor | None = None,
-    on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
-    progress: dict[str, Any] | None = None,
-    accumulate: int = 1,
-    team: Team | None = None,
-) -> None:
-    """Trains in place. tuples (n, 2) of the states. on_iteration(i, loss) is for progress.
+@dataclass(frozen=True)
+class Plan:
+    """How the steps go. accumulate: parts of a batch, whose gradients are added up.
 
     step_weight (K,) weighs the squared eps error of each sampling step: by its root a step is drawn
-    more often, and by the root its error counts more. on_checkpoint(progress) comes after each
-    iteration; an interrupted run goes on when it is given that `progress` beside the model's state
-    of the moment.
-    accumulate: parts of a batch, whose gradients are added up. team: processes that call it
-    together, with the same arguments and equal models, and share the parts. Raises DivergenceError.
+    more often, and by the root its error counts more.
     """
-    if iterations == 0:
-        return
-    groups = parameter_groups(model, lr_scale)
-    rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    start = 0
-    if progress is not None:
-        start = progress["iterations"]
-        optimizer.load_state_dict(progress["optimizer"])
-        generator.set_state(progress["generator"])
-    root = None if step_weight is None else _balanced_root(step_weight, tuples)
-    chances = torch.ones(len(tuples)) if root is None else _chances(root, tuples)
-    layers = [layer for _, layer in weight_layers(model)]
-    of_all_parts = [] if _recomputes(model) else layers
-    of_weights = {id(p) for layer in of_all_parts for p in layer.quantizer.parameters()}
-    others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
-    for i in range(start, iterations):
-        index = tuples[torch.multinomial(chances, batch_size, True, generator=generator)]
-        optimizer.zero_grad(set_to_none=True)
-        parts = index.chunk(accumulate)
 
-        def backward(number: int, parts: tuple[torch.Tensor, ...] = parts) -> Tensors:
+    iterations: int
+    batch_size: int
+    lr_scale: float
+    accumulate: int = 1
+    step_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """The end-to-end steps of a model, in place. tuples (n, 2) of the states.
+
+    team: processes that run it together, with the same arguments and equal models, and share the
+    parts of a batch.
+    """
+
+    model: QuantDenoiser
+    states: CalibrationStates
+    tuples: torch.Tensor
+    plan: Plan
+    team: Team = field(default_factory=Alone)
+
+    def run(
+        self,
+        generator: torch.Generator,
+        on_iteration: Callable[[int, float], None] = lambda i, loss: None,
+        on_checkpoint: Callable[[dict[str, Any]], None] = lambda progress: None,
+        progress: dict[str, Any] | None = None,
+    ) -> None:
+        """on_iteration(i, loss) is for progress. on_checkpoint(progress) comes after each
+        iteration; an interrupted run goes on when it is given that `progress` beside the model's
+        state of the moment. Raises DivergenceError."""
+        model, plan = self.model, self.plan
+        if plan.iterations == 0:
+            return
+        groups = parameter_groups(model, plan.lr_scale)
+        rates = [group["lr"] for group in groups]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        start = 0
+        if progress is not None:
+            start = progress["iterations"]
+            optimizer.load_state_dict(progress["optimizer"])
+            generator.set_state(progress["generator"])
+        root = None
+        if plan.step_weight is not None:
+            root = _balanced_root(plan.step_weight, self.tuples)
+        chances = torch.ones(len(self.tuples)) if root is None else _chances(root, self.tuples)
+        layers = [layer for _, layer in weight_layers(model)]
+        for i in range(start, plan.iterations):
+            drawn = torch.multinomial(chances, plan.batch_size, True, generator=generator)
+            optimizer.zero_grad(set_to_none=True)
+            value = finite_loss(self._backward(drawn, root, groups), i, plan.iterations)
+            done = i / plan.iterations
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                warm = min(1.0, (i + 1) / (0.05 * plan.iterations + 1))
+                group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+            optimizer.step()
+            for layer in layers:
+                layer.quantizer.clamp_latent()
+            on_iteration(i, value)
+            on_checkpoint(
+                {
+                    "iterations": i + 1,
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                }
+            )
+        optimizer.zero_grad(set_to_none=True)
+        for layer in layers:
+            layer.quantizer.fix_scale()
+
+    def _backward(
+        self, drawn: torch.Tensor, root: torch.Tensor | None, groups: list[dict]
+    ) -> torch.Tensor:
+        """Leaves the gradients of a batch, the tuples with the numbers `drawn`; returns its loss.
+        root (K,): weights of the samples' errors; groups: of all that learns."""
+        parts = self.tuples[drawn].chunk(self.plan.accumulate)
+
+        def backward(number: int) -> Tensors:
             part = parts[number]
-            loss = _loss(model, states, part, root) * (len(part) / batch_size)
+            loss = _loss(self.model, self.states, part, root) * (len(part) / len(drawn))
             (loss * 100).backward()  # Adam is scale free; keeps tiny gradients above its epsilon
             return {"loss": loss.detach()}
 
+        layers = [layer for _, layer in weight_layers(self.model)]
+        of_all_parts = [] if _recomputes(self.model) else layers
+        of_weights = {id(p) for layer in of_all_parts for p in layer.quantizer.parameters()}
+        others = [p for group in groups for p in group["params"] if id(p) not in of_weights]
         with _weights_made_once(of_all_parts) as made:
-            found = add_gradients(team or Alone(), len(parts), backward, [*made, *others])
-        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
-        value = finite_loss(loss, i, iterations)
-        done = i / iterations
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            warm = min(1.0, (i + 1) / (0.05 * iterations + 1))
-            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.step()
-        for layer in layers:
-            layer.quantizer.clamp_latent()
-        on_iteration(i, value)
-        on_checkpoint(
-            {
-                "iterations": i + 1,
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-            }
-        )
-    optimizer.zero_grad(set_to_none=True)
-    for layer in layers:
-        layer.quantizer.fix_scale()
+            found = add_gradients(self.team, len(parts), backward, [*made, *others])
+        return torch.stack([values["loss"].to(self.states.device) for values in found]).sum()
 
 
 def _recomputes(model: QuantDenoiser) -> bool:

@@ -117,60 +117,6 @@ def _chunks(names: list[str], sizes: dict[str, int], limit: int) -> Iterator[lis
         yield chunk
 
 
-def reconstruct(
-    denoiser: nn.Module,
-    model: QuantDenoiser,
-    states: CalibrationStates,
-    tuples: torch.Tensor,
-    settings: ReconstructSettings,
-    learn_scales: bool,
-    units: list[str],
-    memory_gb: float,
-    seed: int,
-    on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
-    on_chunk: Callable[[], None] = lambda: None,
-    finished: frozenset[str] = frozenset(),
-    apart: Sequence[str] = (),
-    held_out: float = HELD_OUT_SHARE,
-) -> None:
-    """Reconstructs the units in place; on_unit(name, error before, error after) after each.
-
-    tuples (n, 2) of the states. The random numbers of a unit depend on the seed and its name only.
-    on_chunk() after each chunk of units; an interrupted run goes on behind it when it is given the
-    names of the units that are `finished`, and ends as an uninterrupted one. Layers `apart` keep
-    what they have, though units hold them. held_out: see hold_out. Raises DivergenceError.
-    """
-    order, judges = hold_out(states, tuples, held_out, torch.Generator().manual_seed(seed))
-
-    def batches() -> Iterator:
-        for start in range(0, len(order), settings.batch_size):
-            yield states.gather(order[start : start + settings.batch_size])
-
-    one = [states.gather(order[:1])]
-    probe = _record(denoiser, {n: denoiser.get_submodule(n) for n in units}, iter(one))
-    sizes = {n: 4 * len(order) * probe[n].numel() for n in units}
-    half = int(memory_gb * 2**29)  # of the memory, for these; the other for the prefix
-    prefix = Prefix(model, half)
-    t_all = torch.tensor([states.timesteps[k] for k in order[:, 0].tolist()])
-    done = {id(model.denoiser.get_submodule(name)) for name in apart}
-    for chunk in _chunks(units, sizes, half):
-        inside = {n: model.denoiser.get_submodule(n) for n in chunk}
-        if finished.issuperset(chunk):
-            for name in chunk:
-                prefix.finish(name, inside[name])
-            continue
-        full = _record(denoiser, {n: denoiser.get_submodule(n) for n in chunk}, batches())
-        for name in chunk:
-            record = Record(prefix.inputs(inside[name], batches()), full.pop(name))
-            generator = torch.Generator().manual_seed(_seed_of(seed, name))
-            before, after = _learn_unit(
-                model, name, record, t_all, settings, learn_scales, generator, done, judges
-            )
-            prefix.finish(name, inside[name])
-            on_unit(name, before, after)
-        on_chunk()
-
-
 def _seed_of(seed: int, name: str) -> int:
     value = seed
     for character in name:
@@ -178,83 +124,140 @@ def _seed_of(seed: int, name: str) -> int:
     return value
 
 
-def _learn_unit(
-    model: QuantDenoiser,
-    name: str,
-    record: Record,
-    t_all: torch.Tensor,
-    settings: ReconstructSettings,
-    learn_scales: bool,
-    generator: torch.Generator,
-    done: set[int],
-    judges: int,
-) -> tuple[float, float]:
-    """Returns the held-out error before and after; restores the start if it did not fall. judges:
-    the last rows, or 0 where all of them judge."""
-    unit = model.denoiser.get_submodule(name)
-    layers = _trainable(unit, done)
-    device = next(unit.parameters()).device
-    teach = len(t_all) - judges
-    if teach < 1 or settings.iterations == 0:
-        return 0.0, 0.0
-    first = teach if judges else 0  # of those that judge
+@dataclass(frozen=True)
+class Reconstruction:
+    """The units of a model that are reconstructed, in place, and how.
 
-    def call(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        model.context.set(t_all[index], device)
-        arguments = [a[index].to(device) for a in record.inputs]
-        return unit(*arguments), record.output[index].to(device)
+    denoiser: full precision. tuples (n, 2) of the states. units: their names, in the order of
+    execution. learn_scales: those of the activations as well. memory_gb: for recorded calls. seed:
+    the random numbers of a unit depend on it and its name only. apart: layers that keep what they
+    have, though units hold them. held_out: see hold_out.
+    """
 
-    @torch.no_grad()
-    def judge() -> float:
-        total = 0.0
-        for start in range(first, len(t_all), settings.batch_size):
-            index = torch.arange(start, min(start + settings.batch_size, len(t_all)))
+    denoiser: nn.Module
+    model: QuantDenoiser
+    states: CalibrationStates
+    tuples: torch.Tensor
+    units: list[str]
+    settings: ReconstructSettings
+    learn_scales: bool
+    memory_gb: float
+    seed: int
+    apart: Sequence[str] = ()
+    held_out: float = HELD_OUT_SHARE
+
+    def run(
+        self,
+        on_unit: Callable[[str, float, float], None] = lambda name, before, after: None,
+        on_chunk: Callable[[], None] = lambda: None,
+        finished: frozenset[str] = frozenset(),
+    ) -> None:
+        """on_unit(name, error before, error after) follows each unit, on_chunk() each chunk of
+        them; an interrupted run goes on behind it when it is given the names of the units that are
+        `finished`, and ends as an uninterrupted one. Raises DivergenceError."""
+        states, size = self.states, self.settings.batch_size
+        by_seed = torch.Generator().manual_seed(self.seed)
+        order, judges = hold_out(states, self.tuples, self.held_out, by_seed)
+
+        def batches() -> Iterator:
+            for start in range(0, len(order), size):
+                yield states.gather(order[start : start + size])
+
+        originals = {n: self.denoiser.get_submodule(n) for n in self.units}
+        probe = _record(self.denoiser, originals, iter([states.gather(order[:1])]))
+        sizes = {n: 4 * len(order) * probe[n].numel() for n in self.units}
+        half = int(self.memory_gb * 2**29)  # of the memory, for these; the other for the prefix
+        prefix = Prefix(self.model, half)
+        t_all = torch.tensor([states.timesteps[k] for k in order[:, 0].tolist()])
+        for chunk in _chunks(self.units, sizes, half):
+            inside = {n: self.model.denoiser.get_submodule(n) for n in chunk}
+            if finished.issuperset(chunk):
+                for name in chunk:
+                    prefix.finish(name, inside[name])
+                continue
+            full = _record(self.denoiser, {n: originals[n] for n in chunk}, batches())
+            for name in chunk:
+                record = Record(prefix.inputs(inside[name], batches()), full.pop(name))
+                before, after = self._learn(name, record, t_all, judges)
+                prefix.finish(name, inside[name])
+                on_unit(name, before, after)
+            on_chunk()
+
+    def _learn(
+        self, name: str, record: Record, t_all: torch.Tensor, judges: int
+    ) -> tuple[float, float]:
+        """Returns the held-out error of a unit before and after; restores the start if it did not
+        fall. t_all (n,): timesteps of the record; judges: its last rows, or 0 where all of them
+        judge."""
+        model, settings = self.model, self.settings
+        unit = model.denoiser.get_submodule(name)
+        done = {id(model.denoiser.get_submodule(other)) for other in self.apart}
+        layers = _trainable(unit, done)
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, name))
+        device = next(unit.parameters()).device
+        teach = len(t_all) - judges
+        if teach < 1 or settings.iterations == 0:
+            return 0.0, 0.0
+        first = teach if judges else 0  # of those that judge
+
+        def call(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            model.context.set(t_all[index], device)
+            arguments = [a[index].to(device) for a in record.inputs]
+            return unit(*arguments), record.output[index].to(device)
+
+        @torch.no_grad()
+        def judge() -> float:
+            total = 0.0
+            for start in range(first, len(t_all), settings.batch_size):
+                index = torch.arange(start, min(start + settings.batch_size, len(t_all)))
+                out, target = call(index)
+                total += float((out - target).square().sum())
+            return total / record.output[first:].numel()
+
+        before = judge()
+        scale_of_loss = 1.0 / max(before, 1e-12)
+        saved = {k: v.clone() for k, v in unit.state_dict().items()}
+        for p in model.parameters():
+            p.requires_grad_(False)
+        latents = [layer.quantizer.latent for layer in layers]
+        alphas = [layer.quantizer.start_rounding(layer.weight.detach()) for layer in layers]
+        groups = [{"params": alphas, "lr": settings.lr_rounding}]
+        if self.learn_scales:
+            still = {
+                id(m) for layer in unit.modules() if id(layer) in done for m in layer.modules()
+            }
+            scales = [
+                q.log_scale.requires_grad_(True)
+                for q in unit.modules()
+                if isinstance(q, LearnedQuantizer) and id(q) not in still
+            ]
+            groups.append({"params": scales, "lr": settings.lr_scale})
+        optimizer = torch.optim.Adam(groups)
+        weights = sum(a.numel() for a in alphas)
+        for i in range(settings.iterations):
+            progress = i / settings.iterations
+            index = torch.randint(teach, (min(settings.batch_size, teach),), generator=generator)
             out, target = call(index)
-            total += float((out - target).square().sum())
-        return total / record.output[first:].numel()
-
-    before = judge()
-    scale_of_loss = 1.0 / max(before, 1e-12)
-    saved = {k: v.clone() for k, v in unit.state_dict().items()}
-    for p in model.parameters():
-        p.requires_grad_(False)
-    latents = [layer.quantizer.latent for layer in layers]
-    alphas = [layer.quantizer.start_rounding(layer.weight.detach()) for layer in layers]
-    groups = [{"params": alphas, "lr": settings.lr_rounding}]
-    if learn_scales:
-        still = {id(m) for layer in unit.modules() if id(layer) in done for m in layer.modules()}
-        scales = [
-            q.log_scale.requires_grad_(True)
-            for q in unit.modules()
-            if isinstance(q, LearnedQuantizer) and id(q) not in still
-        ]
-        groups.append({"params": scales, "lr": settings.lr_scale})
-    optimizer = torch.optim.Adam(groups)
-    weights = sum(a.numel() for a in alphas)
-    for i in range(settings.iterations):
-        progress = i / settings.iterations
-        index = torch.randint(teach, (min(settings.batch_size, teach),), generator=generator)
-        out, target = call(index)
-        loss = (out - target).square().mean() * scale_of_loss
-        if progress >= 0.2:
-            beta = 20 - 18 * (progress - 0.2) / 0.8
-            loss = loss + settings.regulariser * 100 / weights * sum(
-                layer.quantizer.regulariser(beta) for layer in layers
-            )
-        finite_loss(loss, i, settings.iterations, f"{name}, ")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        for group, rate in zip(
-            optimizer.param_groups, (settings.lr_rounding, settings.lr_scale), strict=False
-        ):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
-    for layer in layers:
-        layer.quantizer.soft = False
-    after = judge()
-    if not after < before:
-        for layer, latent in zip(layers, latents, strict=True):
-            layer.quantizer.alpha, layer.quantizer.latent = None, latent
-        unit.load_state_dict(saved)
-        return before, before
-    return before, after
+            loss = (out - target).square().mean() * scale_of_loss
+            if progress >= 0.2:
+                beta = 20 - 18 * (progress - 0.2) / 0.8
+                loss = loss + settings.regulariser * 100 / weights * sum(
+                    layer.quantizer.regulariser(beta) for layer in layers
+                )
+            finite_loss(loss, i, settings.iterations, f"{name}, ")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            for group, rate in zip(
+                optimizer.param_groups, (settings.lr_rounding, settings.lr_scale), strict=False
+            ):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        for layer in layers:
+            layer.quantizer.soft = False
+        after = judge()
+        if not after < before:
+            for layer, latent in zip(layers, latents, strict=True):
+                layer.quantizer.alpha, layer.quantizer.latent = None, latent
+            unit.load_state_dict(saved)
+            return before, before
+        return before, after

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tests.helpers.toy import toy_model
-from tinydm.quant.calibration.reconstruct import reconstruct, unit_names
+from tinydm.quant.calibration.reconstruct import Reconstruction, unit_names
 from tinydm.quant.calibration.states import CalibrationStates
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.wrapping import BitPolicy
@@ -54,12 +54,8 @@ def learn(
         "memory_gb": 1.0,
         "seed": 0,
     } | changes
-    reconstruct(
-        denoiser,
-        model,
-        states,
-        tuples_of_steps(steps, states.trajectories, torch.Generator().manual_seed(0)),
-        **arguments,
-        on_unit=lambda name, before, after: errors.update({name: (before, after)}),
+    tuples = tuples_of_steps(steps, states.trajectories, torch.Generator().manual_seed(0))
+    Reconstruction(denoiser, model, states, tuples, **arguments).run(
+        lambda name, before, after: errors.update({name: (before, after)})
     )
     return errors

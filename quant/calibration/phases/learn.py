@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from ....models.protocols import roles_of
-from ..end_to_end import finetune as learn_end_to_end
+from ..end_to_end import EndToEnd, Plan
 from ..parking import parked
-from ..reconstruct import HELD_OUT_SHARE, unit_names
-from ..reconstruct import reconstruct as learn_units
+from ..reconstruct import HELD_OUT_SHARE, Reconstruction, unit_names
 from ..task import Job
 
 STEPS_PER_CHECKPOINT = 100
@@ -64,22 +63,20 @@ def _learn_units(
     job.progress.begin(title, len(units))
     for name in errors:
         job.progress.step(name)
-    learn_units(
+    reconstruction = Reconstruction(
         job.denoiser,
         job.model,
         job.states,
         tuples,
-        job.settings.reconstruct,
-        job.settings.activation.learned,
         units,
-        job.calibration.memory_gb,
-        job.calibration.seed,
-        on_unit,
-        on_chunk=lambda: job.save_partial(dict(errors)),
-        finished=frozenset(errors),
+        job.settings.reconstruct,
+        learn_scales=job.settings.activation.learned,
+        memory_gb=job.calibration.memory_gb,
+        seed=job.calibration.seed,
         apart=apart,
         held_out=held_out,
     )
+    reconstruction.run(on_unit, lambda: job.save_partial(dict(errors)), frozenset(errors))
     job.progress.end()
     kept = sum(after < before for before, after in errors.values())
     return {"units": len(units), "improved": kept, "errors": errors}
@@ -109,25 +106,14 @@ def finetune(job: Job) -> dict[str, Any] | None:
         if resumable and len(losses) % STEPS_PER_CHECKPOINT == 0:
             job.save_partial({"losses": list(losses), "progress": progress})
 
+    weight = job.importance if settings.weigh_steps else None
+    plan = Plan(iterations, batch_size, settings.lr_scale, settings.accumulate, weight)
     job.progress.begin("end-to-end steps", iterations)
     for _ in losses:
         job.progress.step("")
     with parked(job.denoiser):  # the states hold its outputs
-        learn_end_to_end(
-            job.model,
-            job.states,
-            job.tuples,
-            iterations,
-            batch_size,
-            settings.lr_scale,
-            job.generator("finetune"),
-            on_iteration,
-            job.importance if settings.weigh_steps else None,
-            on_checkpoint,
-            partial.get("progress"),
-            settings.accumulate,
-            job.team,
-        )
+        steps = EndToEnd(job.model, job.states, job.tuples, plan, job.team)
+        steps.run(job.generator("finetune"), on_iteration, on_checkpoint, partial.get("progress"))
     job.progress.end()
     tenth = max(1, len(losses) // 10)
     return {
