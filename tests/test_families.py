@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import calibrate
 import sample_diffusion
 from tests.helpers.commands import ROOT
 from tests.helpers.latent import CONFIG, PARAMS, write_checkpoint
@@ -147,7 +148,9 @@ def test_a_prompt_may_hold_any_character(text_model: Path) -> None:
     assert config.model.conditioning.prompts == ('a \N{GRINNING FACE} "b": c # d',)
 
 
-def test_latents_are_no_pictures(text_model: Path, tmp_path: Path) -> None:
+def test_latents_are_no_pictures(
+    text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     arguments = ["--config", str(text_model / "text.yaml"), "--out", str(tmp_path / "images")]
     without = [
         "model.first_stage=null",
@@ -164,6 +167,10 @@ def test_latents_are_no_pictures(text_model: Path, tmp_path: Path) -> None:
         sample_diffusion.main(
             [*arguments, "--ckpt", str(tmp_path / "four.ckpt"), "--set", *without]
         )
+    arguments[-1] = str(tmp_path / "run")
+    few = ["quant.method=minmax", "calibration.trajectories=2", "calibration.samples=4"]
+    calibrate.main([*arguments, "--ckpt", str(tmp_path / "four.ckpt"), "--set", *without, *few])
+    assert "note: 4 channels are no picture: sample_diffusion.py" in capsys.readouterr().out
 
 
 def test_conditioning_is_classes_or_texts() -> None:

@@ -36,7 +36,7 @@ from ..common.files import regular, remove_stale, write_bytes, write_json, write
 from ..common.memory import return_freed_memory
 from ..common.progress import Bar, ImageBar
 from ..common.schema import printable
-from .assembly import Assembly, bundled
+from .assembly import Assembly, bundled, no_picture
 from .config import OF_THE_USER, Config, keep_written, resolved_yaml
 from .devices import device_name, forget_peak, peak_memory
 from .processes import ALONE, Team
@@ -263,6 +263,8 @@ def calibrate_run(
     if run.settings() != config.quant:
         why = assembly.pipeline.uncorrected(config.quant.correction)
         print(f"note: no correction of the output: {why}", flush=True)
+    if (why := no_picture(assembly)) is not None:
+        print(f"note: {why}: sample_diffusion.py will make none, tinydm.load works", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run

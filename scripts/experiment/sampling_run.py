@@ -18,7 +18,7 @@ from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
 from ..common.progress import ImageBar
 from ..common.writers import Writers
-from .assembly import Assembly
+from .assembly import Assembly, no_picture
 from .config import Config, resolved_yaml
 from .counted import Counted
 from .devices import device_name, forget_peak, peak_memory
@@ -91,14 +91,9 @@ def identity_of(
 
 
 def check_channels(run: SamplingRun) -> None:
-    """Raises ConfigError where what is sampled is no picture: latents without their decoder."""
-    pipeline = run.assembly.pipeline
-    channels = None if pipeline.first_stage is not None else pipeline.shape[0]
-    if channels not in (None, 1, 3):
-        raise ConfigError(
-            f"{run.config.name}: {channels} channels are no picture; "
-            "set model.first_stage, which decodes latents"
-        )
+    """Raises ConfigError where what is sampled is no picture."""
+    if (why := no_picture(run.assembly)) is not None:
+        raise ConfigError(f"{run.config.name}: {why}; set model.first_stage, which decodes latents")
 
 
 def make_images(run: SamplingRun, indices: list[int]) -> None:
