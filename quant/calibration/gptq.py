@@ -15,6 +15,7 @@ temporal features over the whole schedule (TFMQ-DM), in closed form.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -158,18 +159,23 @@ def _hessians(
     tuples: torch.Tensor,
     batch_size: int,
 ) -> dict[str, list[torch.Tensor]]:
-    """Diagonal blocks of H = X^T X by layer name, one pass over the samples."""
+    """Diagonal blocks of H = X^T X by layer name, one pass over the samples; each call ends with
+    the last of the layers."""
     hessians: dict[str, list[torch.Tensor]] = {}
+    missing: set[str] = set()  # in the current call
 
     def hook_of(name: str) -> Callable:
         def hook(module: CalibLayer, args: tuple) -> None:
             rows = input_rows(module, module.quantized_input(args[0]))
             parts = [rows[:, block] for block in column_blocks(module)]
-            if name not in hessians:
+            if name in hessians:
+                for square, part in zip(hessians[name], parts, strict=True):
+                    square.addmm_(part.T, part)
+            else:
                 hessians[name] = [part.T @ part for part in parts]
-                return
-            for square, part in zip(hessians[name], parts, strict=True):
-                square.addmm_(part.T, part)
+            missing.discard(name)
+            if not missing:
+                raise _AllSeen
 
         return hook
 
@@ -177,11 +183,17 @@ def _hessians(
     try:
         for start in range(0, len(tuples), batch_size):
             x, t, _, conditioning = states.gather(tuples[start : start + batch_size])
-            model(x, t, **conditioning)
+            missing.update(layers)
+            with suppress(_AllSeen):
+                model(x, t, **conditioning)
     finally:
         for handle in handles:
             handle.remove()
     return hessians
+
+
+class _AllSeen(Exception):
+    """Ends a call of which nothing more is wanted."""
 
 
 def _round_layer(
