@@ -163,6 +163,21 @@ def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch)
     assert eps_error(model, fresh) < before
 
 
+def test_a_pass_ends_with_the_last_of_its_layers() -> None:
+    """Large models take many passes, whose samples need not go on to the end."""
+    denoiser = Toy()
+    states = toy_states(denoiser)
+    model = toy_model(denoiser, states, 2, BitPolicy(weight=4, activation=8))
+    layers = compensated_layers(model)
+    last: list[str] = []
+    layers["second"].register_forward_hook(lambda *_: last.append("second"))
+    given = (states, every_state(states), 16)
+    alone = gptq._hessians(model, {"first": layers["first"]}, *given)
+    assert not last
+    together = gptq._hessians(model, layers, *given)
+    assert all(map(torch.equal, alone["first"], together["first"]))
+
+
 # ---- equivalent scaling ----
 
 
