@@ -234,6 +234,27 @@ def test_operators_of_pytorch(compiled: Compiled) -> None:
     assert len(tapes_of(tapes)) == 1
 
 
+def test_copies_of_maps(compiled: Compiled) -> None:
+    """Maps that PyTorch only copies, in any layout, and what looks like that."""
+    pad, resize = torch.nn.functional.pad, torch.nn.functional.interpolate
+
+    def what(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat([x, x[:, :2] + 1], 1)
+        wide = torch.cat([wide, 2 * wide]) + torch.cat([wide, wide.contiguous()])
+        twice = resize(resize(wide, scale_factor=2.0), size=(20, 24))
+        around = [pad(twice, (1, 2, 3, 1), value=0.5), pad(twice, (1, 2, 2, 2), mode="reflect")]
+        around += [pad(twice, (-1, 4, 0, 4)), pad(twice, (2, 1, 0, 4), "constant", 2.0)]
+        around += [resize(x, scale_factor=2.1).mean() + resize(wide, size=(9, 11)).mean() + twice]
+        return torch.cat([v.double().flatten() for v in around]).exp()
+
+    tapes = Tapes(Odd(what), compiled, None)
+    for seed in range(4):
+        x = inputs((2, 3, 5, 6), seed)
+        assert torch.equal(tapes(x), what(x))
+    (tape,) = tapes_of(tapes)
+    assert sum(step.compiled for step in tape._steps) == 2 + 2 + 2 * 4 + 2
+
+
 def test_few_shapes_are_kept(compiled: Compiled) -> None:
     tapes = Tapes(Odd(torch.exp), compiled, None)
     for rows in range(1, 2 * MOST_TAPES):

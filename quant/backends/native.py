@@ -27,6 +27,7 @@ _ARGUMENTS = {
         *(_POINTER, _LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
         *(_INT, _POINTER, _POINTER, _INT),
     ],
+    "copy_pixels": [*[_POINTER] * 3, _INT],
     "norm_silu_codes": [*[_POINTER] * 3, _LONG, ctypes.c_double, *[_POINTER] * 4, *_STEP, _INT],
 }
 _PRODUCTS = {
@@ -150,6 +151,13 @@ class Compiled:
         given = (x, channels, *_of_norm(norm), False, out, size, torch.get_num_threads())
         self._run("values", given)
         return out
+
+    def copy_pixels(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """target.copy_(source). Both float32 (B, C, H, W) on the CPU, `have_pixels`."""
+        batch, channels, height, width = source.shape
+        steps = (*map(source.stride, (0, 2, 3)), *map(target.stride, (0, 2, 3)))
+        size = (_LONG * 10)(batch, height, width, channels, *steps)
+        self._run("copy_pixels", (source, target, size, torch.get_num_threads()))
 
     def _make(
         self,
@@ -432,6 +440,15 @@ def pixel_stride(x: torch.Tensor) -> int | None:
         count == 1 or a == b for count, a, b in zip(x.shape, x.stride(), expected, strict=True)
     )
     return stride if matches and stride >= channels else None
+
+
+def have_pixels(*maps: torch.Tensor) -> bool:
+    """Whether these are float32 (B, C, H, W) on the CPU, in each of which a pixel's channels lie
+    beside each other, wherever the pixels are."""
+    return all(
+        x.dim() == 4 and x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(1) == 1
+        for x in maps
+    )
 
 
 def _targets(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..core.context import Timestep, TimestepContext
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
-from .native import Compiled, Varying
+from .native import Compiled, Varying, have_pixels
 from .native_layers import CompiledLayer, CompiledMatMul
 from .onednn import Int8Layer
 
@@ -40,6 +40,7 @@ ALIGNMENT = 64  # bytes, as PyTorch aligns its own
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 _EMPTY |= {_aten.new_empty_strided, _aten.empty_permuted}
+_PADS = {_aten.pad, _aten.constant_pad_nd}
 _BY_VALUE = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output}
 _BY_VALUE |= {torch.Tag.dynamic_output_shape}
 
@@ -75,7 +76,7 @@ class Tapes:
         if key not in self._tapes:  # what layers prepare at their first call is not recorded
             self._tapes[key] = None if self._recordable() else False
             return self.denoiser(*args, **kwargs)
-        recorder = Recorder(leaves)
+        recorder = Recorder(leaves, self.compiled)
         given, named = tree_unflatten(recorder.inputs, structure)
         with self._heard_by(recorder), recorder:
             output = self.denoiser(*given, **named)
@@ -160,8 +161,9 @@ class Recorder(TorchDispatchMode):
     asked for. failed: the call cannot be played.
     """
 
-    def __init__(self, leaves: Sequence[Any]):
+    def __init__(self, leaves: Sequence[Any], compiled: Compiled):
         super().__init__()
+        self._compiled = compiled
         with torch.inference_mode(False):
             self.inputs = [v.clone() if isinstance(v, torch.Tensor) else v for v in leaves]
         self.steps: list[_Step] = []
@@ -194,9 +196,23 @@ class Recorder(TorchDispatchMode):
             self._add(_Step(func, args, kwargs))
         elif not all(_address(v) in given for v in results):  # else views
             self._made(results)
-            if func.overloadpacket not in _EMPTY:
+            known = func.overloadpacket in _EMPTY
+            known = known or len(results) == 1 and self._copied(func, args, results[0])
+            if not known:
                 self._add(_into(func, args, kwargs, results))
         return out
+
+    def _copied(self, func: Any, args: tuple, result: torch.Tensor) -> bool:
+        """Whether the function only brings maps to other places. Then that is done, and noted down,
+        by the compiled function for it: PyTorch's own take some ten microseconds more."""
+        border, copies = _copies(func, args, result)
+        if not copies or not all(have_pixels(*pair) for pair in copies):
+            return False
+        if border is not None:
+            self._add(_Step(_aten.fill_.Scalar, (result, border), {}))
+        for source, target in copies:
+            self._compiled.copy_pixels(source, target)
+        return True
 
     def run(
         self, function: Callable, arguments: tuple, varying: Varying | None, keeps: Any
@@ -336,6 +352,33 @@ def _into(func: Any, args: tuple, kwargs: dict, results: list[torch.Tensor]) -> 
         if len(targets) == 1 and rest == wanted:
             return _Step(other, args, kwargs | {targets[0]: results[0]})
     return _Step(_compute_and_copy, (func, results, args, kwargs), {})
+
+
+def _copies(
+    func: Any, args: tuple, result: torch.Tensor
+) -> tuple[float | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The maps (B, C, H, W) that a function copies, with the parts of its result that get them, and
+    the value of all the rest, if there is a rest. No maps: it does something else."""
+    op = func.overloadpacket
+    if op is _aten.cat and all(part.dim() == 4 for part in args[0]):
+        dim = args[1] if len(args) > 1 else 0
+        parts = result.split([part.shape[dim] for part in args[0]], dim)
+        return None, list(zip(args[0], parts, strict=True))
+    if result.dim() != 4:
+        return None, []
+    height, width = result.shape[2:]
+    if op is _aten.upsample_nearest2d:
+        twice = (height, width) == tuple(2 * n for n in args[0].shape[2:])
+        if not twice or not {None, 2.0}.issuperset(tree_leaves(args[2:])):
+            return None, []
+        return None, [(args[0], result[:, :, y::2, x::2]) for y in range(2) for x in range(2)]
+    if op in _PADS and len(args[1]) <= 4 and min(args[1]) >= 0:
+        left, right, top, bottom = (*args[1], 0, 0)[:4]
+        values = [v for v in args[2:] if v != "constant"] or [0.0]
+        if type(values[0]) is float:  # no other mode
+            inside = result[:, :, top : height - bottom, left : width - right]
+            return values[0], [(args[0], inside)]
+    return None, []
 
 
 def _compute_and_copy(func: Any, results: list[torch.Tensor], args: tuple, kwargs: dict) -> None:

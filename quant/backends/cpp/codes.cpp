@@ -274,3 +274,24 @@ extern "C" void values(const float* x, long stride, const float* weight, const f
     }
   }
 }
+
+struct Copy {
+  long batch, height, width, channels;
+  long from[3], to[3];  // values from one sample, one row, one pixel to the next
+};
+
+// The pixels of a map, whose channels lie beside each other, to another place.
+extern "C" void copy_pixels(const float* from, float* to, const Copy* of, int32_t threads) {
+  const long lines = of->batch * of->height;
+  const bool whole = of->from[2] == of->channels && of->to[2] == of->channels;  // a line at once
+  const long count = whole ? 1 : of->width, size = of->channels * of->width / count * sizeof(float);
+  const bool shared = threads > 1 && lines * of->width * of->channels > SMALL;
+#pragma omp parallel for num_threads(threads) if (shared)
+  for (long i = 0; i < lines; ++i) {
+    const long n = i / of->height, y = i % of->height;
+    const float* source = from + n * of->from[0] + y * of->from[1];
+    float* target = to + n * of->to[0] + y * of->to[1];
+    for (long x = 0; x < count; ++x, source += of->from[2], target += of->to[2])
+      std::memcpy(target, source, size);
+  }
+}
