@@ -17,7 +17,13 @@ from tests.helpers.rooms import files_of
 from tests.helpers.sampling import sample
 from tinydm.models.ddim_unet import DDIMUNet
 from tinydm.quant.backends.build import COMPILERS, instructions_here
-from tinydm.quant.backends.full_precision import FloatConv, FloatMatMul, to_fast_float
+from tinydm.quant.backends.full_precision import (
+    FEW,
+    FloatConv,
+    FloatLinear,
+    FloatMatMul,
+    to_fast_float,
+)
 from tinydm.quant.backends.native import Compiled
 from tinydm.scripts.experiment.runs import beside
 
@@ -72,6 +78,21 @@ def test_convolution(compiled: Compiled, geometry: tuple, size: tuple[int, ...])
         ]
         assert torch.equal(torch.cat(parts), whole)
         assert whole.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+def test_linear(compiled: Compiled, bias: bool) -> None:
+    """Few rows, which are independent to the bit, and those that PyTorch multiplies."""
+    linear = nn.Linear(45, 70, bias)
+    own, x = FloatLinear(linear, compiled), torch.randn(40, 1, 45)
+    exact = copy.deepcopy(linear).double()(x.double())
+    few = own(x[:FEW])
+    torch.testing.assert_close(few.double(), exact[:FEW], rtol=1e-5, atol=1e-5)
+    assert torch.equal(own(x[3:5]), few[3:5]) and torch.equal(own(x[4]), few[4])
+    assert torch.equal(own(x), linear(x)) and torch.equal(own(x[::20]), linear(x[::20]))
+    assert own(x[:0]).shape == (0, 1, 70)
+    with pytest.raises(RuntimeError):
+        own(x[:1, :, 1:])
 
 
 def test_softmax(compiled: Compiled) -> None:

@@ -20,18 +20,21 @@ from .native_layers import CompiledNorm, side_by_side, stride_of
 from .onednn import pair
 from .tapes import Taped
 
+FEW = 16  # rows of a linear layer, up to which reading its weight takes longest
 BLOCK = 16  # outputs whose weights lie side by side, see vectors.h
 
 
 def to_fast_float(denoiser: nn.Module, compiled: Compiled) -> nn.Module:
-    """Replaces, in place, the convolutions, norms and softmax of a float32 denoiser on the CPU, and
-    returns what plays its calls from recordings (tapes.py). The result equals the original up to
-    float rounding, and cannot be trained."""
+    """Replaces, in place, the convolutions, linear layers, norms and softmax of a float32 denoiser
+    on the CPU, and returns what plays its calls from recordings (tapes.py). The result equals the
+    original up to float rounding, and cannot be trained."""
     products = roles_of(denoiser).matmuls
     for name in [name for name, _ in denoiser.named_modules()]:  # no list of what is replaced
         module = denoiser.get_submodule(name)
         if type(module) is nn.Conv2d and compiled.products and _fits(module):
             replace_module(denoiser, name, FloatConv(module, compiled))
+        elif type(module) is nn.Linear and compiled.products and _is_here(module.weight):
+            replace_module(denoiser, name, FloatLinear(module, compiled))
         elif type(module) is nn.GroupNorm and module.affine:
             replace_module(denoiser, name, CompiledNorm(module, compiled))
         elif products.get(name) == "values" and compiled.products:
@@ -41,8 +44,11 @@ def to_fast_float(denoiser: nn.Module, compiled: Compiled) -> nn.Module:
 
 def _fits(conv: nn.Conv2d) -> bool:
     plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
-    here = conv.weight.dtype == torch.float32 and conv.weight.device.type == "cpu"
-    return plain and here and not isinstance(conv.padding, str)
+    return plain and _is_here(conv.weight) and not isinstance(conv.padding, str)
+
+
+def _is_here(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 class FloatConv(KeepsDerived):
@@ -105,6 +111,22 @@ class FloatConv(KeepsDerived):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_prepared": {}}
+
+
+class FloatLinear(nn.Linear):
+    """A linear layer that is quick for few rows, as those of the time embedding are."""
+
+    def __init__(self, linear: nn.Linear, compiled: Compiled):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.compiled = linear.weight, linear.bias, compiled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors = [v for v in (x, self.weight, self.bias) if v is not None]
+        fits = x.shape[-1] == self.in_features and 0 < x.numel() <= FEW * self.in_features
+        if fits and all(_is_here(v) and v.is_contiguous() for v in tensors):
+            return self.compiled.few_rows(x, self)
+        return super().forward(x)
 
 
 class FloatMatMul(nn.Module):

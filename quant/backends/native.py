@@ -41,6 +41,7 @@ _PRODUCTS = {
         *(_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, ctypes.c_double),
         *(_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT),
     ],
+    "few_rows": [*[_POINTER] * 5, _INT],
     "softmax": [_POINTER, _LONG, _LONG, _FLOAT, _INT],
     "matrix_product": [*[_POINTER] * 4, *_STEP, *_STEP, _FLOAT, _INT, _FLOAT, _INT],
 }
@@ -215,6 +216,14 @@ class Compiled:
         scratch = torch.empty(prepared.scratch)
         given = (x, stride, *_of_norm(norm), *_of_plus(plus), out, scratch, torch.get_num_threads())
         self._run("float_layer", (prepared.address, *given), keeps=prepared)
+
+    def few_rows(self, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """linear(x), fast where x has few rows. All float32 on the CPU and contiguous."""
+        out = torch.empty(*x.shape[:-1], linear.out_features)
+        size = (_LONG * 3)(x.numel() // x.shape[-1], linear.in_features, linear.out_features)
+        given = (x, linear.weight, linear.bias, out, size, torch.get_num_threads())
+        self._run("few_rows", given)
+        return out
 
     def softmax_(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         """softmax(scale * x) over the last dimension, in place. x: contiguous float32."""

@@ -172,4 +172,29 @@ extern "C" void float_layer(const FloatLayer* of, const float* x, long stride,
   }
 }
 
+// out (rows, outputs) = x (rows, inputs) @ weight (outputs, inputs) transposed, + bias, which may be
+// null. Reads the weight once: for few rows. A row depends neither on the others nor on the threads.
+extern "C" void few_rows(const float* x, const float* weight, const float* bias, float* out,
+                         const long* size, int32_t threads) {
+  const long rows = size[0], inputs = size[1], outputs = size[2];
+  const bool shared = threads > 1 && rows * inputs * outputs > SMALL;
+#pragma omp parallel for num_threads(threads) if (shared) schedule(static)
+  for (long o = 0; o < outputs; ++o) {
+    const float* w = weight + o * inputs;
+    for (long r = 0; r < rows; ++r) {
+      const float* row = x + r * inputs;
+      Floats sum[PER_BLOCK];
+      for (Floats& part : sum) part = all(0.0f);
+      for (long i = 0; i < inputs; i += BLOCK) {
+        for (long part = 0; part < PER_BLOCK; ++part) {
+          const long at = i + part * LANES;
+          const Mask mask = mask_of(inputs - at);
+          sum[part] = multiply_add(load(mask, row + at), load(mask, w + at), sum[part]);
+        }
+      }
+      out[r * outputs + o] = sum_of(sum) + (bias ? bias[o] : 0.0f);
+    }
+  }
+}
+
 #endif
