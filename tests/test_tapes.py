@@ -255,6 +255,25 @@ def test_copies_of_maps(compiled: Compiled) -> None:
     assert sum(step.compiled for step in tape._steps) == 2 + 2 + 2 * 4 + 2
 
 
+def test_constants_are_computed_once(compiled: Compiled) -> None:
+    """Unless somebody writes them again."""
+
+    def what(x: torch.Tensor) -> torch.Tensor:
+        once = torch.arange(4.0).sqrt()
+        written = torch.zeros(4)
+        before = written + 1
+        written.add_(once).add_(x)
+        compiled.softmax_(once, 0.5)
+        return torch.stack([x * torch.arange(4).cos(), once, before, written])
+
+    tapes = Tapes(Odd(what), compiled, None)
+    for seed in range(4):
+        x = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(tapes(x), what(x))
+    (tape,) = tapes_of(tapes)
+    assert len(tape._steps) == 8  # of 11: without arange, arange and cos
+
+
 def test_few_shapes_are_kept(compiled: Compiled) -> None:
     tapes = Tapes(Odd(torch.exp), compiled, None)
     for rows in range(1, 2 * MOST_TAPES):

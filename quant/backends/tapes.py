@@ -147,10 +147,8 @@ class _Step(NamedTuple):
     varying: Varying | None = None
     compiled: bool = False  # takes addresses
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        for value in tree_leaves((self.arguments, self.named)):
-            if isinstance(value, torch.Tensor):
-                yield value
+    def tensors(self) -> list[torch.Tensor]:
+        return _tensors_of((self.arguments, self.named))
 
 
 class Recorder(TorchDispatchMode):
@@ -158,7 +156,8 @@ class Recorder(TorchDispatchMode):
     that none lies where another one was.
 
     inputs: the tensors that the call must get. steps: the functions. made: the memory that the call
-    asked for. failed: the call cannot be played.
+    asked for. constants: the addresses of what depends on nothing and is not written again, so that
+    the functions that made it need not run again. failed: the call cannot be played.
     """
 
     def __init__(self, leaves: Sequence[Any], compiled: Compiled):
@@ -168,9 +167,15 @@ class Recorder(TorchDispatchMode):
             self.inputs = [v.clone() if isinstance(v, torch.Tensor) else v for v in leaves]
         self.steps: list[_Step] = []
         self.made: dict[int, torch.UntypedStorage] = {}  # by address
+        self.constants: set[int] = set()
         self.failed = False
         self._kept: list[Any] = []
         self._bytes = self._muted = 0
+
+    def varying_steps(self) -> list[_Step]:
+        """The functions that have to run again."""
+        known = self.constants
+        return [s for s in self.steps if not known.issuperset(map(_address, s.tensors()))]
 
     def can_play(self, output: Any) -> bool:
         """Whether the same functions give the output for any values of the inputs."""
@@ -190,15 +195,18 @@ class Recorder(TorchDispatchMode):
         if _BY_VALUE & set(func.tags):
             self._give_up()
             return out
-        given = {_address(v) for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
-        results = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+        given = set(map(_address, _tensors_of((args, kwargs))))
+        results = _tensors_of(out)
         if func._schema.is_mutable:
+            self.constants -= given
             self._add(_Step(func, args, kwargs))
         elif not all(_address(v) in given for v in results):  # else views
             self._made(results)
-            known = func.overloadpacket in _EMPTY
-            known = known or len(results) == 1 and self._copied(func, args, results[0])
-            if not known:
+            if func.overloadpacket in _EMPTY:
+                return out
+            if self.constants.issuperset(given):
+                self.constants.update(map(_address, results))
+            if len(results) != 1 or not self._copied(func, args, results[0]):
                 self._add(_into(func, args, kwargs, results))
         return out
 
@@ -219,6 +227,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         """A function of the compiled C++ is about to run, see Compiled._run."""
         if not self.failed and not self._muted:
+            self.constants.difference_update(map(_address, _tensors_of(arguments)))
             self._add(_Step(function, arguments, {}, varying, compiled=True))
             self._kept.append(keeps)
 
@@ -260,7 +269,9 @@ class Tape:
     def __init__(self, recorder: Recorder, output: torch.Tensor):
         self._inputs = recorder.inputs
         self._kept = recorder._kept
-        offsets, size = _places(recorder, output)
+        steps = recorder.varying_steps()
+        made = {k: v for k, v in recorder.made.items() if k not in recorder.constants}
+        offsets, size = _places(steps, made, output)
         self._memory = torch.empty(size, dtype=torch.uint8)
 
         def moved(value: Any) -> Any:
@@ -273,7 +284,7 @@ class Tape:
         self._steps: list[_Step] = []
         with torch.inference_mode(False), torch.no_grad():
             self._output = moved(output)
-            for step in recorder.steps:
+            for step in steps:
                 arguments = tuple(tree_map(moved, step.arguments))
                 self._kept += [v for v in step.tensors() if _address(v) not in offsets]
                 if step.compiled:
@@ -282,7 +293,7 @@ class Tape:
                     step._replace(arguments=arguments, named=tree_map(moved, step.named))
                 )
         self._layers = [step.arguments[:2] for step in self._steps if step.function is _refresh]
-        self._needed = _needed(recorder.steps, output)
+        self._needed = _needed(steps, output)
         self._programs: dict[tuple[int | None, bool], list[Callable[[], Any]]] = {}
         self._values: dict[Timestep, list[torch.Tensor]] = {}
 
@@ -338,6 +349,10 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _tensors_of(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
 def _refresh(held: torch.Tensor, layer: nn.Module, x: torch.Tensor) -> None:
     held.copy_(layer(x))
 
@@ -382,8 +397,7 @@ def _copies(
 
 
 def _compute_and_copy(func: Any, results: list[torch.Tensor], args: tuple, kwargs: dict) -> None:
-    made = [v for v in tree_leaves(func(*args, **kwargs)) if isinstance(v, torch.Tensor)]
-    for own, value in zip(results, made, strict=True):
+    for own, value in zip(results, _tensors_of(func(*args, **kwargs)), strict=True):
         own.copy_(value)
 
 
@@ -399,28 +413,30 @@ def _needed(steps: Sequence[_Step], output: torch.Tensor) -> set[int]:
     return found
 
 
-def _places(recorder: Recorder, output: torch.Tensor) -> tuple[dict[int, int], int]:
-    """Where, in one piece of memory, each storage that the call made lies: its offset in bytes, by
+def _places(
+    steps: Sequence[_Step], made: Mapping[int, torch.UntypedStorage], output: torch.Tensor
+) -> tuple[dict[int, int], int]:
+    """Where, in one piece of memory, each storage that the steps make lies: its offset in bytes, by
     address; and the size. Those that are not needed at the same time share memory."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for i, step in enumerate(recorder.steps):
+    for i, step in enumerate(steps):
         for tensor in step.tensors():
-            if (key := _address(tensor)) in recorder.made:
+            if (key := _address(tensor)) in made:
                 first.setdefault(key, i)
                 last[key] = i
-    for step in recorder.steps:
+    for step in steps:
         if step.function is _refresh:  # is there before the call, and read after it
             held = _address(step.arguments[0])
-            first[held], last[held] = 0, len(recorder.steps)
+            first[held], last[held] = 0, len(steps)
     if _address(output) in last:
-        last[_address(output)] = len(recorder.steps)
+        last[_address(output)] = len(steps)
     offsets: dict[int, int] = {}
     alive: list[tuple[int, int, int]] = []  # offset, end, last use; by offset
     size = 0
     for key in sorted(first, key=first.__getitem__):
         alive = [place for place in alive if place[2] >= first[key]]
-        needed = -(-recorder.made[key].nbytes() // ALIGNMENT) * ALIGNMENT
+        needed = -(-made[key].nbytes() // ALIGNMENT) * ALIGNMENT
         start = 0
         for offset, end, _ in alive:
             if offset - start >= needed:
