@@ -10,6 +10,11 @@ from torch import nn
 LARGE = 1 << 30  # bytes of weights, below which the memory is not worth the way to a file and back
 
 
+def is_large(module: nn.Module) -> bool:
+    """Whether the memory of its parameters is worth some time."""
+    return sum(value.nbytes for value in module.parameters()) >= LARGE
+
+
 @contextmanager
 def parked(module: nn.Module) -> Iterator[None]:
     """Within it the parameters of a large module are empty; afterwards they are as before.
@@ -17,10 +22,10 @@ def parked(module: nn.Module) -> Iterator[None]:
     The file has no name, so that nothing of it stays, whatever ends the process. Without room for
     it the weights stay where they are.
     """
-    values = list(module.parameters())
-    if sum(value.nbytes for value in values) < LARGE:
+    if not is_large(module):
         yield
         return
+    values = list(module.parameters())
     with tempfile.TemporaryFile() as file:
         try:
             torch.save([value.data for value in values], file)

@@ -56,7 +56,7 @@ class Assembly:
 def no_picture(assembly: Assembly) -> str | None:
     """Why what is sampled is no picture, or None: latents without their decoder."""
     pipeline = assembly.pipeline
-    if pipeline.first_stage is not None or pipeline.shape[0] in (1, 3):
+    if pipeline.first_stage is not None or pipeline.shape[0] in (None, 1, 3):
         return None
     return f"{pipeline.shape[0]} channels are no picture"
 

@@ -19,6 +19,7 @@ from ...models.protocols import roles_of
 from ...quant.calibration.calibrate import calibrate
 from ...quant.calibration.coverage import LayerRow, count_macs, format_table, layer_rows, shares
 from ...quant.calibration.finite import DivergenceError
+from ...quant.calibration.parking import is_large
 from ...quant.calibration.phases.correct import correct
 from ...quant.calibration.run_state import RunState
 from ...quant.calibration.states import CalibrationStates
@@ -33,7 +34,7 @@ from ...quant.runtime.packed_file import (
 )
 from ..common.errors import ConfigError, RunError
 from ..common.files import regular, remove_stale, write_bytes, write_json, write_text
-from ..common.memory import return_freed_memory
+from ..common.memory import return_freed_memory, return_large_blocks
 from ..common.progress import Bar, ImageBar
 from ..common.schema import printable
 from .assembly import Assembly, bundled, no_picture
@@ -265,6 +266,8 @@ def calibrate_run(
         print(f"note: no correction of the output: {why}", flush=True)
     if (why := no_picture(assembly)) is not None:
         print(f"note: {why}: sample_diffusion.py will make none, tinydm.load works", flush=True)
+    if is_large(assembly.denoiser):
+        return_large_blocks()
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run
