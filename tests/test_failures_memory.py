@@ -158,3 +158,22 @@ def test_no_memory_for_the_libraries(command: str, megabytes: int) -> None:
     line = "error: out of memory: free some, or raise its limit (ulimit -v)\n"
     # 1500 are enough where PyTorch was built without CUDA.
     assert (done.returncode, done.stderr) == (2, line) or (megabytes, done.returncode) == (1500, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and glibc")
+@pytest.mark.parametrize(
+    ("then", "returned"), [("", False), ("memory.return_large_blocks()", True)]
+)
+def test_freed_memory_is_kept_unless_blocks_are_large(then: str, returned: bool) -> None:
+    program = f"""
+from tinydm.scripts.common import memory
+memory.keep_freed_memory()
+{then}
+before = memory.resident("VmRSS")
+block = b"x" * 2**27
+del block
+print((memory.resident("VmRSS") - before) / 2**27)
+"""
+    command = [sys.executable, "-c", program]
+    kept = float(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert kept < 0.1 if returned else kept > 0.9

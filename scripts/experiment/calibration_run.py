@@ -221,6 +221,8 @@ def _calibrate(
     save: Callable[[RunState], None] = lambda state: None,
 ) -> tuple[QuantDenoiser, dict[str, Any]]:
     """See quant.calibration.calibrate. Raises RunError where it diverges."""
+    if is_large(run.assembly.denoiser):
+        return_large_blocks()
     task = Task(
         run.assembly.denoiser,
         states,
@@ -266,8 +268,6 @@ def calibrate_run(
         print(f"note: no correction of the output: {why}", flush=True)
     if (why := no_picture(assembly)) is not None:
         print(f"note: {why}: sample_diffusion.py will make none, tinydm.load works", flush=True)
-    if is_large(assembly.denoiser):
-        return_large_blocks()
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     if overwrite:  # at once: killed from here on, --resume continues the new run
