@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-LARGE = 1 << 30  # bytes of weights, below which the memory is not worth the way to a file and back
+LARGE = 1 << 28  # weights, below which their memory is not worth the way to a file and back
 
 
 def is_large(module: nn.Module) -> bool:
-    """Whether the memory of its parameters is worth some time."""
-    return sum(value.nbytes for value in module.parameters()) >= LARGE
+    """Whether memory matters more than time."""
+    return sum(value.numel() for value in (*module.parameters(), *module.buffers())) >= LARGE
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from PIL import Image
 
 from ...models.pipeline import DIFFUSERS
 from ...models.protocols import rows_are_independent
+from ...quant.calibration.parking import is_large
 from ..common.errors import ConfigError, ImageError, RunError
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
+from ..common.memory import return_large_blocks
 from ..common.progress import ImageBar
 from ..common.writers import Writers
 from .assembly import Assembly, no_picture
@@ -99,6 +101,8 @@ def check_channels(run: SamplingRun) -> None:
 def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches; threads write the images of one while the next is made."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
+    if is_large(assembly.denoiser):
+        return_large_blocks()
     calls = assembly.pipeline.calls_per_image
     threads = 1 if run.device.type == "cpu" else WRITERS
     with (
