@@ -17,7 +17,7 @@ from ...quant.calibration.parking import is_large
 from ..common.errors import ConfigError, ImageError, RunError
 from ..common.files import append_lines, write_json, write_text
 from ..common.images import grid, is_whole_png, to_uint8, write_png
-from ..common.memory import return_large_blocks
+from ..common.memory import return_freed_memory
 from ..common.progress import ImageBar
 from ..common.writers import Writers
 from .assembly import Assembly, no_picture
@@ -101,17 +101,22 @@ def check_channels(run: SamplingRun) -> None:
 def make_images(run: SamplingRun, indices: list[int]) -> None:
     """Sample `indices` in batches; threads write the images of one while the next is made."""
     config, assembly, sampling = run.config, run.assembly, run.config.sampling
-    if is_large(assembly.denoiser):
-        return_large_blocks()
+    large = is_large(assembly.denoiser)
     calls = assembly.pipeline.calls_per_image
     threads = 1 if run.device.type == "cpu" else WRITERS
     with (
         ImageBar(len(indices), calls, disable=run.rank != 0 or not indices) as bar,
         Writers(threads, most=2 * sampling.batch_size) as writers,
     ):
+
+        def after_call(rows: int) -> None:
+            bar.update(rows)
+            if large:  # what calls leave between what they keep would add up: 10 GB in ten calls
+                return_freed_memory()
+
         for start in range(0, len(indices), sampling.batch_size):
             batch = indices[start : start + sampling.batch_size]
-            denoiser = Counted(assembly.denoiser, bar.update)
+            denoiser = Counted(assembly.denoiser, after_call)
             x = assembly.pipeline.sample(
                 denoiser, batch, sampling.seed, sampling.classes, device=run.device
             )
