@@ -151,24 +151,33 @@ extern "C" void float_layer(const FloatLayer* of, const float* x, long stride,
   const bool bordered = size.border_y || size.border_x;
   const bool copied = norm_weight || bordered || stride != shape.channels;
   // What is larger stays in the cache: a sample of the input, or the weights of some outputs.
-  if (shape.height * shape.width > shape.rows * shape.columns * OUTPUTS)
-    size.batch = shape.batch = 1;
+  const bool alone = shape.height * shape.width > shape.rows * shape.columns * OUTPUTS;
+  if (alone) size.batch = shape.batch = 1;
   const long sample = size.height * size.width * stride;
+  const long scratch_sample = shape.height * shape.width * shape.channels;
   const long out_sample = shape.out_height * shape.out_width * shape.outputs;
+  const long products = out_sample * shape.rows * shape.columns * shape.channels;
   if (shape.rows * shape.columns * shape.stride_y * shape.stride_x == 1 && !bordered) {  // one row
     shape.out_width *= shape.out_height;
     shape.width *= shape.height;
     shape.out_height = shape.height = 1;
   }
-  Plus plus{plus_values, plus_sample, plus_pixel};
-  for (long b = 0; b < of->size.batch; b += size.batch) {
+  const auto run = [&](long b, float* own, int32_t threads) {
     const float* input = x + b * sample;
     if (copied) {
-      values(input, stride, norm_weight, norm_bias, groups, eps, true, scratch, &size, threads);
-      input = scratch;
+      values(input, stride, norm_weight, norm_bias, groups, eps, true, own, &size, threads);
+      input = own;
     }
-    if (plus_values) plus.values = plus_values + b * plus_sample;
+    const Plus plus{plus_values ? plus_values + b * plus_sample : nullptr, plus_sample, plus_pixel};
     float_convolution(input, *of, shape, plus, out + b * out_sample, threads);
+  };
+  // Threads that have as many samples each do not wait for each other in between.
+  const long batch = of->size.batch, share = batch / threads;
+  if (alone && threads > 1 && batch % threads == 0 && batch * products > SMALL) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long b = 0; b < batch; ++b) run(b, scratch + b / share * scratch_sample, 1);
+  } else {
+    for (long b = 0; b < batch; b += size.batch) run(b, scratch, threads);
   }
 }
 
