@@ -80,6 +80,24 @@ def test_convolution(compiled: Compiled, geometry: tuple, size: tuple[int, ...])
         assert whole.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("size", [(4, 20, 9), (4, 40, 20)], ids=["small map", "large map"])
+def test_threads(compiled: Compiled, size: tuple[int, ...]) -> None:
+    """The same bytes by any number of threads, also where each makes whole samples."""
+    batch, height, width = size
+    own, norm = FloatConv(nn.Conv2d(24, 40, 3, padding=1), compiled), nn.GroupNorm(3, 24)
+    x = torch.randn(batch, 24, height, width).contiguous(memory_format=LAST)
+    plus, before = torch.randn(batch, 40, height, width), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found += [(own(x), own.after_norm_silu(norm, x, plus))]
+    finally:
+        torch.set_num_threads(before)
+    for plain, whole in found:
+        assert torch.equal(plain, found[0][0]) and torch.equal(whole, found[0][1])
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
 def test_linear(compiled: Compiled, bias: bool) -> None:
     """Few rows, which are independent to the bit, and those that PyTorch multiplies."""
