@@ -12,8 +12,9 @@ from torch import nn
 
 from tests.helpers.integer_layers import compiled_with, context, psnr, small_unet
 from tinydm.quant.backends.build import COMPILERS, instructions_here
-from tinydm.quant.backends.native import BlockedWeight, Compiled
+from tinydm.quant.backends.native import Compiled
 from tinydm.quant.backends.native_layers import CompiledLayer
+from tinydm.quant.backends.prepared import BlockedWeight
 from tinydm.quant.backends.selection import int8_supported, integer_module, to_int8
 from tinydm.quant.core.affine import QuantizerStep
 from tinydm.quant.core.operation import Operation
@@ -157,7 +158,7 @@ def test_depth(value: int, depth: int):
         pytest.skip("no AVX2")
     compiled = Compiled("avx2")
     codes = torch.full((16, 120, 1, 1), value, dtype=torch.int8)
-    weight = BlockedWeight(codes, torch.ones(16), [1, 1], [0, 0], compiled)
+    weight = BlockedWeight(codes, torch.ones(16), [1, 1], [0, 0], compiled.depth)
     planes = weight.codes.view(1, -1, 30, 16, 4)
     assert planes.shape[1] == (1 if depth else 2)
     if depth:

@@ -15,8 +15,9 @@ from tinydm.models.ldm_unet import LDMUNet
 from tinydm.quant.backends.build import COMPILERS, instructions_here
 from tinydm.quant.backends.full_precision import to_fast_float
 from tinydm.quant.backends.native import Compiled
+from tinydm.quant.backends.recorder import Recorder
 from tinydm.quant.backends.selection import to_int8
-from tinydm.quant.backends.tapes import MOST_TAPES, Recorder, Tape, Taped, Tapes
+from tinydm.quant.backends.tapes import MOST_TAPES, Tape, Taped, Tapes
 
 pytestmark = [
     pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler here"),
@@ -205,7 +206,7 @@ class Odd(nn.Module):
 def test_what_is_not_recorded(
     what: Callable, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinydm.quant.backends.tapes.MOST_BYTES", 8000)
+    monkeypatch.setattr("tinydm.quant.backends.recorder.MOST_BYTES", 8000)
     tapes = Tapes(Odd(what), compiled, None)
     for seed in range(4):
         x = torch.randn(3, 256, generator=torch.Generator().manual_seed(seed))

@@ -15,9 +15,10 @@ from torch import nn
 from ...models.protocols import roles_of
 from ..runtime.denoiser import replace_module
 from ..runtime.derived import KeepsDerived
-from .native import Compiled, PreparedFloatLayer
+from .native import Compiled
 from .native_layers import CompiledNorm, side_by_side, stride_of
 from .onednn import pair
+from .prepared import PreparedFloatLayer
 from .tapes import Taped
 
 FEW = 16  # rows of a linear layer, up to which reading its weight takes longest

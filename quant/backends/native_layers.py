@@ -16,8 +16,9 @@ from ...models.protocols import ModuleList, is_exact_between_layers
 from ..core.affine import QuantizerStep
 from ..core.operation import Operation
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
-from .native import BlockedWeight, Compiled, PartStep, PreparedLayer, part_step, pixel_stride
+from .native import Compiled, pixel_stride
 from .onednn import Int8Layer, Int8MatMul, pair
+from .prepared import BlockedWeight, PartStep, PreparedLayer, part_step
 
 
 class CompiledLayer(Int8Layer):
@@ -44,11 +45,13 @@ class CompiledLayer(Int8Layer):
     def _weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockedWeight:
         op = self.op
         if not op.is_conv:
-            return BlockedWeight(codes[:, :, None, None], scale, [1, 1], [0, 0], self.compiled)
+            return BlockedWeight(
+                codes[:, :, None, None], scale, [1, 1], [0, 0], self.compiled.depth
+            )
         padding = pair(op.padding)
         if op.kind == "Conv1d":  # a unit height
             padding[0] = 0
-        return BlockedWeight(codes, scale, pair(op.stride), padding, self.compiled)
+        return BlockedWeight(codes, scale, pair(op.stride), padding, self.compiled.depth)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         index = self._quantizers[0].context.index

@@ -25,7 +25,8 @@ from ..core.operation import Operation, scale_channels
 from ..runtime.derived import KeepsDerived
 from ..runtime.layers import QuantLayer, QuantMatMul
 from ..runtime.quantizer import ActivationQuantizer
-from .native import BlockedWeight, Compiled, pixel_stride
+from .native import Compiled, pixel_stride
+from .prepared import BlockedWeight
 
 LARGEST_KEPT_WEIGHT = 1 << 18  # values (1 MB) of a weight up to which a float copy is kept
 LARGEST_UNSATURATED = 64  # largest |q_w| of which two products with 0..255 fit 16 bits
