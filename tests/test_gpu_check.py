@@ -320,3 +320,5 @@ def test_quick_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_verdict_is_one_line() -> None:
     verdict = Verdict("a", True, "b")
     assert verdict.line == "ok: a: b" and replace(verdict, passed=None).line == "not here: a: b"
+    measured = replace(verdict, passed=None, values={"seconds": 1.0})
+    assert measured.line == "not judged here: a: b"

@@ -76,7 +76,8 @@ TINY = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. passed: None where it cannot be made here."""
+    """What a check found. passed: None where it cannot be made here, or where what it measured is
+    judged on a card alone."""
 
     name: str
     passed: bool | None
@@ -85,7 +86,8 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        word = {True: "ok", False: "FAILED", None: "not here"}[self.passed]
+        unjudged = "not judged here" if self.values else "not here"
+        word = {True: "ok", False: "FAILED", None: unjudged}[self.passed]
         return f"{word}: {self.name}: {self.text}"
 
 
