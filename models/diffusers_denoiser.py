@@ -33,6 +33,8 @@ DENOISERS = {
 }
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 LARGE = 1 << 28  # parameters, above which gradients are made of few kept values
+# Of a sample's attention (64 MB): where there are more, gradients are made of so many at a time.
+MANY_SCORES = 1 << 24
 NESTED = "."  # added_cond_kwargs.text_embeds: a tensor of a dict that is an argument
 NO_DIFFUSERS = "this folder needs diffusers: pip install diffusers accelerate transformers"
 
@@ -80,16 +82,33 @@ class ProductAttention(nn.Module):
             attn.head_to_batch_dim(layer(v))
             for layer, v in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
         )
-        scores = self.scores(query, key.mT)
-        if mask is None:
-            out = after_softmax(self.values, scores, value, attn.scale)
+        operands = query, key, value
+        parts = -(-len(query) * query.shape[1] * key.shape[1] // MANY_SCORES)
+        # Of one sample alone: each call of the products then sees whole samples, or heads of one.
+        if parts > 1 and len(x) == 1 and mask is None and _learns(self, *operands):
+            heads = zip(*(v.chunk(parts) for v in operands), strict=True)
+            out = torch.cat([_again(self._attend, *part, attn.scale) for part in heads])
         else:
-            out = after_softmax(self.values, scores * attn.scale + mask, value)
+            out = self._attend(*operands, attn.scale, mask)
         out = attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(out)))
         if hidden_states.ndim == 4:
             out = out.mT.reshape(hidden_states.shape)
         out = out + hidden_states if attn.residual_connection else out
         return out / attn.rescale_output_factor
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query (B h, N, d), key and value (B h, K, d) -> (B h, N, d)."""
+        scores = self.scores(query, key.mT)
+        if mask is None:
+            return after_softmax(self.values, scores, value, scale)
+        return after_softmax(self.values, scores * scale + mask, value)
 
 
 def _expose_products(model: nn.Module) -> None:
@@ -110,14 +129,21 @@ def _expose_products(model: nn.Module) -> None:
             module.set_processor(ProductAttention())
 
 
-def _recomputed(module: Any, *args: Any) -> Any:
-    """module(*args), which keeps nothing for its gradients but the arguments and computes the rest
-    again. Nothing is drawn at random in it."""
+def _learns(module: nn.Module, *args: Any) -> bool:
+    """Whether gradients are wanted of module(*args)."""
     seen = (*module.parameters(), *args)
-    learns = any(isinstance(v, torch.Tensor) and v.requires_grad for v in seen)
-    if torch.compiler.is_compiling() or not learns:
-        return module(*args)
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+    wanted = any(isinstance(v, torch.Tensor) and v.requires_grad for v in seen)
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _again(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), which keeps nothing for its gradients but the arguments and computes the
+    rest again. Nothing is drawn at random in it."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _recomputed(module: Any, *args: Any) -> Any:
+    return _again(module, *args) if _learns(module, *args) else module(*args)
 
 
 class DiffusersDenoiser(nn.Module):
