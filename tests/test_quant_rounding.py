@@ -28,10 +28,13 @@ from tinydm.quant.calibration.equivalent import (
 )
 from tinydm.quant.calibration.gptq import (
     DAMPINGS,
+    Hessian,
+    Rows,
     column_blocks,
     compensate,
     compensated_layers,
     input_rows,
+    keeps_rows,
     passes_of,
     second_order_codes,
 )
@@ -63,11 +66,10 @@ def test_codes_lower_the_output_error(columns: int, bits: int, seed: int) -> Non
     """Correlated inputs, more than one block of columns among the cases."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 6, generator=g) @ torch.randn(6, columns, generator=g)
-    hessian = x.T @ x
     top = 2**bits - 1
     weight = torch.randn(8, columns, generator=g) * top / 4
     low, high = torch.full((8, 1), -float(top // 2)), torch.full((8, 1), float(top - top // 2))
-    codes = second_order_codes(weight, hessian, low, high, DAMPINGS[0])
+    codes = second_order_codes(weight, Hessian(x.T @ x), low, high, DAMPINGS[0])
     assert torch.equal(codes, codes.round())
     assert (codes >= low).all() and (codes <= high).all()
     nearest = torch.clamp(weight.round(), low, high)
@@ -77,10 +79,29 @@ def test_codes_lower_the_output_error(columns: int, bits: int, seed: int) -> Non
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     weight = torch.randn(5, 150, generator=torch.Generator().manual_seed(3)) * 4
-    codes = second_order_codes(
-        weight, torch.eye(150), torch.full((5, 1), -8.0), torch.full((5, 1), 7.0), DAMPINGS[0]
-    )
-    assert torch.equal(codes, weight.round().clamp(-8, 7))
+    low, high = torch.full((5, 1), -8.0), torch.full((5, 1), 7.0)
+    for inputs in (Hessian(torch.eye(150)), Rows(torch.eye(150))):
+        codes = second_order_codes(weight, inputs, low, high, DAMPINGS[0])
+        assert torch.equal(codes, weight.round().clamp(-8, 7))
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_rows_stand_for_their_hessian(damping: float) -> None:
+    """In float64, so that no value lies between two codes for one and not for the other."""
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(20, 300, generator=g, dtype=torch.float64).relu()
+    weight = torch.randn(8, 300, generator=g, dtype=torch.float64) * 3
+    rows, hessian = Rows(x), Hessian(x.T @ x)
+    assert torch.allclose(rows.squares(), hessian.squares())
+    assert rows.loss(weight) == pytest.approx(hessian.loss(weight))
+    low, high = torch.full((8, 1), -8.0), torch.full((8, 1), 7.0)
+    codes = [second_order_codes(weight, kept, low, high, damping) for kept in (rows, hessian)]
+    assert torch.equal(*codes)
+    assert not torch.equal(codes[0], weight.round().clamp(-8, 7))
+    order = torch.arange(300)
+    made = [kept.feedback(order, torch.tensor(damping))(128, 256) for kept in (rows, hessian)]
+    later = torch.ones(256, 128).triu(-127).bool()  # row i passes on to the columns after it
+    assert torch.allclose(made[0][later], made[1][later], atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -155,15 +176,16 @@ def test_memory_is_bounded_by_blocks_and_passes(monkeypatch: pytest.MonkeyPatch)
         name: 2 * 4 * sum((b.stop - b.start) ** 2 for b in column_blocks(layers[name]))
         for name in layers
     }
-    assert len(passes_of(layers, sum(one.values()))) == 1
-    assert [list(run) for run in passes_of(layers, 1)] == [[name] for name in layers]
+    assert len(passes_of(layers, 100, sum(one.values()))) == 1
+    assert [list(run) for run in passes_of(layers, 100, 1)] == [[name] for name in layers]
     before = eps_error(model, fresh)
     gains = compensate(model, states, *[every_state(states)] * 2, 16, memory_gb=1e-9)
     assert list(gains) == list(layers) and max(gains.values()) <= 1
     assert eps_error(model, fresh) < before
 
 
-def test_a_pass_ends_with_the_last_of_its_layers() -> None:
+@pytest.mark.parametrize("of_rows", [set(), {"first"}])
+def test_a_pass_ends_with_the_last_of_its_layers(of_rows: set[str]) -> None:
     """Large models take many passes, whose samples need not go on to the end."""
     denoiser = Toy()
     states = toy_states(denoiser)
@@ -172,10 +194,28 @@ def test_a_pass_ends_with_the_last_of_its_layers() -> None:
     last: list[str] = []
     layers["second"].register_forward_hook(lambda *_: last.append("second"))
     given = (states, every_state(states), 16)
-    alone = gptq._hessians(model, {"first": layers["first"]}, *given)
+    alone = gptq._inputs(model, {"first": layers["first"]}, of_rows, *given)
     assert not last
-    together = gptq._hessians(model, layers, *given)
-    assert all(map(torch.equal, alone["first"], together["first"]))
+    together = gptq._inputs(model, layers, of_rows, *given)
+    for kept, same in zip(alone["first"], together["first"], strict=True):
+        assert isinstance(kept, Rows if of_rows else Hessian)
+        assert torch.equal(kept.value, same.value)
+
+
+def test_few_samples_are_kept_as_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the codes that their H gives."""
+    denoiser = Block()
+    states = block_states(denoiser, 4, 1)
+    made = []
+    for columns_per_row in (1e-3, 1e9):
+        monkeypatch.setattr(gptq, "COLUMNS_PER_ROW", columns_per_row)
+        model = block_model(denoiser, states, 3)
+        layers = compensated_layers(model)
+        assert keeps_rows(layers["conv"], 4) == (columns_per_row < 1)
+        gains = compensate(model, states, *[every_state(states)] * 2, 16, 4.0)
+        made.append((gains["conv"], deploy(model).denoiser.conv.qweight))
+    assert made[0][0] == pytest.approx(made[1][0], rel=1e-3)
+    assert (made[0][1] == made[1][1]).float().mean() > 0.999
 
 
 # ---- equivalent scaling ----

@@ -74,7 +74,7 @@ def test_rows_come_back_in_their_order_and_layout() -> None:
 def test_layers_are_dealt_once_each_by_their_work() -> None:
     layers = compensated_layers(quantize(Toy(), TimestepContext([0], 1000), BitPolicy()))
     for hands in (1, 2, 3, 100):
-        dealt = _dealt(layers, hands)
+        dealt = _dealt(layers, 16, hands)
         assert sorted(name for names in dealt for name in names) == sorted(layers)
         assert len(dealt) == min(hands, len(layers))
 

@@ -8,14 +8,16 @@ nearest, or by H with little or much damping. H itself cannot tell where it was 
 
 Memory is bounded: a wide layer's H is kept in diagonal blocks of whole input channels, and layers
 are taken in passes over the samples, each pass as many as its share of memory holds. Layers of a
-later pass see inputs that come through the rounded weights of the earlier ones.
+later pass see inputs that come through the rounded weights of the earlier ones. Where X has far
+fewer rows than columns, X is kept in place of H, and nothing of the size of H is computed.
 
 For layers of the timestep alone X has one row a timestep, so that this is the reconstruction of the
 temporal features over the whole schedule (TFMQ-DM), in closed form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,65 @@ ROWS_PER_SAMPLE = 64  # output positions that enter H, at most: a grid over the 
 DAMPINGS = (0.01, 0.2)  # of the mean of H's diagonal: the more, the nearer to the nearest codes
 DELAYED_COLUMNS = 128  # columns whose update of the rest is delayed
 WIDEST_HESSIAN = 4608  # columns of a diagonal block of H: 512 channels of a 3 x 3 kernel
+COLUMNS_PER_ROW = 8  # from so many on, X in place of H is quicker
+
+Feedback = Callable[[int, int], torch.Tensor]
+"""(start, end) -> F[:end, start:end]: column j loses F_ij times the error of column i before it."""
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """What a layer multiplies some columns of its weight with, as H = X^T X (N, N)."""
+
+    value: torch.Tensor
+
+    def squares(self) -> torch.Tensor:
+        """Diagonal of H, (N,)."""
+        return self.value.diagonal()
+
+    def loss(self, error: torch.Tensor) -> float:
+        """tr(E H E^T), error (O, N)."""
+        return float(((error @ self.value) * error).sum())
+
+    def feedback(self, order: torch.Tensor, damping: torch.Tensor) -> Feedback:
+        """Of H + damping, for the columns in the given order (N,)."""
+        h = self.value[order][:, order].double()
+        h.diagonal().add_(damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        upper = torch.linalg.cholesky(inverse, upper=True)  # H^-1 = U^T U
+        matrix = (upper / upper.diagonal()[:, None]).to(self.value.dtype)
+        return lambda start, end: matrix[:end, start:end]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same as X (R, N) itself, of fewer rows than columns."""
+
+    value: torch.Tensor
+
+    def squares(self) -> torch.Tensor:
+        """See Hessian."""
+        return self.value.square().sum(0)
+
+    def loss(self, error: torch.Tensor) -> float:
+        """See Hessian."""
+        return float((error @ self.value.T).square().sum())
+
+    def feedback(self, order: torch.Tensor, damping: torch.Tensor) -> Feedback:
+        """See Hessian. With P the inverse of damping + X X^T over the columns not rounded yet,
+        column i has F_ij = -g x_j, g = P x_i / (1 - x_i P x_i); without it P has g (P x_i)^T more
+        (Woodbury, Sherman and Morrison)."""
+        x = self.value[:, order].double()
+        square = x @ x.T  # (R, R)
+        square.diagonal().add_(damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(square))
+        gains = torch.empty_like(x.T)  # (N, R)
+        for i, column in enumerate(x.T.contiguous()):
+            seen = inverse @ column
+            torch.div(seen, 1 - column @ seen, out=gains[i])
+            inverse.addr_(gains[i], seen)
+        gains, x = gains.to(self.value.dtype), x.to(self.value.dtype)
+        return lambda start, end: -(gains[:end] @ x[:, start:end])
 
 
 def compensated_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
@@ -51,12 +112,28 @@ def column_blocks(layer: CalibLayer) -> list[slice]:
     return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def passes_of(layers: dict[str, CalibLayer], limit: int) -> list[dict[str, CalibLayer]]:
-    """The layers in their order, in runs whose blocks of H take at most `limit` bytes together."""
+def keeps_rows(layer: CalibLayer, samples: int) -> bool:
+    """Whether X of so many samples takes the place of H."""
+    narrowest = min(block.stop - block.start for block in column_blocks(layer))
+    return samples * ROWS_PER_SAMPLE * COLUMNS_PER_ROW <= narrowest
+
+
+def kept_values(layer: CalibLayer, samples: int) -> int:
+    """How many numbers X or the blocks of H have."""
+    if keeps_rows(layer, samples):
+        return samples * ROWS_PER_SAMPLE * layer.weight[0].numel()
+    return sum((block.stop - block.start) ** 2 for block in column_blocks(layer))
+
+
+def passes_of(
+    layers: dict[str, CalibLayer], samples: int, limit: int
+) -> list[dict[str, CalibLayer]]:
+    """The layers in their order, in runs of which at most `limit` bytes are kept together, for the
+    samples that teach and for those that judge."""
     runs: list[dict[str, CalibLayer]] = [{}]
     used = 0
     for name, layer in layers.items():
-        size = sum(2 * 4 * (b.stop - b.start) ** 2 for b in column_blocks(layer))  # both kinds of H
+        size = 2 * 4 * kept_values(layer, samples)
         if runs[-1] and used + size > limit:
             runs.append({})
             used = 0
@@ -103,23 +180,25 @@ def compensate(
     on_layer: Callable[[str], None] = lambda name: None,
     team: Team | None = None,
 ) -> dict[str, float]:
-    """Rounds the weights of all layers in place. tuples (n, 2): samples of the states for H, whose
-    blocks take at most half of memory_gb at a time (or one layer's); judges (m, 2): those for the
+    """Rounds the weights of all layers in place. tuples (n, 2): samples of the states for H, which
+    takes at most half of memory_gb at a time (or one layer's); judges (m, 2): those for the
     choice, of other trajectories. team: processes that call it together, with the same arguments
     and equal models; each takes some of the layers, whose sums are those of one process.
 
     Returns tr(E H E^T) of the judges, relative to rounding to nearest, by layer name.
     """
     team, gains = team or Alone(), {}
-    for layers in passes_of(compensated_layers(model), int(memory_gb * 2**29)):
-        hands = _dealt(layers, team.world)
+    samples = max(len(tuples), len(judges))
+    for layers in passes_of(compensated_layers(model), samples, int(memory_gb * 2**29)):
+        hands = _dealt(layers, samples, team.world)
 
         def make(
             number: int, layers: dict[str, CalibLayer] = layers, hands: list[list[str]] = hands
         ) -> Tensors:
             mine = {name: layers[name] for name in hands[number]}
-            learned = _hessians(model, mine, states, tuples, batch_size)
-            judging = _hessians(model, mine, states, judges, batch_size)
+            of_rows = {name for name, layer in mine.items() if keeps_rows(layer, samples)}
+            learned = _inputs(model, mine, of_rows, states, tuples, batch_size)
+            judging = _inputs(model, mine, of_rows, states, judges, batch_size)
             values: Tensors = {}
             for name, layer in mine.items():
                 codes, gain = _round_layer(layer, learned.pop(name), judging.pop(name))
@@ -140,35 +219,36 @@ def compensate(
     return gains
 
 
-def _dealt(layers: dict[str, CalibLayer], hands: int) -> list[list[str]]:
+def _dealt(layers: dict[str, CalibLayer], samples: int, hands: int) -> list[list[str]]:
     """The names of the layers in so many lists of about the same work; an empty one is left out."""
-    work = {
-        name: sum((b.stop - b.start) ** 2 for b in column_blocks(layer))
-        for name, layer in layers.items()
-    }
+    work = {name: kept_values(layer, samples) for name, layer in layers.items()}
     lists: list[list[str]] = [[] for _ in range(hands)]
     for name in sorted(work, key=work.__getitem__, reverse=True):
         min(lists, key=lambda names: sum(work[n] for n in names)).append(name)
     return [names for names in lists if names]
 
 
-def _hessians(
+def _inputs(
     model: QuantDenoiser,
     layers: dict[str, CalibLayer],
+    of_rows: set[str],
     states: CalibrationStates,
     tuples: torch.Tensor,
     batch_size: int,
-) -> dict[str, list[torch.Tensor]]:
-    """Diagonal blocks of H = X^T X by layer name, one pass over the samples; each call ends with
-    the last of the layers."""
+) -> dict[str, list[Hessian | Rows]]:
+    """What goes into each block of columns by layer name, for the layers in `of_rows` as Rows. One
+    pass over the samples; each call ends with the last of the layers."""
     hessians: dict[str, list[torch.Tensor]] = {}
+    rows_of: dict[str, list[torch.Tensor]] = {name: [] for name in of_rows}
     missing: set[str] = set()  # in the current call
 
     def hook_of(name: str) -> Callable:
         def hook(module: CalibLayer, args: tuple) -> None:
             rows = input_rows(module, module.quantized_input(args[0]))
             parts = [rows[:, block] for block in column_blocks(module)]
-            if name in hessians:
+            if name in of_rows:
+                rows_of[name].append(rows)
+            elif name in hessians:
                 for square, part in zip(hessians[name], parts, strict=True):
                     square.addmm_(part.T, part)
             else:
@@ -189,7 +269,13 @@ def _hessians(
     finally:
         for handle in handles:
             handle.remove()
-    return hessians
+    found: dict[str, list[Hessian | Rows]] = {
+        name: [Hessian(square) for square in blocks] for name, blocks in hessians.items()
+    }
+    for name, parts in rows_of.items():
+        rows = torch.cat(parts)
+        found[name] = [Rows(rows[:, block]) for block in column_blocks(layers[name])]
+    return found
 
 
 class _AllSeen(Exception):
@@ -197,12 +283,12 @@ class _AllSeen(Exception):
 
 
 def _round_layer(
-    layer: CalibLayer, learned: list[torch.Tensor], judging: list[torch.Tensor]
+    layer: CalibLayer, learned: Sequence[Hessian | Rows], judging: Sequence[Hessian | Rows]
 ) -> tuple[torch.Tensor | None, float]:
     """(codes, loss). codes: shaped like the weight, or None where rounding to nearest is as good.
-    loss: tr(E H E^T) with the H of the judging samples, relative to rounding to nearest.
+    loss: tr(E H E^T) of the judging samples, relative to rounding to nearest.
 
-    learned, judging: the diagonal blocks of H of either samples, see column_blocks.
+    learned, judging: what goes into the blocks of columns, of either samples, see column_blocks.
     """
     quantizer = layer.quantizer
     weight = layer.weight.detach()
@@ -210,13 +296,13 @@ def _round_layer(
     zero, top = quantizer.zero_point[:, None], 2**quantizer.bits - 1
     codes = torch.clamp(flat.round(), -zero, top - zero)  # to nearest
     before = after = 0.0
-    for columns, hessian, judge in zip(column_blocks(layer), learned, judging, strict=True):
+    for columns, inputs, judge in zip(column_blocks(layer), learned, judging, strict=True):
         part = flat[:, columns]
         candidates = [codes[:, columns]]
         candidates += [
-            second_order_codes(part, hessian, -zero, top - zero, damping) for damping in DAMPINGS
+            second_order_codes(part, inputs, -zero, top - zero, damping) for damping in DAMPINGS
         ]
-        lost = [_loss((q - part) * quantizer.scale[:, None], judge) for q in candidates]
+        lost = [judge.loss((q - part) * quantizer.scale[:, None]) for q in candidates]
         best = min(range(len(lost)), key=lost.__getitem__)
         codes[:, columns] = candidates[best]
         before, after = before + lost[0], after + lost[best]
@@ -224,40 +310,31 @@ def _round_layer(
     return found, after / max(before, 1e-20)
 
 
-def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(E H E^T) of one block, E (O, N)."""
-    return float(((error @ hessian) * error).sum())
-
-
 def second_order_codes(
     weight: torch.Tensor,
-    hessian: torch.Tensor,
+    inputs: Hessian | Rows,
     low: torch.Tensor,
     high: torch.Tensor,
     damping: float,
 ) -> torch.Tensor:
-    """weight (O, N) in units of its scale, hessian (N, N), low and high (O, 1) -> codes (O, N).
+    """weight (O, N) in units of its scale, low and high (O, 1) -> codes (O, N).
 
-    Columns in the order of falling H_ii; what rounding a column loses is moved to the others by
-    the inverse of H.
+    Columns in the order of falling H_ii; what rounding a column loses is moved to those after it.
     """
-    order = hessian.diagonal().argsort(descending=True)
-    h = hessian[order][:, order].double()
-    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-12))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)  # H^-1 = U^T U
-    w = weight[:, order].clone()
-    codes = torch.empty_like(w)
+    squares = inputs.squares()
+    order = squares.argsort(descending=True)
+    feedback = inputs.feedback(order, damping * squares.mean().clamp(min=1e-12))
+    w = weight[:, order]
+    errors, codes = torch.empty_like(w), torch.empty_like(w)
     for start in range(0, w.shape[1], DELAYED_COLUMNS):
         end = min(start + DELAYED_COLUMNS, w.shape[1])
-        errors = torch.empty(len(w), end - start, dtype=w.dtype, device=w.device)
+        passed_on = feedback(start, end)  # (end, end - start)
+        part = w[:, start:end] - errors[:, :start] @ passed_on[:start]
         for i in range(start, end):
-            column = torch.clamp(w[:, i : i + 1].round(), low, high)
-            codes[:, i : i + 1] = column
-            error = (w[:, i : i + 1] - column) / upper[i, i]
-            w[:, i:end] -= error * upper[i, i:end]
-            errors[:, i - start : i - start + 1] = error
-        w[:, end:] -= errors @ upper[start:end, end:]
+            at = i - start
+            codes[:, i] = torch.clamp(part[:, at : at + 1].round(), low, high)[:, 0]
+            errors[:, i] = part[:, at] - codes[:, i]
+            part[:, at + 1 :] -= errors[:, i : i + 1] * passed_on[i, at + 1 :]
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
