@@ -5,8 +5,9 @@
 
 Each quantizer is one operator, tinydm::fake_quantize, whose scale and zero point are looked up by
 the timestep; each weight is one, tinydm::dequantize, of its codes. An exporter translates the two
-(QuantizeLinear and DequantizeLinear of ONNX). Values are those of the fake backend up to float
-rounding.
+(QuantizeLinear and DequantizeLinear of ONNX). Quantizers of more than 8 bits are plain arithmetic:
+no runtime multiplies such codes as integers, and OpenVINO leaves operators of 16 bits out. Values
+are those of the fake backend up to float rounding.
 
 Legend: B batch, S calibrated timesteps.
 """
@@ -18,21 +19,19 @@ from ...models.protocols import ModuleList
 from ..core.affine import dequantize, fake_quantize
 from ..core.context import TimestepContext
 from ..core.operation import Operation, quantize_input, relative_to_row, scale_channels
+from ..core.settings import MOST_BITS
 from ..runtime.correction import OutputCorrection
 from ..runtime.denoiser import QuantDenoiser, replace_module
 from ..runtime.layers import QuantLayer, QuantMatMul, TimestepLayer
 from ..runtime.quantizer import ActivationQuantizer
-
-MOST_BITS = 16  # of a code
 
 
 @torch.library.custom_op("tinydm::fake_quantize", mutates_args=())
 def fake_quantize_op(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> torch.Tensor:
-    """Quantize to all codes of zero_point's dtype (uint8 or uint16) and dequantize; both 0-d."""
-    top = torch.iinfo(zero_point.dtype).max
-    return fake_quantize(x, scale, zero_point.float(), top)
+    """Quantize to all codes of uint8, the dtype of zero_point, and dequantize; both 0-d."""
+    return fake_quantize(x, scale, zero_point.float(), 2**MOST_BITS - 1)
 
 
 @fake_quantize_op.register_fake
@@ -65,40 +64,40 @@ class _Step:
 class GraphQuantizer(nn.Module):
     """An ActivationQuantizer whose numbers are tables (S,), or one value that all timesteps share.
 
-    low and high: what x is clamped to first, where it has fewer codes than its type.
+    lowest, highest: of q - z. With fewer than 8 bits x is clamped to these codes first.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
 
     def __init__(self, step: _Step, quantizer: ActivationQuantizer):
         super().__init__()
         groups = quantizer.group_of_timestep.long()
         one = bool((groups == groups[0]).all())
         rows = groups[:1] if one else groups
-        self.step, self.shared, self.bits = step, one, quantizer.bits
-        self.clamped = not {quantizer.group_bits[g] for g in rows.tolist()} <= {8, MOST_BITS}
+        self.step, self.shared = step, one
+        bits = {quantizer.group_bits[g] for g in rows.tolist()}
+        self.is_wide, self.is_clamped = max(bits) > MOST_BITS, min(bits) < MOST_BITS
         scale, zero_point = quantizer.scale[rows], quantizer.zero_point[rows]
         self.register_buffer("scale", scale)
-        # PyTorch looks nothing up in tables of uint16.
-        self.register_buffer(
-            "zero_point", zero_point.to(torch.uint8) if self.bits <= 8 else zero_point
-        )
-        self.register_buffer("low", -scale * zero_point)
-        self.register_buffer("high", scale * (quantizer.tops[rows] - zero_point))
+        codes = zero_point if self.is_wide else zero_point.to(torch.uint8)
+        self.register_buffer("zero_point", codes)
+        self.register_buffer("lowest", -zero_point)
+        self.register_buffer("highest", quantizer.tops[rows] - zero_point)
 
     def _current(self, table: torch.Tensor) -> torch.Tensor:
         return (table if self.shared else table.index_select(0, self.step.index)).reshape(())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.clamped:
-            x = torch.minimum(torch.maximum(x, self._current(self.low)), self._current(self.high))
-        zero_point = self._current(self.zero_point)
-        if self.bits > 8:
-            zero_point = zero_point.to(torch.uint16)
-        return torch.ops.tinydm.fake_quantize(x, self._current(self.scale), zero_point)
+        scale, lowest, highest = map(self._current, (self.scale, self.lowest, self.highest))
+        if self.is_wide:
+            codes = torch.round(x * scale.reciprocal())
+            return torch.minimum(torch.maximum(codes, lowest), highest) * scale
+        if self.is_clamped:
+            x = torch.minimum(torch.maximum(x, lowest * scale), highest * scale)
+        return torch.ops.tinydm.fake_quantize(x, scale, self._current(self.zero_point))
 
 
 class GraphLayer(nn.Module):

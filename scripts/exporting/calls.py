@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,14 +21,14 @@ MARGIN = 3.0
 class Call(NamedTuple):
     """x (B, C, H, W), t (1,), the denoiser's other tensors by name, and the output.
 
-    own: dB between the output and those of the same backend where only float rounding differs.
+    again: the output of the same backend where only float rounding differs, None if not computed.
     """
 
     x: torch.Tensor
     t: torch.Tensor
     named: dict[str, torch.Tensor]
     output: torch.Tensor
-    own: float = math.inf
+    again: torch.Tensor | None = None
 
     def inputs(self) -> Inputs:
         values = {"x": self.x, "t": self.t} | self.named
@@ -38,7 +37,8 @@ class Call(NamedTuple):
     def of_rows(self, rows: Sequence[int]) -> "Call":
         """The same call of these samples, which may be there more than once."""
         named = {name: value[rows] for name, value in self.named.items()}
-        return self._replace(x=self.x[rows], named=named, output=self.output[rows])
+        again = None if self.again is None else self.again[rows]
+        return self._replace(x=self.x[rows], named=named, output=self.output[rows], again=again)
 
 
 def few_steps(config: Config) -> Config:
@@ -75,7 +75,7 @@ def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
         if one:
             calls.append(call)
             raise _Enough
-        calls.append(call._replace(own=own_agreement(model, call)))
+        calls.append(call._replace(again=computed_again(model, call)))
         return output
 
     with contextlib.suppress(_Enough):
@@ -83,9 +83,9 @@ def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
     return calls
 
 
-def own_agreement(model: nn.Module, call: Call) -> float:
-    """How well a quantized denoiser agrees with itself: with its samples one by one, and with x
-    moved by one float rounding, in dB, the lower of both.
+def computed_again(model: nn.Module, call: Call) -> torch.Tensor:
+    """The output of a quantized denoiser that only float rounding moves: with its samples one by
+    one, or with x moved by one float rounding, whichever is further from the call's.
 
     A code that is almost at a border falls to the other side, which moves others behind it: two
     computations of one deep network differ by up to its activations' rounding noise.
@@ -96,7 +96,7 @@ def own_agreement(model: nn.Module, call: Call) -> float:
         for i in rows
     ]
     moved = model(call.x * (1 + torch.finfo(torch.float32).eps), call.t, **call.named)
-    return min(decibels(torch.cat(alone), call.output), decibels(moved, call.output))
+    return min(torch.cat(alone), moved, key=lambda output: decibels(output, call.output))
 
 
 def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:
