@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from ...quant.runtime.quantizer import ActivationQuantizer
 from ..experiment.assembly import Assembly
 from ..experiment.config import Config
 from .runtimes import Inputs
@@ -85,18 +86,35 @@ def record_calls(assembly: Assembly, classes: Any, one: bool) -> list[Call]:
 
 def computed_again(model: nn.Module, call: Call) -> torch.Tensor:
     """The output of a quantized denoiser that only float rounding moves: with its samples one by
-    one, or with x moved by one float rounding, whichever is further from the call's.
-
-    A code that is almost at a border falls to the other side, which moves others behind it: two
-    computations of one deep network differ by up to its activations' rounding noise.
-    """
+    one, or rounded_otherwise, whichever is further from the call's."""
     rows = range(len(call.x))
     alone = [
         model(call.x[i : i + 1], call.t, **{n: v[i : i + 1] for n, v in call.named.items()})
         for i in rows
     ]
-    moved = model(call.x * (1 + torch.finfo(torch.float32).eps), call.t, **call.named)
+    with rounded_otherwise(model):
+        moved = model(call.x, call.t, **call.named)
     return min(torch.cat(alone), moved, key=lambda output: decibels(output, call.output))
+
+
+@contextlib.contextmanager
+def rounded_otherwise(model: nn.Module) -> Iterator[None]:
+    """What every quantizer sees is moved by one float rounding, as another runtime's sums move it.
+
+    A code that is almost at a border falls to the other side, which moves others behind it: two
+    computations of one deep network differ by up to its activations' rounding noise.
+    """
+
+    def move(quantizer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0] * (1 + torch.finfo(torch.float32).eps),)
+
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    handles = [quantizer.register_forward_pre_hook(move) for quantizer in quantizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def decibels(output: torch.Tensor, expected: torch.Tensor) -> float:

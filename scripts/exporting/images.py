@@ -14,7 +14,7 @@ from ..experiment.config import Config
 from ..experiment.counted import Counted
 from ..experiment.sampling_run import pixels_of
 from ..metrics.scores import psnr, squared_error
-from .calls import LOWEST, MARGIN, Call
+from .calls import LOWEST, MARGIN, Call, rounded_otherwise
 from .runtimes import RUNTIMES, Inputs, not_installed, prepare
 
 
@@ -67,8 +67,9 @@ class Images:
         )
         if found >= LOWEST:
             return line
-        own = self._decibels(self._made_by(Moved(self.assembly.denoiser), "fake, x moved"))
-        line += f"; one float rounding of x moves those by {own:.1f} dB"
+        with rounded_otherwise(self.assembly.denoiser):
+            own = self._decibels(self._made_by(self.assembly.denoiser, "fake, moved"))
+        line += f"; float rounding alone moves those by {own:.1f} dB"
         if not found >= own - MARGIN:
             raise RunError(f"{path}: {line}; at least {min(LOWEST, own - MARGIN):.1f} are expected")
         return line
@@ -76,16 +77,3 @@ class Images:
     def _decibels(self, images: np.ndarray) -> float:
         """The pooled PSNR."""
         return float(psnr(squared_error(images, self.expected)))
-
-
-class Moved:
-    """A denoiser whose x is moved by one float rounding at each call."""
-
-    def __init__(self, denoiser: Any):
-        self.denoiser = denoiser
-
-    def __call__(self, x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-        return self.denoiser(x * (1 + torch.finfo(torch.float32).eps), *args, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.denoiser, name)
