@@ -277,18 +277,35 @@ def nested(named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return arguments
 
 
+def _keep_attention(model: nn.Module) -> None:
+    """Attention with products of its own takes no other processor, which would leave them out."""
+    module: Any
+    for module in model.modules():
+        if isinstance(getattr(module, "processor", None), ProductAttention):
+            module.set_processor = _no_processor
+
+
+def _no_processor(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "quantized attention takes no other processor: leave out attention slicing and the like"
+    )
+
+
 class LikeDiffusers(nn.Module):
     """A denoiser that is called as diffusers calls `original`, and has all else that this has.
 
-    denoiser: called with (x, t (B,), **named), given later where it is None. device: None for that
-    of its parameters. timestep: a number, 0-d or (B,). Returns what has the output as `.sample`, or
-    a tuple with it.
+    denoiser: called with (x, t (B,), **named), given later where it is None; its attention then
+    stays as it is. device: None for that of its parameters. timestep: a number, 0-d or (B,).
+    Returns what has the output as `.sample`, or a tuple with it, in the type of x; everything is
+    computed in float32.
     """
 
     def __init__(self, original: nn.Module, denoiser: nn.Module | None, device: Any = None):
         super().__init__()
         self.__dict__["original"], self.__dict__["place"] = original, device
         self.call: Callable[..., torch.Tensor] | None = denoiser
+        if denoiser is not None:
+            _keep_attention(original)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("original", "place"):  # not there yet, while a copy is made
@@ -300,7 +317,7 @@ class LikeDiffusers(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the tensors that it takes and gives."""
+        """Type in which it computes."""
         return torch.float32
 
     @property
@@ -310,13 +327,23 @@ class LikeDiffusers(nn.Module):
             return self.place
         return next(value.device for value in (*self.parameters(), *self.buffers()))
 
+    def to(self, *args: Any, **kwargs: Any) -> "LikeDiffusers":
+        """As of any module, but for the type, which pipelines give to all their parts."""
+        device, _, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        return super().to(device, None, non_blocking, memory_format=memory_format)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not that of the original, whose weights are not here. Raises ValueError."""
+        raise ValueError("a quantized denoiser is no folder of diffusers: keep the quantized file")
+
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         named = flat(self.original, args, kwargs)
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
+        named = {n: v.float() if v.is_floating_point() else v for n, v in named.items()}
         rows = x.shape[0]  # not len(x), which torch.export takes for a constant
         t = t.expand(rows) if t.ndim == 0 or t.shape[0] != rows else t
         assert self.call is not None  # given before the pipeline runs
-        out = self.call(x, t, **named)
+        out = self.call(x.float(), t, **named).to(x.dtype)
         return _output_type()(sample=out) if return_dict else (out,)
 
 

@@ -24,7 +24,15 @@ from torch import nn
 
 from .checkpoint import sha256_of
 from .checkpoint_files import failure, printable
-from .diffusers_denoiser import DiffusersDenoiser, LikeDiffusers, build, library, read, read_json
+from .diffusers_denoiser import (
+    DENOISERS,
+    DiffusersDenoiser,
+    LikeDiffusers,
+    build,
+    library,
+    read,
+    read_json,
+)
 from .hub_names import is_hub_id, no_path
 from .pipeline import filled
 
@@ -299,7 +307,13 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     if kind not in PIPELINES:
         raise ValueError(f"{kind} is not supported ({', '.join(PIPELINES)})")
     part = "transformer" if "transformer" in pipe.components else "unet"
-    return part, pipe.components[part]
+    module = pipe.components[part]
+    name = type(module).__name__
+    if name not in DENOISERS:
+        raise ValueError(f"{part}: {name} is not supported ({', '.join(DENOISERS)})")
+    if module.dtype != torch.float32:
+        raise ValueError(f"{part} is in {module.dtype}: load the pipeline in torch.float32")
+    return part, module
 
 
 def pipe_beside(pipe: Any, tap: LikeDiffusers) -> Any:

@@ -82,13 +82,14 @@ class DiffusersPipeline:
         *,
         eta: float = 0.0,
         guidance_scale: float | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         micro_batch: int = 4,
         decode_batch: int = 1,
         arguments: Mapping[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ):
-        self.micro_batch, self.steps, self.prompts = micro_batch, steps, prompts
+        self.micro_batch, self.steps = micro_batch, steps
+        self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self._output: torch.Tensor | None = None
         self._timestep: torch.Tensor | None = None  # of the coming call, on the host
         self._tap = LikeDiffusers(denoiser.model, None, torch.device(device))
@@ -235,7 +236,8 @@ class DiffusersPipeline:
             return None
         if classes is not None and not (self._has_classes or self.prompts):
             raise ValueError(f"sampling.classes: {self.kind} has no classes")
-        if classes is not None and self.num_classes and max(classes) >= self.num_classes:
+        outside = self.num_classes and any(c not in range(self.num_classes) for c in classes or ())
+        if outside:
             limits = f"0..{self.num_classes - 1}"
             raise ValueError(f"sampling.classes must be a list of numbers within {limits}")
         return labels_of(self.num_classes or 0, indices, seed, classes, shuffled=not self.prompts)

@@ -72,6 +72,12 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
         assert torch.equal(loaded(x, t), expected)
     with pytest.raises(PackedFileError, match="give module="):
         tinydm.load(file)
+    with pytest.raises(ValueError, match="outside"):
+        loaded(x, float("nan"))
+    with pytest.raises(ValueError, match="must be fake or int8"):
+        tinydm.load(file, Denoiser(), backend="int4")
+    with pytest.raises(ValueError, match="needs backend"):
+        tinydm.load(file, Denoiser(), compile=True)
     if int8_supported() is None:
         integers = tinydm.load(file, Denoiser(), backend="int8")
         torch.testing.assert_close(integers(x, 300), expected, rtol=1e-2, atol=1e-2)
@@ -96,6 +102,22 @@ def test_tracing_that_would_freeze_the_timestep_is_refused(tmp_path: Path) -> No
     example = (torch.randn(2, 3, 8, 8), torch.tensor([300, 300]))
     with pytest.raises(RuntimeError, match=r"use torch\.export"):
         torch.jit.trace(made, example)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"weight_bits": 1}, "weight_bits must be within 2..8"),
+        ({"activation_bits": 16}, "activation_bits must be within 2..8"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"out": "no/such/folder/q.safetensors"}, "a folder that is there"),
+        ({"out": "."}, "must be a file"),
+    ],
+)
+def test_arguments_that_would_fail_later(arguments: dict, what: str) -> None:
+    """Before the calibration, which may take an hour."""
+    with pytest.raises(ValueError, match=what):
+        tinydm.calibrate(Denoiser(), **({"sample": pytest.fail} | QUICK | arguments))
 
 
 @pytest.mark.slow
@@ -166,7 +188,8 @@ def test_a_stock_pipeline_takes_the_loaded_module(pipe: tuple) -> None:
         stock.unet = original
     assert torch.equal(images(), full)
     quantized = tinydm.load(file)
-    sampler = DiffusersPipeline(stock, DiffusersDenoiser(quantized.original), 3, prompts=["a b"])
+    sampler = DiffusersPipeline(stock, DiffusersDenoiser(quantized.original), 3, prompts="a b")
+    assert sampler.prompts == ["a b"]
     assert sampler.guidance_scale == 7.5 and len(sampler.timesteps) == 3
 
 
@@ -200,3 +223,40 @@ def test_an_offloaded_module_comes_back(pipe: tuple) -> None:
     expected = unet(x, 401, text).sample
     hooked, _ = accelerate.cpu_offload_with_hook(unet, "cpu")
     assert torch.equal(hooked(x, 401, text).sample, expected)
+
+
+@pytest.mark.slow
+def test_what_pipelines_do_to_their_parts(pipe: tuple) -> None:
+    """Attention slicing would take the quantized products away without a word, and pipelines in
+    half precision hand their type on."""
+    stock, file = pipe
+    unet = tinydm.load(file)
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8)
+    expected = unet(x, 401, text).sample
+    original = stock.unet
+    try:
+        stock.unet = unet
+        with pytest.raises(ValueError, match="attention slicing"):
+            stock.enable_attention_slicing()
+    finally:
+        stock.unet = original
+    assert torch.equal(unet(x, 401, text).sample, expected)
+    half = unet.to("cpu", torch.bfloat16)(x.bfloat16(), 401, text.bfloat16()).sample
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.05)
+    assert torch.equal(unet(x, 401, text).sample, expected)
+    with pytest.raises(ValueError, match="keep the quantized file"):
+        unet.save_pretrained("anywhere")
+
+
+@pytest.mark.slow
+def test_pipelines_that_cannot_be_calibrated(pipe: tuple) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    from tests.helpers.pipelines import pixel_unet
+
+    half = DDPMPipeline(pixel_unet().half(), DDPMScheduler())
+    with pytest.raises(ValueError, match=r"load the pipeline in torch\.float32"):
+        tinydm.calibrate(half, **QUICK)
+    half.unet = tinydm.load(pipe[1])
+    with pytest.raises(ValueError, match="unet: LikeDiffusers is not supported"):
+        tinydm.calibrate(half, **QUICK)

@@ -128,6 +128,13 @@ def test_text_is_sampled_as_the_pipeline_does(tmp_path: Path) -> None:
     assert psnr(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) > 100
 
 
+def test_classes_outside(tmp_path: Path) -> None:
+    pipeline = assembled(make_pipeline("dit", tmp_path, diffusers.DDIMScheduler())).pipeline
+    for wrong in (-1, 1000):
+        with pytest.raises(ValueError, match="numbers within 0..999"):
+            pipeline.labels(range(2), SEED, [3, wrong])
+
+
 def test_classes_of_a_transformer(tmp_path: Path) -> None:
     folder = make_pipeline("dit", tmp_path, diffusers.DPMSolverMultistepScheduler())
     ours = sampled(assembled(folder), classes=[3, 900, 5])

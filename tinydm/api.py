@@ -27,7 +27,7 @@ from .quant.calibration.distinct import enough_trajectories
 from .quant.calibration.record import Recorder
 from .quant.calibration.states import CalibrationStates, joined
 from .quant.calibration.task import OnOutput, Task
-from .quant.core.settings import CalibrationSettings, QuantSettings
+from .quant.core.settings import FEWEST_BITS, MOST_BITS, CalibrationSettings, QuantSettings
 from .quant.runtime.denoiser import QuantDenoiser
 from .quant.runtime.packed_file import PackedFileError, load_quantized, read_metadata, to_bytes
 
@@ -51,6 +51,10 @@ def load(
     used. backend: fake or int8; compile: faster int8. Raises PackedFileError, and
     ValueError for a backend that this machine cannot run.
     """
+    if backend not in ("fake", "int8"):
+        raise ValueError(f"backend must be fake or int8, got '{backend}'")
+    if compile and backend == "fake":
+        raise ValueError("compile=True: needs backend='int8'")
     text = read_metadata(path).get("denoiser")
     if module is None:
         if text is None:
@@ -76,7 +80,7 @@ def calibrate(
     train_timesteps: int = 1000,
     steps: int = 50,
     guidance_scale: float | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     classes: Sequence[int] | None = None,
     batch_size: int = 4,
     weight_bits: int = 4,
@@ -92,6 +96,7 @@ def calibrate(
     it. It stays in full precision. out: the file to write. settings, calibration: everything else;
     the bits count beside them. Raises ValueError for what cannot be quantized, naming it.
     """
+    _check_arguments(out, batch_size, weight_bits, activation_bits)
     settings = QuantSettings() if settings is None else settings
     calibration = CalibrationSettings() if calibration is None else calibration
     settings = replace(
@@ -129,6 +134,19 @@ def calibrate(
         about = {"denoiser": json.dumps(describe("", {}, denoiser))} if known else {}
         _write(Path(out), to_bytes(deployed, about | {"method": settings.method}))
     return _like_the_original(deployed)
+
+
+def _check_arguments(
+    out: str | Path | None, batch_size: int, weight_bits: int, activation_bits: int
+) -> None:
+    """Raises ValueError, before anything is computed, for what would fail or be wrong later."""
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if bits not in range(FEWEST_BITS, MOST_BITS + 1):
+            raise ValueError(f"{name} must be within {FEWEST_BITS}..{MOST_BITS}, is {bits}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, is {batch_size}")
+    if out is not None and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"out: {out} must be a file in a folder that is there")
 
 
 def _like_the_original(model: QuantDenoiser) -> nn.Module:

@@ -66,6 +66,8 @@ class TimestepContext:
             )
 
     def _check(self, low: Timestep, high: Timestep, what: str) -> None:
-        if self.train_timesteps is not None and (low < 0 or high >= self.train_timesteps):
+        if self.train_timesteps is None:
+            return
+        if not (low >= 0 and high < self.train_timesteps):  # neither holds of NaN
             limits = f"0..{self.train_timesteps - 1}"
             raise ValueError(f"{what} {low}..{high} outside {limits}")
