@@ -402,9 +402,7 @@ def build(name: str, config: Mapping[str, Any], place: object = "config.json") -
 def variant_of(folder: Path) -> str | None:
     """None for weights under their plain name, else the variant that there is (fp16)."""
     names = {p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")}
-    if any(".fp16." in name for name in names) and all(".fp16" in name for name in names):
-        return "fp16"
-    return None
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def read(folder: Path) -> DiffusersDenoiser:

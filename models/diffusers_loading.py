@@ -32,6 +32,7 @@ from .diffusers_denoiser import (
     library,
     read,
     read_json,
+    variant_of,
 )
 from .hub_names import is_hub_id, no_path
 from .pipeline import filled
@@ -47,6 +48,7 @@ TEXT_GUIDED = (
 )
 UNGUIDED = ("LDMPipeline", "ConsistencyModelPipeline", "LatentConsistencyModelPipeline")
 PIPELINES = (*PIXELS, *TEXT_GUIDED, *UNGUIDED, "LDMTextToImagePipeline", "DiTPipeline")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 CHECKERS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 
@@ -75,6 +77,13 @@ class DiffusersFolder:
             what = f"is a {printable(name, 60)}"
             raise failure(file, what, f"supported are {', '.join(PIPELINES)}")
         _check_parts(index, file)
+        for name in _needed(index):
+            if not (path / name).is_dir() and name not in ("unet", "transformer", "scheduler"):
+                raise failure(path, f"holds no folder {name}", "download the whole folder")
+            # Without it, transformers makes a tokenizer that knows no word.
+            words = [p for p in (path / name).glob("*") if p.name in VOCABULARIES]
+            if name.startswith("tokenizer") and not words:
+                raise failure(path / name, "holds no vocabulary", "download the whole folder")
         part = "transformer" if "transformer" in index else "unet"
         folders = [path / f"{part}_ema", path / part] if weights == "ema" else [path / part]
         denoiser = next((f for f in (*folders, path) if (f / "config.json").is_file()), None)
@@ -146,6 +155,8 @@ class DiffusersFolder:
         """diffusers' pipeline with these parts and those of the folder. Raises what the libraries
         raise."""
         variants = [p for p in self.files(with_denoiser=False) if ".fp16" in p.name]
+        towers = {name: self._tower(name) for name in _needed(self.index) if "text_enc" in name}
+        given = towers | given
         return library().DiffusionPipeline.from_pretrained(
             self.path,
             variant="fp16" if variants else None,
@@ -153,6 +164,24 @@ class DiffusersFolder:
             local_files_only=True,
             **given,
         )
+
+    def _tower(self, name: str) -> nn.Module:
+        """A text tower. transformers draws what is missing at random, with no more than a log."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        place = self.path / name
+        kind = getattr(transformers, self.index[name][1])
+        tower, told = kind.from_pretrained(
+            place,
+            variant=variant_of(place),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if told["missing_keys"]:
+            raise ValueError(f"{name} holds no tensor {min(told['missing_keys'])}")
+        return tower
 
 
 def located(text: str | Path) -> Path:
@@ -197,6 +226,12 @@ def _check_parts(index: Mapping[str, Any], file: Path) -> None:
         if len(value) != 2 or value[0] not in (*ours, None):
             what = f"{name} is of {printable(value, 80)}, not of diffusers or transformers"
             raise failure(file, what, "nothing of it was run")
+
+
+def _needed(index: Mapping[str, Any]) -> list[str]:
+    """Parts that model_index.json names and that are read."""
+    parts = {n: v for n, v in index.items() if isinstance(v, list) and v[0] is not None}
+    return [name for name in parts if name not in CHECKERS]
 
 
 class PixelLoop:
@@ -252,6 +287,12 @@ def folder_pipe(
             pipe = folder.assembled(given)
     except Exception as error:  # whatever the libraries raise for files that are not whole
         raise failure(folder.path, f"no {folder.kind}: {error}", "download it again") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and part is not tap.original:
+            lacking = [n for n, value in part.state_dict().items() if value.is_meta]
+            if lacking:
+                what = f"holds no tensor {lacking[0]}"
+                raise failure(folder.path / name, what, "download it again")
     setattr(pipe, folder.part, tap)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():

@@ -38,7 +38,17 @@ Eps = Callable[..., torch.Tensor]  # (x, t, **named) -> the output of the denois
 Numbers = Sequence[int]
 Device = str | torch.device
 
+OF_SAMPLER = {"num_inference_steps": "steps", "guidance_scale": "guidance_scale", "eta": "eta"}
 PICTURES = ("image", "mask_image")  # arguments that are files
+# What pipelines raise for arguments that they cannot use, often from deep within.
+REFUSALS = (
+    ValueError,
+    NotImplementedError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+)
 # Schedulers of one call a step, which is linear in the state and the output ...
 LINEAR_STEPS = (
     "DDIMScheduler",
@@ -111,8 +121,13 @@ class DiffusersPipeline:
     def _checked(
         self, arguments: dict[str, Any], eta: float, guidance_scale: float | None
     ) -> dict[str, Any]:
-        given = ("prompt", "generator", "output_type", "batch_size", "class_labels", "return_dict")
+        given = (
+            *("prompt", "generator", "output_type", "batch_size", "class_labels", "return_dict"),
+            *("num_images_per_prompt", "timesteps", "sigmas", "denoising_end"),
+        )
         for name in arguments:
+            if name in OF_SAMPLER:
+                raise ValueError(f"model.params.{name}: give sampler.{OF_SAMPLER[name]} instead")
             if name not in self._wanted or name in given:
                 raise ValueError(f"model.params.{name}: {self.kind} takes no such argument")
         for name in PICTURES:
@@ -236,9 +251,9 @@ class DiffusersPipeline:
             return None
         if classes is not None and not (self._has_classes or self.prompts):
             raise ValueError(f"sampling.classes: {self.kind} has no classes")
-        outside = self.num_classes and any(c not in range(self.num_classes) for c in classes or ())
-        if outside:
-            limits = f"0..{self.num_classes - 1}"
+        count = self.num_classes
+        if classes is not None and count and any(c not in range(count) for c in classes):
+            limits = f"0..{count - 1}"
             raise ValueError(f"sampling.classes must be a list of numbers within {limits}")
         return labels_of(self.num_classes or 0, indices, seed, classes, shuffled=not self.prompts)
 
@@ -322,7 +337,7 @@ class DiffusersPipeline:
                 images = self._pipe(**arguments, output_type="np").images
         except _LastStep as reached:
             return reached.args[0][: len(indices)]
-        except (ValueError, NotImplementedError, ImportError, AttributeError, KeyError) as error:
+        except REFUSALS as error:
             if isinstance(error, CheckpointError | SamplingError):
                 raise
             raise SamplingError(f"{self.kind} refuses: {printable(error, 300)}") from error

@@ -353,3 +353,9 @@ def test_help_leaves_out_what_changes_nothing(capsys: pytest.CaptureFixture) -> 
     assert "--method" not in told[sample_diffusion] and "--act_bit" not in told[sample_diffusion]
     args = sample_diffusion.parse_arguments(["--out", "x", "--method", "ptqd", "--wq", "8"])
     assert [override.key for override in args.overrides] == ["quant.method", "quant.weight.bits"]
+
+
+def test_the_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    """Some editors write one before the first prompt, which would be another prompt with it."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  a dog \r\n")
+    assert yaml.safe_load(cli.lines_of(str(tmp_path / "prompts.txt"))) == ["a cat", "a dog"]

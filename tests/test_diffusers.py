@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -381,6 +383,56 @@ def test_absent_weights_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(CheckpointError, match="holds no whole UNet2DModel"):
         assembled(folder)
     assert capfd.readouterr().err == ""  # of what diffusers looked for on the way
+
+
+def without(file: Path, start: str) -> None:
+    kept = {n: v for n, v in load_file(file).items() if not n.startswith(start)}
+    save_file(kept, file, {"format": "pt"})
+
+
+def test_parts_beside_the_denoiser_are_whole(tmp_path: Path) -> None:
+    """The libraries make up what is missing: random weights, a vocabulary without words."""
+    prompts = 'model.conditioning.prompts=["a b"]'
+    whole = make_pipeline("text", tmp_path / "whole", diffusers.DDIMScheduler())
+
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(whole, tmp_path / name))
+
+    folder = copied("tower")
+    without(folder / "text_encoder/model.safetensors", "embeddings.token_embedding")
+    with pytest.raises(CheckpointError, match="text_encoder holds no tensor"):
+        assembled(folder, prompts)
+    folder = copied("decoder")
+    without(folder / "vae/diffusion_pytorch_model.safetensors", "decoder.conv_out")
+    with pytest.raises(CheckpointError, match=r"vae: holds no tensor decoder\.conv_out"):
+        assembled(folder, prompts)
+    folder = copied("words")
+    (folder / "tokenizer/tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer: holds no vocabulary"):
+        assembled(folder, prompts)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="holds no folder tokenizer"):
+        assembled(folder, prompts)
+
+
+def test_shards_of_a_variant(tmp_path: Path) -> None:
+    """Whose names have the variant before the number of the shard."""
+    sizes = {"variant": "fp16", "max_shard_size": "8KB"}
+    make_pipeline("text", tmp_path, diffusers.DDIMScheduler(), **sizes)
+    assert any((tmp_path / "unet").glob("*.fp16-0*")), "no shards"
+    assert any((tmp_path / "text_encoder").glob("*.fp16*")), "no variant"
+    images = sampled(assembled(tmp_path, 'model.conditioning.prompts=["a b"]'), 1)
+    assert images.shape == (1, 3, 8, 8)
+
+
+def test_arguments_that_a_pipeline_cannot_use(tmp_path: Path) -> None:
+    folder = make_pipeline("text", tmp_path, diffusers.DDIMScheduler())
+    prompts = 'model.conditioning.prompts=["a b"]'
+    for name, own in (("guidance_scale", "guidance_scale"), ("num_inference_steps", "steps")):
+        with pytest.raises(ConfigError, match=rf"model\.params\.{name}: give sampler\.{own}"):
+            assembled(folder, prompts, f'model.params={{"{name}": 9}}')
+    with pytest.raises(SamplingError, match="refuses: tuple index out of range"):
+        sampled(assembled(folder, prompts, 'model.params={"clip_skip": 5}'), 1)
 
 
 def test_a_prediction_type_that_nobody_knows(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def read_text(path: str | Path) -> str:
             raise ConfigError(f"{path}: cannot be read (is no file)")
         if os.path.exists(path) and os.path.getsize(path) > LARGEST_TEXT:
             raise ConfigError(f"{path}: cannot be read (larger than {LARGEST_TEXT >> 20} MiB)")
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text in UTF-8"
         raise ConfigError(f"{path}: cannot be read ({reason})") from error
