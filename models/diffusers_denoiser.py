@@ -330,7 +330,8 @@ class LikeDiffusers(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> "LikeDiffusers":
         """As of any module, but for the type, which pipelines give to all their parts."""
         device, _, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        return super().to(device, None, non_blocking, memory_format=memory_format)
+        super().to(device=device, non_blocking=non_blocking)
+        return self if memory_format is None else super().to(memory_format=memory_format)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Not that of the original, whose weights are not here. Raises ValueError."""
