@@ -12,10 +12,11 @@ Shapes: B batch, C x H x W what the denoiser sees, h heads.
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +37,8 @@ LARGE = 1 << 28  # parameters, above which gradients are made of few kept values
 # Of a sample's attention (64 MB): where there are more, gradients are made of so many at a time.
 MANY_SCORES = 1 << 24
 NESTED = "."  # added_cond_kwargs.text_embeds: a tensor of a dict that is an argument
+FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
+FULL_PRECISION = "give the weights in full or half precision"
 NO_DIFFUSERS = "this folder needs diffusers: pip install diffusers accelerate transformers"
 
 
@@ -411,9 +414,14 @@ def read(folder: Path) -> DiffusersDenoiser:
     config = read_json(folder / "config.json")
     kind = class_of(config.get("_class_name"), folder / "config.json")
     try:
-        model = kind.from_pretrained(
-            folder, variant=variant_of(folder), torch_dtype=torch.float32, local_files_only=True
+        model, told = kind.from_pretrained(
+            folder,
+            variant=variant_of(folder),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        types = dict(_types(folder))
     except Exception as error:  # whatever the libraries raise for files that are not whole
         raise failure(
             folder, f"holds no whole {kind.__name__}: {error}", "download it again"
@@ -422,4 +430,20 @@ def read(folder: Path) -> DiffusersDenoiser:
         if value.is_meta or not torch.isfinite(value).all():
             what = f"tensor {name} is missing, NaN or infinite"
             raise failure(folder, what, "download it again")
+    # Both are signs of weights that are quantized already, which diffusers would take as they are.
+    for name in sorted(told["unexpected_keys"]):
+        raise failure(folder, f"tensor {name} has no place in {kind.__name__}", FULL_PRECISION)
+    for name, of in types.items():
+        if of not in FLOATS:
+            raise failure(folder, f"tensor {name} is of type {printable(of, 20)}", FULL_PRECISION)
     return DiffusersDenoiser(model.eval().requires_grad_(False))
+
+
+def _types(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name, type) of each tensor in the files of safetensors that diffusers reads."""
+    stem = "diffusion_pytorch_model"
+    names = ("[.-]fp16*",) if variant_of(folder) else ("", "-*")
+    for file in (f for name in names for f in folder.glob(f"{stem}{name}.safetensors")):
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+                yield name, tensors.get_slice(name).get_dtype()

@@ -385,6 +385,23 @@ def test_absent_weights_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == ""  # of what diffusers looked for on the way
 
 
+def test_weights_that_are_quantized_already(tmp_path: Path) -> None:
+    """diffusers takes their codes for weights, and leaves scales out."""
+    folder = make_pipeline("pixels", tmp_path, diffusers.DDPMScheduler())
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    whole = load_file(file)
+    for changes, what in (
+        (
+            {"conv_in.weight_scale": torch.ones(8)},
+            "conv_in.weight_scale has no place in UNet2DModel",
+        ),
+        ({"conv_in.bias": whole["conv_in.bias"].to(torch.int32)}, "conv_in.bias is of type I32"),
+    ):
+        save_file(whole | changes, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=what):
+            assembled(folder)
+
+
 def without(file: Path, start: str) -> None:
     kept = {n: v for n, v in load_file(file).items() if not n.startswith(start)}
     save_file(kept, file, {"format": "pt"})
