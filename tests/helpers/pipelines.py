@@ -9,8 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tinydm.scripts.experiment.assembly import Assembly, assemble
+from tinydm.scripts.experiment.folder_config import config_of_folder
+
 WIDTHS = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 PROMPTS = ["a b", "c d e"]
+SEED = 7  # of sampled images
 
 
 def pixel_unet(**more: Any) -> nn.Module:
@@ -121,3 +125,15 @@ def pictures(folder: Path) -> torch.Tensor:
         torch.frombuffer(bytearray(Image.open(f).tobytes()), dtype=torch.uint8) for f in files
     ]
     return torch.stack(images) / 255
+
+
+def assembled(folder: Path, *overrides: str) -> Assembly:
+    """The folder's pipeline with four steps, two rows a call."""
+    ours = ["sampling.micro_batch=2", "sampler.steps=4", *overrides]
+    return assemble(config_of_folder([f"model.checkpoint={folder}", *ours]))
+
+
+def sampled(assembly: Assembly, count: int = 3, classes: list[int] | None = None) -> torch.Tensor:
+    """In [0, 1], (B, C, H, W)."""
+    x = assembly.pipeline.sample(assembly.denoiser, range(count), SEED, classes)
+    return (x / 2 + 0.5).clamp(0, 1)
