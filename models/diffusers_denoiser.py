@@ -345,6 +345,10 @@ class LikeDiffusers(nn.Module):
         x, t = named.pop("x"), torch.as_tensor(named.pop("t"))
         named = {n: v.float() if v.is_floating_point() else v for n, v in named.items()}
         rows = x.shape[0]  # not len(x), which torch.export takes for a constant
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, rows)):
+            raise ValueError(
+                f"timestep {tuple(t.shape)}: give one, or one for each of {rows} samples"
+            )
         t = t.expand(rows) if t.ndim == 0 or t.shape[0] != rows else t
         assert self.call is not None  # given before the pipeline runs
         out = self.call(x.float(), t, **named).to(x.dtype)

@@ -211,6 +211,9 @@ def test_it_is_called_like_the_original(pipe: tuple) -> None:
         unet(x, 401, text, cross_attention_kwargs={"scale": 0.5})
     with pytest.raises(ValueError, match="outside"):
         unet(x, 1000, text)
+    for t in (torch.tensor([1, 2, 3]), torch.tensor([[1, 2]])):
+        with pytest.raises(ValueError, match="one for each of 2 samples"):
+            unet(x, t, text)
 
 
 @pytest.mark.slow
