@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.settings import FEWEST_BITS, MOST_BITS
 from ..runtime.denoiser import QuantDenoiser
-from .layers import CalibLayer
+from .layers import CalibLayer, CalibTimestepLayer
 from .states import CalibrationStates
 from .weights import WeightQuantizer, roughly_rounded
 
@@ -29,15 +29,15 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def choices(average_bits: float) -> tuple[int, ...]:
-    """Bits that a layer may get: none loses more than one, since the losses are those of small
-    errors."""
-    return tuple(range(max(FEWEST_BITS, int(average_bits) - 1), MOST_BITS + 1))
+    """Bits that a layer may get: whole ones from those of the mean on. With fewer the images came
+    out worse, whatever the others gained (docs/ablations.md)."""
+    return tuple(range(max(FEWEST_BITS, int(average_bits)), MOST_BITS + 1))
 
 
 def free_layers(model: QuantDenoiser, bits: int) -> dict[str, CalibLayer]:
     """The layers in general, by the name of the layer that they replace: those of `bits` bits whose
     inputs are quantized to at most MOST_BITS. The first, the last and those of the timestep alone
-    keep their own."""
+    are others."""
     return {
         name: module
         for name, module in model.denoiser.named_modules()
@@ -45,6 +45,16 @@ def free_layers(model: QuantDenoiser, bits: int) -> dict[str, CalibLayer]:
         and module.quantizer.bits == bits
         and len(module.inputs)
         and all(q.bits <= MOST_BITS for q in module.inputs)
+    }
+
+
+def timestep_layers(model: QuantDenoiser) -> dict[str, CalibLayer]:
+    """The layers that are computed once for each timestep, by the name of the layer that they
+    replace."""
+    return {
+        name: module.layer
+        for name, module in model.denoiser.named_modules()
+        if isinstance(module, CalibTimestepLayer)
     }
 
 
@@ -132,6 +142,7 @@ def set_bits(model: QuantDenoiser, bits: Mapping[str, int]) -> None:
     """Gives the named layers quantizers of so many bits."""
     for name, count in bits.items():
         layer = model.denoiser.get_submodule(name)
+        layer = layer.layer if isinstance(layer, CalibTimestepLayer) else layer
         assert isinstance(layer, CalibLayer)
         kind = layer.quantizer.scale_search
         layer.weight_quantizer = WeightQuantizer(layer.weight, count, kind)

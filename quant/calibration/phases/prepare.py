@@ -8,7 +8,7 @@ import torch
 from ...core.settings import bits_by_group, weighted_groups
 from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
-from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out
+from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out, timestep_layers
 from ..quantizer import LearnedQuantizer
 from ..search import SearchResult
 from ..search import search as search_groups
@@ -54,6 +54,12 @@ def mixed_bits(job: Job) -> dict[str, Any] | None:
     if weight.average_bits == 0:
         return None
     layers = free_layers(job.model, weight.bits)
+    of_timesteps = timestep_layers(job.model)
+    sizes = {name: layer.weight.numel() for name, layer in (layers | of_timesteps).items()}
+    # What the file would hold if each kind of layer had its bits throughout.
+    budget = weight.average_bits * sum(sizes[name] for name in layers)
+    budget += sum(sizes[name] * layer.quantizer.bits for name, layer in of_timesteps.items())
+    layers |= of_timesteps
     size, probes = job.calibration.batch_size, _probes(job)
     job.progress.begin("bits of the layers", -(-len(probes) // size) + 1)
     found = curvatures(
@@ -68,8 +74,7 @@ def mixed_bits(job: Job) -> dict[str, Any] | None:
     )
     allowed = choices(weight.average_bits)
     losses_of = {name: losses(layer, found[name], allowed) for name, layer in layers.items()}
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    bits = share_out(losses_of, sizes, weight.average_bits)
+    bits = share_out(losses_of, sizes, budget / sum(sizes.values()))
     set_bits(job.model, bits)
     job.progress.step("")
     job.progress.end()
