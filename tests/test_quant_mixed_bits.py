@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.calibrated import run
 from tests.helpers.toy import STEPS, Toy, toy_model, toy_states
+from tinydm.models.roles import LayerRoles
 from tinydm.quant.calibration.mixed_bits import (
     choices,
     curvatures,
@@ -63,7 +64,7 @@ def test_scaled_channels_count_as_the_original_ones() -> None:
     layer = free_layers(model, 4)["second"]
     curvature = torch.rand(layer.weight.shape)
     plain = losses(layer, curvature, choices(4))
-    assert sorted(plain) == [3, 4, 5, 6, 7, 8] and list(plain.values()) == sorted(
+    assert sorted(plain) == [4, 5, 6, 7, 8] and list(plain.values()) == sorted(
         plain.values(), reverse=True
     )
     factor = torch.full((layer.weight.shape[1],), 2.0)
@@ -93,8 +94,8 @@ def test_the_budget_is_kept_and_well_spent(layers: list[tuple[int, float]], aver
                 assert won <= lost * (1 + 1e-9)
 
 
-def test_no_layer_loses_more_than_a_bit() -> None:
-    assert [choices(average)[0] for average in (2.0, 2.5, 3.0, 3.9, 4.0, 8.0)] == [2, 2, 2, 2, 3, 7]
+def test_no_layer_has_fewer_bits_than_the_mean_has_whole_ones() -> None:
+    assert [choices(average)[0] for average in (2.0, 2.5, 3.0, 3.9, 4.0, 8.0)] == [2, 2, 3, 3, 4, 8]
     assert all(choices(average)[-1] == 8 for average in (2.0, 8.0))
 
 
@@ -107,9 +108,33 @@ def test_a_layer_has_as_many_codes_as_its_new_bits_allow() -> None:
     assert set(codes.detach().unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
 
 
+class RolesToy(Toy):
+    """Says which of its layers sees the timestep alone."""
+
+    def layer_roles(self) -> LayerRoles:
+        """One layer."""
+        return LayerRoles(timestep_only=("embed",))
+
+
+def test_layers_of_the_timestep_alone_give_bits_to_the_others() -> None:
+    """The file does not grow, and no method but tinyDM's shares out."""
+    shared, report, _, _ = run(RolesToy(), "tinydm")
+    bits = report["bits"]["bits"]
+    assert 4 <= bits["embed"] < 8 and bits["last"] > 4 and bits["second"] == 4
+    alike, report, _, _ = run(RolesToy(), "tinydm", weight={"average_bits": 0.0})
+    assert "bits" not in report
+    assert len(to_bytes(shared, {})) <= len(to_bytes(alike, {}))
+    assert "bits" not in run(RolesToy(), "e2e")[1]
+
+
+def test_without_anything_to_share_no_time_is_spent() -> None:
+    _, report, progress, _ = run(Toy(), "tinydm")
+    assert "bits" not in report and "bits of the layers" not in progress.phases
+
+
 def test_a_calibration_with_a_budget_resumes_to_the_same_bits_and_bytes() -> None:
-    whole, report, _, saved = run(Toy(), "tinydm", weight={"average_bits": 3.0})
+    whole, report, _, saved = run(Toy(), "tinydm", weight={"average_bits": 3.5})
     assert set(report["bits"]["bits"].values()) != {4}
     half = next(s for s in saved if s["done"][-1:] == ["rounding"])
-    again, _, _, _ = run(Toy(), "tinydm", RunState.from_plain(half), weight={"average_bits": 3.0})
+    again, _, _, _ = run(Toy(), "tinydm", RunState.from_plain(half), weight={"average_bits": 3.5})
     assert to_bytes(whole, {}) == to_bytes(again, {})

@@ -14,6 +14,7 @@ Legend: O output channels, I input channels.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -77,7 +78,17 @@ def curvatures(
     denoiser.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    found = [torch.zeros_like(weight) for weight in weights]
+    found = {name: torch.zeros_like(weight) for name, weight in zip(names, weights, strict=True)}
+
+    def take(name: str, weight: torch.Tensor) -> None:  # at once: all gradients would be a model
+        assert weight.grad is not None
+        found[name].addcmul_(weight.grad, weight.grad)
+        weight.grad = None
+
+    hooks = [
+        weight.register_post_accumulate_grad_hook(partial(take, name))
+        for name, weight in zip(names, weights, strict=True)
+    ]
     try:
         for start in range(0, len(tuples), batch_size):
             index = tuples[start : start + batch_size]
@@ -85,14 +96,14 @@ def curvatures(
             eps = denoiser(x, t.to(x.device), **conditioning)
             signs = torch.randint(2, eps.shape, generator=generator).to(eps) * 2 - 1
             root = importance[index[:, 0]].sqrt().to(eps)
-            total = ((eps * signs).flatten(1).sum(1) * root).sum()
-            for h, gradient in zip(found, torch.autograd.grad(total, weights), strict=True):
-                h += gradient.square()
+            ((eps * signs).flatten(1).sum(1) * root).sum().backward()
             on_batch()
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, value in zip(denoiser.parameters(), wanted, strict=True):
             p.requires_grad_(value)
-    return dict(zip(names, found, strict=True))
+    return found
 
 
 @torch.no_grad()

@@ -40,10 +40,10 @@ class WeightSettings:
     """Quantization of the weights."""
 
     bits: int = setting(4, "bits of the weights", within=(2, 8))
-    average_bits: float = setting(
-        0.0,
-        "mean bits of a weight, shared out among the layers by what their errors do to the image; "
-        "0: `bits` for all of them",
+    average_bits: float | None = setting(
+        None,
+        "layers have bits of their own, by what their errors do to the image, and the file is as "
+        "large as with this many in all of them; null: as many as `bits`; 0: each has `bits`",
         within=(0.0, 8.0),
     )
     scale: str = setting(
@@ -193,6 +193,12 @@ class QuantSettings:
     )
 
 
+def average_bits(settings: QuantSettings) -> float:
+    """Mean bits of the weights that the layers share out; 0: none are shared out."""
+    weight = settings.weight
+    return weight.bits if weight.average_bits is None else weight.average_bits
+
+
 def weighted_groups(settings: QuantSettings) -> bool:
     """Whether groups are searched with weights of the timesteps."""
     activation = settings.activation
@@ -271,7 +277,7 @@ def preset(
     plain = replace(
         tinydm,
         method=method,
-        weight=replace(tinydm.weight, rounding="adaround"),
+        weight=replace(tinydm.weight, rounding="adaround", average_bits=0.0),
         activation=replace(
             tinydm.activation, groups=1, search="none", bits_by_group=False, softmax="uniform"
         ),

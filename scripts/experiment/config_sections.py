@@ -20,6 +20,7 @@ from ...quant.core.settings import (
     FEWEST_BITS,
     CalibrationSettings,
     QuantSettings,
+    average_bits,
     bits_by_group,
     setting,
 )
@@ -181,7 +182,7 @@ def check_config(config: Config, where: Where) -> None:
         fitting = [name for name, archs in SAMPLERS.items() if model.arch in archs]
         refuse("sampler.name", f"{sampler.name} does not fit {model.arch} ({', '.join(fitting)})")
     _check_conditioning(model.conditioning, refuse)
-    if 0 < config.quant.weight.average_bits < FEWEST_BITS:
+    if 0 < average_bits(config.quant) < FEWEST_BITS:
         refuse("quant.weight.average_bits", f"must be 0 or at least {FEWEST_BITS}")
     own_bits = "quant.activation.bits_by_group"
     if (

@@ -5,10 +5,19 @@ from typing import Any
 
 import torch
 
-from ...core.settings import bits_by_group, weighted_groups
+from ...core.settings import average_bits, bits_by_group, weighted_groups
 from .. import distinct, gptq, grouping, timesteps
 from ..equivalent import scale_equivalently
-from ..mixed_bits import choices, curvatures, free_layers, losses, set_bits, share_out, timestep_layers
+from ..mixed_bits import (
+    choices,
+    curvatures,
+    free_layers,
+    losses,
+    set_bits,
+    share_out,
+    timestep_layers,
+)
+from ..parking import parked
 from ..quantizer import LearnedQuantizer
 from ..search import SearchResult
 from ..search import search as search_groups
@@ -50,30 +59,32 @@ def equivalent(job: Job) -> dict[str, Any] | None:
 
 def mixed_bits(job: Job) -> dict[str, Any] | None:
     """Gives each layer its bits under the budget of the settings."""
-    weight = job.settings.weight
-    if weight.average_bits == 0:
+    average = average_bits(job.settings)
+    if average == 0:
         return None
-    layers = free_layers(job.model, weight.bits)
+    general = free_layers(job.model, job.settings.weight.bits)
     of_timesteps = timestep_layers(job.model)
-    sizes = {name: layer.weight.numel() for name, layer in (layers | of_timesteps).items()}
-    # What the file would hold if each kind of layer had its bits throughout.
-    budget = weight.average_bits * sum(sizes[name] for name in layers)
+    layers, allowed = general | of_timesteps, choices(average)
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    budget = average * sum(sizes[name] for name in general)  # bits of the file
     budget += sum(sizes[name] * layer.quantizer.bits for name, layer in of_timesteps.items())
-    layers |= of_timesteps
-    size, probes = job.calibration.batch_size, _probes(job)
+    if budget < min(allowed) * sum(sizes.values()) + min(sizes.values(), default=1):
+        return None  # no layer can get a bit more than the fewest
+    learn = job.settings.reconstruct
+    probes, size = _probes(job), max(1, learn.finetune_batch_size // learn.accumulate)
     job.progress.begin("bits of the layers", -(-len(probes) // size) + 1)
-    found = curvatures(
-        job.denoiser,
-        list(layers),
-        job.states,
-        probes,
-        job.importance,
-        size,
-        job.generator("bits"),
-        lambda: job.progress.step(""),
-    )
-    allowed = choices(weight.average_bits)
-    losses_of = {name: losses(layer, found[name], allowed) for name, layer in layers.items()}
+    with parked(job.model):
+        found = curvatures(
+            job.denoiser,
+            list(layers),
+            job.states,
+            probes,
+            _importance(job),
+            size,
+            job.generator("bits"),
+            lambda: job.progress.step(""),
+        )
+    losses_of = {name: losses(layer, found.pop(name), allowed) for name, layer in layers.items()}
     bits = share_out(losses_of, sizes, budget / sum(sizes.values()))
     set_bits(job.model, bits)
     job.progress.step("")
