@@ -14,7 +14,7 @@ from tinydm.quant.calibration.end_to_end import EndToEnd, Plan
 from tinydm.quant.calibration.finite import DivergenceError, check_finite
 from tinydm.quant.calibration.phases import unfinished_phase
 from tinydm.quant.calibration.run_state import RunState
-from tinydm.quant.calibration.search import search
+from tinydm.quant.calibration.search import Search
 from tinydm.quant.calibration.timesteps import all_steps, tuples_of_steps
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
 from tinydm.quant.core.settings import SearchSettings
@@ -38,15 +38,9 @@ def test_the_search_stops_at_the_first_sample_that_has_no_error(value: float) ->
     settings = SearchSettings(rounds=100, batch_size=2)
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(DivergenceError, match="at iteration .* of 100") as raised:
-        search(
-            model,
-            states,
-            settings,
-            generator,
-            torch.ones(len(STEPS)),
-            torch.ones(len(STEPS)),
-            lambda i, loss: rounds.append(i),
-        )
+        alike = torch.ones(len(STEPS))
+        search = Search(model, states, settings, importance=alike, first_errors=alike)
+        search.run(generator, lambda i, loss: rounds.append(i))
     assert 0 < len(rounds) < 100
     assert f"iteration {len(rounds) + 1} of" in str(raised.value) and not raised.value.untouched
     assert all(torch.isfinite(p).all() for p in learned(model))

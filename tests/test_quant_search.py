@@ -5,10 +5,12 @@ import copy
 import torch
 
 from tests.helpers.toy import STEPS, Toy, eps_error, toy_model, toy_states
-from tinydm.quant.calibration.search import search, start
+from tinydm.quant.calibration.search import Search, start
 from tinydm.quant.calibration.timesteps import normalised_entropy
 from tinydm.quant.calibration.wrapping import BitPolicy, activation_quantizers
 from tinydm.quant.core.settings import SearchSettings
+
+ALIKE = torch.ones(len(STEPS))  # weights of the steps
 
 
 def test_search_lowers_the_entropy_and_ends_hard() -> None:
@@ -27,15 +29,8 @@ def test_search_lowers_the_entropy_and_ends_hard() -> None:
         assert (s[worse] < 0.05).all() and s[(cost < 1.02) & (s < 1)].min() > 0.1
     entropy = torch.stack([normalised_entropy(s) for s in sigma]).mean()
     rounds: list[int] = []
-    result = search(
-        model,
-        states,
-        SearchSettings(rounds=30, batch_size=8),
-        torch.Generator().manual_seed(0),
-        torch.ones(len(STEPS)),
-        torch.ones(len(STEPS)),
-        lambda i, loss: rounds.append(i),
-    )
+    search = Search(model, states, SearchSettings(rounds=30, batch_size=8), ALIKE, ALIKE)
+    result = search.run(torch.Generator().manual_seed(0), lambda i, loss: rounds.append(i))
     assert rounds == list(range(30))
     assert result.selector.entropy.mean() < 0.2 * entropy
     assert result.decided > 0.95 and 0 <= result.moved < 0.5
@@ -61,7 +56,7 @@ def test_ranges_of_many_bits_are_not_searched() -> None:
     wide.set_ranges(-torch.tensor([1.0, 40.0]), torch.tensor([1.0, 40.0]), group)
     before = wide.log_scale.detach().clone()
     settings = SearchSettings(rounds=2, batch_size=4)
-    search(model, states, settings, torch.Generator(), *[torch.ones(len(STEPS))] * 2)
+    Search(model, states, settings, ALIKE, ALIKE).run(torch.Generator())
     assert torch.equal(wide.log_scale, before) and torch.equal(wide.group_of_timestep, group)
 
 
@@ -79,14 +74,8 @@ def test_search_repairs_a_wrong_group() -> None:
     for _, q in activation_quantizers(model):
         q.group_error = None  # which would say so at once
     hurt = eps_error(model, states)
-    search(
-        model,
-        states,
-        SearchSettings(rounds=60, batch_size=8, lr_logits=0.3, entropy=0.1),
-        torch.Generator().manual_seed(0),
-        torch.ones(len(STEPS)),
-        torch.ones(len(STEPS)),
-    )
+    settings = SearchSettings(rounds=60, batch_size=8, lr_logits=0.3, entropy=0.1)
+    Search(model, states, settings, ALIKE, ALIKE).run(torch.Generator().manual_seed(0))
     assert quantizer.group_of_timestep[-1] == right[-1]
     assert eps_error(model, states) < 0.5 * hurt
 
@@ -100,9 +89,8 @@ def test_a_batch_in_parts_learns_the_same() -> None:
         model = copy.deepcopy(start_model)
         settings = SearchSettings(rounds=6, batch_size=8, accumulate=parts)
         generator = torch.Generator().manual_seed(0)
-        result = search(
-            model, states, settings, generator, *[torch.linspace(0.5, 2, len(STEPS))] * 2
-        )
+        weights = torch.linspace(0.5, 2, len(STEPS))
+        result = Search(model, states, settings, weights, weights).run(generator)
         quantizers = [q for _, q in activation_quantizers(model)]
         found.append((result, quantizers))
     for result, quantizers in found[1:]:
@@ -121,7 +109,7 @@ def test_with_one_group_scales_learn_as_with_more() -> None:
     state = copy.deepcopy(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     settings = SearchSettings(rounds=2, batch_size=4)
-    result = search(model, states, settings, generator, *[torch.ones(len(STEPS))] * 2)
+    result = Search(model, states, settings, ALIKE, ALIKE).run(generator)
     assert len(result.tuples) == 8 and (result.decided, result.moved) == (1.0, 0.0)
     for name, q in activation_quantizers(model):
         moved = not torch.equal(q.log_scale, state[f"{name}.log_scale"])

@@ -9,8 +9,8 @@ that the assignment ends hard and taking the arg max changes little (the gap is 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -83,115 +83,142 @@ def take_most_likely(quantizers: list[LearnedQuantizer]) -> tuple[float, float]:
     return decided / max(total, 1), moved / max(total, 1)
 
 
-def _errors(model: QuantDenoiser, states: CalibrationStates, index: torch.Tensor) -> torch.Tensor:
-    """Mean squared eps error of each tuple (n, 2); (n,)."""
-    x, t, eps, conditioning = states.gather(index)
-    return (model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
-
-
-@torch.no_grad()
-def _shared_errors(
-    team: Team, model: QuantDenoiser, states: CalibrationStates, parts: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """_errors of all parts, one after the other."""
-    shared = team.share(len(parts), lambda i: {"errors": _errors(model, states, parts[i])})
-    return torch.cat([values["errors"].to(states.device) for values in shared])
-
-
-def search(
-    model: QuantDenoiser,
-    states: CalibrationStates,
-    settings: SearchSettings,
-    generator: torch.Generator,
-    importance: torch.Tensor,
-    first_errors: torch.Tensor,
-    on_round: Callable[[int, float], None] = lambda i, loss: None,
-    team: Team | None = None,
-) -> SearchResult:
-    """Learns groups and scales of all activation quantizers together; weights stay as they are.
+@dataclass(frozen=True)
+class Search:
+    """The search of a model's groups and activation scales, in place; weights stay as they are.
 
     Only quantizers with more than one group are searched; with one group everywhere the scales
     learn alone. importance (K,): how much an eps error at a sampling step matters;
-    first_errors (K,): eps errors there before the search.
-    on_round(i, loss) is for progress. team: processes that call it together, with the same
-    arguments and equal models, and share the parts of a round. Raises DivergenceError.
+    first_errors (K,): eps errors there before the search. team: processes that run it together,
+    with the same arguments and equal models, and share the parts of a round.
     """
-    team = team or Alone()
-    # The inputs of the first and last layers have more bits: their ranges have room to spare.
-    of_groups = [q for _, q in activation_quantizers(model) if q.bits <= MOST_BITS]
-    quantizers = [q for q in of_groups if q.groups > 1]
-    learned = quantizers or of_groups  # with one group everywhere: the scales alone
-    selector = ActiveSelector(importance, settings.exploration, settings.error_weight)
-    selector.error = first_errors.clone()
-    if not learned:
-        return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
-    logits = start(quantizers)
-    groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}] if logits else []
-    groups += scale_groups(learned, settings.lr_scale)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    parameters = [p for group in groups for p in group["params"]]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.Adam(groups, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    # A round has no more samples than there are.
-    batch_size = min(settings.batch_size, len(states.timesteps) * states.trajectories)
-    nearest_of_step = model.context.nearest(torch.tensor(states.timesteps))
-    tuples, errors, normaliser = [], [], None
-    for i in range(settings.rounds):
-        progress = i / settings.rounds
-        temperature = settings.temperature**progress
-        for q in quantizers:
-            q.temperature = temperature
-        # What is drawn more often counts less, so that the loss stays that of the importance.
-        shares = selector.shares().clamp(min=SMALLEST_SHARE)
-        weight = importance / importance.mean() * shares.mean() / shares
-        index = tuples_of_steps(selector.pick(batch_size), states.trajectories, generator)
-        optimizer.zero_grad(set_to_none=True)
-        parts = index.chunk(settings.accumulate)
-        if normaliser is None:
-            first = _shared_errors(team, model, states, parts)
-            normaliser = (first * weight[index[:, 0]].to(first.device)).mean().clamp(min=1e-12)
 
-        def backward(
-            number: int,
-            part_of: tuple[torch.Tensor, ...] = parts,
-            weight: torch.Tensor = weight,
-            normaliser: torch.Tensor = normaliser,
-        ) -> Tensors:
-            part = part_of[number]
-            errors = _errors(model, states, part)
+    model: QuantDenoiser
+    states: CalibrationStates
+    settings: SearchSettings
+    importance: torch.Tensor
+    first_errors: torch.Tensor
+    team: Team = field(default_factory=Alone)
+
+    def run(
+        self,
+        generator: torch.Generator,
+        on_round: Callable[[int, float], None] = lambda i, loss: None,
+    ) -> SearchResult:
+        """on_round(i, loss) is for progress. Raises DivergenceError."""
+        settings, states = self.settings, self.states
+        # The inputs of the first and last layers have more bits: their ranges have room to spare.
+        of_groups = [q for _, q in activation_quantizers(self.model) if q.bits <= MOST_BITS]
+        quantizers = [q for q in of_groups if q.groups > 1]
+        learned = quantizers or of_groups  # with one group everywhere: the scales alone
+        selector = ActiveSelector(self.importance, settings.exploration, settings.error_weight)
+        selector.error = self.first_errors.clone()
+        if not learned:
+            return SearchResult(torch.zeros(0, 2, dtype=torch.long), selector, 1.0, 0.0, 0.0, 0.0)
+        logits = start(quantizers)
+        optimizer = self._optimizer(logits, learned)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        # A round has no more samples than there are.
+        batch_size = min(settings.batch_size, len(states.timesteps) * states.trajectories)
+        nearest_of_step = self.model.context.nearest(torch.tensor(states.timesteps))
+        tuples: list[torch.Tensor] = []
+        means: list[float] = []
+        normaliser = None
+        for i in range(settings.rounds):
+            progress = i / settings.rounds
+            for q in quantizers:
+                q.temperature = settings.temperature**progress
+            weight = self._weight(selector)
+            index = tuples_of_steps(selector.pick(batch_size), states.trajectories, generator)
+            optimizer.zero_grad(set_to_none=True)
+            if normaliser is None:
+                normaliser = self._first_loss(index, weight)
+            errors, loss = self._backward(index, weight, normaliser, optimizer)
+            value = finite_loss(loss, i, settings.rounds)
+            if logits:
+                entropy = _entropies(quantizers)
+                loss = settings.entropy * entropy.mean()
+                value += finite_loss(loss, i, settings.rounds)
+                loss.backward()
+                selector.entropy = entropy.detach().mean(0).cpu()[nearest_of_step]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+            optimizer.step()
+            selector.observe_error(index[:, 0], errors.cpu())
+            tuples.append(index)
+            means.append(float(errors.mean()))
+            on_round(i, value)
+        decided, moved = take_most_likely(quantizers) if quantizers else (1.0, 0.0)
+        tenth = max(1, len(means) // 10)
+        start_error, end_error = sum(means[:tenth]) / tenth, sum(means[-tenth:]) / tenth
+        return SearchResult(torch.cat(tuples), selector, decided, moved, start_error, end_error)
+
+    def _optimizer(
+        self, logits: list[nn.Parameter], learned: list[LearnedQuantizer]
+    ) -> torch.optim.Adam:
+        """Of the logits and the scales; nothing else of the model gets gradients."""
+        settings = self.settings
+        groups: list[dict] = [{"params": logits, "lr": settings.lr_logits}] if logits else []
+        groups += scale_groups(learned, settings.lr_scale)
+        for p in self.model.parameters():
+            p.requires_grad_(False)
+        for p in _parameters(groups):
+            p.requires_grad_(True)
+        return torch.optim.Adam(groups, fused=True)
+
+    def _weight(self, selector: ActiveSelector) -> torch.Tensor:
+        """Weight of an error at each step, (K,). What is drawn more often counts less, so that the
+        loss stays that of the importance."""
+        shares = selector.shares().clamp(min=SMALLEST_SHARE)
+        return self.importance / self.importance.mean() * shares.mean() / shares
+
+    def _errors(self, index: torch.Tensor) -> torch.Tensor:
+        """Mean squared eps error of each sample (n, 2); (n,)."""
+        x, t, eps, conditioning = self.states.gather(index)
+        return (self.model(x, t, **conditioning) - eps).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def _first_loss(self, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The weighted error of the first samples (n, 2), to which the losses are relative."""
+        parts = index.chunk(self.settings.accumulate)
+        shared = self.team.share(len(parts), lambda i: {"errors": self._errors(parts[i])})
+        first = torch.cat([values["errors"].to(self.states.device) for values in shared])
+        return (first * weight[index[:, 0]].to(first.device)).mean().clamp(min=1e-12)
+
+    def _backward(
+        self,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        normaliser: torch.Tensor,
+        optimizer: torch.optim.Adam,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves the gradients of the samples (n, 2); returns their errors (n,) and the loss."""
+        parts = index.chunk(self.settings.accumulate)
+
+        def backward(number: int) -> Tensors:
+            part = parts[number]
+            errors = self._errors(part)
             loss = (errors * weight[part[:, 0]].to(errors.device)).sum()
-            loss = loss / batch_size / normaliser
+            loss = loss / len(index) / normaliser
             loss.backward()
             return {"errors": errors.detach(), "loss": loss.detach()}
 
-        found = add_gradients(team, len(parts), backward, parameters)
-        loss = torch.stack([values["loss"].to(states.device) for values in found]).sum()
-        value = finite_loss(loss, i, settings.rounds)
-        if logits:
-            sigma = [torch.softmax(p / temperature, dim=-1) for p in logits]
-            entropy = torch.stack([normalised_entropy(s) for s in sigma])  # (L, S)
-            loss = settings.entropy * entropy.mean()
-            value += finite_loss(loss, i, settings.rounds)
-            loss.backward()
-            selector.entropy = entropy.detach().mean(0).cpu()[nearest_of_step]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.step()
-        error = torch.cat([values["errors"].to(states.device) for values in found])
-        selector.observe_error(index[:, 0], error.cpu())
-        tuples.append(index)
-        errors.append(float(error.mean()))
-        on_round(i, value)
-    decided, moved = take_most_likely(quantizers) if quantizers else (1.0, 0.0)
-    tenth = max(1, len(errors) // 10)
-    return SearchResult(
-        torch.cat(tuples),
-        selector,
-        decided,
-        moved,
-        sum(errors[:tenth]) / tenth,
-        sum(errors[-tenth:]) / tenth,
-    )
+        parameters = _parameters(optimizer.param_groups)
+        found = add_gradients(self.team, len(parts), backward, parameters)
+        loss = torch.stack([values["loss"].to(self.states.device) for values in found]).sum()
+        errors = torch.cat([values["errors"].to(self.states.device) for values in found])
+        return errors, loss
+
+
+def _parameters(groups: list[dict]) -> list[nn.Parameter]:
+    """Those of an optimizer's groups."""
+    return [p for group in groups for p in group["params"]]
+
+
+def _entropies(quantizers: list[LearnedQuantizer]) -> torch.Tensor:
+    """Entropy of each quantizer's assignment at each timestep, (L, S)."""
+    found = []
+    for q in quantizers:
+        assert q.logits is not None  # of start
+        found.append(normalised_entropy(torch.softmax(q.logits / q.temperature, dim=-1)))
+    return torch.stack(found)

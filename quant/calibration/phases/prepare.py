@@ -19,8 +19,7 @@ from ..mixed_bits import (
 )
 from ..parking import parked
 from ..quantizer import LearnedQuantizer
-from ..search import SearchResult
-from ..search import search as search_groups
+from ..search import Search, SearchResult
 from ..sharing import Tensors
 from ..statistics import Statistics, collect
 from ..task import Job
@@ -245,15 +244,9 @@ def search(job: Job) -> dict[str, Any] | None:
         _select(job, None)
         return None
     job.progress.begin("group search", settings.rounds)
-    result = search_groups(
-        job.model,
-        job.states,
-        settings,
-        job.generator("search"),
-        _importance(job),
-        torch.tensor(job.state.report["ranges"]["step_errors"]),
-        lambda i, loss: job.progress.step(f"loss {loss:.3f}"),
-        job.team,
+    first_errors = torch.tensor(job.state.report["ranges"]["step_errors"])
+    result = Search(job.model, job.states, settings, _importance(job), first_errors, job.team).run(
+        job.generator("search"), lambda i, loss: job.progress.step(f"loss {loss:.3f}")
     )
     job.progress.end()
     _select(job, result)
