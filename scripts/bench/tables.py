@@ -382,6 +382,12 @@ def notes(rows: list[Row], kind: str = BENCHMARK) -> list[str]:
         what = f"{timesteps_text(line)} steps, {'/'.join(map(str, line.cell.bits))}"
         of = f", noise seeds {', '.join(map(str, own))}" if own else ""
         found.append(f"{what}, {NAMES[line.cell.label]}: seeds {seeds_text(line)}{of} alone.")
+    if any(line.cell.label == "tinydm" and min(line.cell.bits) < 8 for line in quantized):
+        found.append(
+            f"The preset of {NAMES['tinydm']} has bits of their own for layers and for groups of "
+            "timesteps: W is what every layer would have in a file of the same size, and A the "
+            "mean over the sampling steps."
+        )
     backends = {row.get("backend") for row in every} - {None, "fake"}
     found += [f"Quantized models ran on the backend {name}." for name in sorted(backends)]
     scores = [row["scores"] for row in every if row.get("scores")]
