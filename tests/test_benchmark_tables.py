@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tests.helpers.narrow import BENCH, write_narrow
-from tinydm.scripts.bench import leads, measure, methods, speed, tables
+from tinydm.scripts.bench import leads, measure, methods, plots, speed, tables
 from tinydm.scripts.bench.ablations import PARTS
 from tinydm.scripts.bench.cells import Bench
 from tinydm.scripts.bench.plan import (
@@ -209,3 +210,27 @@ def test_more_threads_than_a_process_can_have(tmp_path: Path) -> None:
     """OpenMP ends the process by a signal."""
     with pytest.raises(ConfigError, match="--threads 99999: must be whole numbers from 1 to 1024"):
         speed.main(["--threads", "99999", "--out", str(tmp_path)])
+
+
+def test_files_of_several_sizes_have_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One point for each width of weights, from the smallest file on."""
+    rows = []
+    for bits, size, error in ((8, 2.0, 10.0), (4, 1.0, 100.0)):
+        row = row_of("tinydm", 50, 50, 0, np.full(4, error))
+        row["cell"] = Cell("benchmark", "tinydm", (bits, 8), 50, 0).to_plain()
+        steps = {"eps_timesteps": [0], "eps_mse_of_steps": [error]}
+        rows.append(row | steps | {"size_mb": size, "folder": f"w{bits}"})
+    names: list[str] = []
+    monkeypatch.setattr(plots, "_save", lambda path, draw, **_: names.append(path.name))
+    plots.write_plots(tmp_path, rows)
+    assert "size-50-a8.png" in names
+    names.clear()
+    plots.write_plots(tmp_path, rows[:1])
+    assert "size-50-a8.png" not in names
+    axes = Figure().subplots()
+    plots.psnr_of_sizes(axes, tables.lines_of(rows))
+    (curve,) = axes.lines
+    assert np.allclose(curve.get_xydata(), [[1.0, 28.13], [2.0, 38.13]], atol=0.01)
+    assert [text.get_text() for text in axes.texts] == ["W4", "W8"]

@@ -54,6 +54,9 @@ def write_plots(folder: Path, rows: list[Row]) -> list[str]:
     for text, group in _groups(lines, timesteps_text).items():
         name = text.replace("(", "").replace(")", "").replace(" ", "-")
         save(f"psnr-{name}", lambda axes, g=group: psnr_of_methods(axes, g))
+        for bits, alike in _groups(group, lambda n: n.cell.bits[1]).items():
+            if len({line.cell.bits for line in alike}) > 1:
+                save(f"size-{name}-a{bits}", lambda axes, g=alike: psnr_of_sizes(axes, g))
     for line in own:
         row = line.rows[0]
         ranks, timesteps, layers = group_ranks(folder / row["folder"] / RESULT)
@@ -111,6 +114,21 @@ def psnr_of_methods(axes: Axes, lines: list[Line]) -> None:
     axes.set(ylabel="PSNR to full precision (dB)", xlim=(-0.6, len(widths) - 0.4))
     axes.set_title(f"timesteps: {timesteps_text(lines[0])}", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def psnr_of_sizes(axes: Axes, lines: list[Line]) -> None:
+    """Mean PSNR over the size of the file, a curve for each method."""
+    for method, own in _groups(lines, lambda n: n.cell.label).items():
+        points = [(line.rows[0]["size_mb"], line.mean_psnr(), line.cell.bits[0]) for line in own]
+        points = sorted(p for p in points if p[1] is not None and np.isfinite(p[1]))
+        sizes, values = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(sizes, values, "o-", ms=4, color=COLOURS[method], label=NAMES[method])
+        for size, value, bits in points:
+            axes.annotate(f"W{bits}", (size, value), (3, -10), textcoords="offset points", size=8)
+    axes.set(xlabel="size of the file (MB)", ylabel="mean PSNR to full precision (dB)")
+    axes.set_title(f"A{lines[0].cell.bits[1]}, timesteps: {timesteps_text(lines[0])}", fontsize=10)
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
