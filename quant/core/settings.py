@@ -172,7 +172,10 @@ class QuantSettings:
         16, "bits of their inputs; 16 run as two 8-bit products", within=(2, 16)
     )
     time_bits: int = setting(
-        8, "bits of the layers of the timestep alone, when cached", within=(2, 8)
+        8,
+        "bits of the layers of the timestep alone, when cached; with weight.average_bits they may "
+        "go to other layers",
+        within=(2, 8),
     )
     time_embedding: str = setting(
         "cached",
