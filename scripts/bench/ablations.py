@@ -27,7 +27,7 @@ def _selection(samples: int) -> tuple[Variant, ...]:
         "normal": ("calibration.timesteps=normal",),
         "all": ("calibration.timesteps=all",),
         "active, rho 0": ("calibration.timesteps=active", "quant.search.error_weight=0"),
-        "active, rho 1": ("calibration.timesteps=active", "quant.search.error_weight=1"),
+        "active": ("calibration.timesteps=active",),
     }
     return tuple(
         Variant(f"{rule}, {samples} samples", (*keys, f"calibration.samples={samples}"))
@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[Variant, ...]] = {
         # As many groups as calibrated timesteps, to which the number is limited.
         Variant("per step", (f"{GROUPS}=255", "calibration.calibrated_timesteps=255")),
     ),
+    "group_bits": _each("quant.activation.bits_by_group", "false", "true"),
     "assignment": _each("quant.activation.search", "uniform", "dp", "kmeans", "differentiable"),
     "entropy": (
         *_each("quant.search.entropy", "0.0", "0.8", name="lambda {}"),
@@ -63,6 +64,10 @@ PARTS: dict[str, tuple[Variant, ...]] = {
             "adaround, 200 iterations a block",
             ("quant.weight.rounding=adaround", "quant.reconstruct.iterations=200"),
         ),
+    ),
+    "layer_bits": (
+        Variant("alike", ("quant.weight.average_bits=0",)),
+        Variant("shared out, as the preset", ()),
     ),
     "equivalent_scaling": _each("quant.equivalent_scaling", "false", "true"),
     "end_to_end": (
