@@ -77,15 +77,22 @@ def test_every_method_makes_a_file_and_a_complete_table(
     assert report["weights_quantized"] == 1.0
     assert report["macs_quantized"] + report["macs_once_per_timestep"] == pytest.approx(1.0)
     assert report["macs_quantized"] > 0.95
+    alike = used = 0
     for name, row in rows.items():
         assert row["macs"] > 0, name
         if name in weights:
             kept = name.startswith("temb.") or name.endswith("temb_proj")
             edge = name in ("conv_in", "conv_out")
-            assert row["weight_bits"] == (8 if kept or edge else 4), name
+            bits = 8 if kept or edge else 4
+            alike, used = alike + bits * weights[name], used + row["weight_bits"] * weights[name]
+            if edge or method != "tinydm":
+                assert row["weight_bits"] == bits, name
+            else:  # its layers share out their bits
+                assert 4 <= row["weight_bits"] <= 8, name
             assert bool(row["activation_bits"]) != kept, name
         else:
             assert row["weight_bits"] is None and row["activation_bits"] == [8, 8], name
+    assert 0.98 * alike < used <= alike
     split = {n for n, row in rows.items() if len(row["activation_bits"]) == 2 and n in weights}
     assert bool(split) == (method not in ("ptq4dm", "minmax"))
     size = (folder / RESULT).stat().st_size

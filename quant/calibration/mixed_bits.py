@@ -94,8 +94,8 @@ def curvatures(
             index = tuples[start : start + batch_size]
             x, t, _, conditioning = states.gather(index)
             eps = denoiser(x, t.to(x.device), **conditioning)
-            signs = torch.randint(2, eps.shape, generator=generator).to(eps) * 2 - 1
-            root = importance[index[:, 0]].sqrt().to(eps)
+            signs = (torch.randint(2, eps.shape, generator=generator) * 2 - 1).to(eps.device)
+            root = importance[index[:, 0]].sqrt().to(eps.device)
             ((eps * signs).flatten(1).sum(1) * root).sum().backward()
             on_batch()
     finally:
